@@ -37,12 +37,12 @@ def align(
         str,
         typer.Argument(
             metavar="A",
-            help="The checkpoint whose order is taken: FILE, DIR, FILE#KEY or init:SEED.",
+            help="The reference checkpoint: FILE, DIR, FILE#KEY or init:SEED.",
             show_default=False,
         ),
     ],
     b: Annotated[
-        str, typer.Argument(metavar="B", help="The one that is permuted.", show_default=False)
+        str, typer.Argument(metavar="B", help="The checkpoint to permute.", show_default=False)
     ],
     settings: Settings,
     console: Console,
@@ -59,11 +59,11 @@ def align(
     force: Force = False,
     json_: Json = False,
 ) -> None:
-    """Put B's hidden units into the order of A's, its function as it is.
+    """Permute B's hidden units to match A's without changing its function.
 
-    The order of hidden units is a matter of chance. Weight matching finds the one in which B lies
-    closest to A, so that `losscli interpolate` can show the hill between them without it. The
-    function of the permuted network is held against B's on the data before anything is written.
+    The order of hidden units is arbitrary. Weight matching finds the order in which B is closest to
+    A, so that `losscli interpolate` shows the barrier that remains. The
+    outputs of the permuted network are compared with B's on the data before anything is written.
     """
     check_writable(out, force=force)
     with importing("torch"):

@@ -109,7 +109,10 @@ def report(result: Result[BarriersSummary]) -> str:
         ]
         if split["without"]:
             none = f"{split['without']:,} of {format_count(pairs, 'pair')}"
-            findings.append(("no barrier", f"{none}: no point seen lies above the chord"))
+            findings.append((
+                "no barrier",
+                f"{none}: never above the straight line between the two losses",
+            ))
         if split["not_finite"]:
             unknown = f"{split['not_finite']:,} of {format_count(pairs, 'pair')}"
             findings.append(("not known", f"{unknown}: a loss on the line is not finite"))

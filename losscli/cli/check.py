@@ -65,7 +65,7 @@ def check(
         typer.Option(
             "--eigenvalues",
             metavar="K",
-            help="How many of the largest and of the smallest eigenvalues.",
+            help="Number of the largest and of the smallest eigenvalues.",
             rich_help_panel=_PANEL,
         ),
     ] = 1,

@@ -40,7 +40,8 @@ def inspect(
         ),
     ] = None,
     force: Annotated[
-        bool, typer.Option("--force", help="Overwrite another picture.", rich_help_panel="Output")
+        bool,
+        typer.Option("--force", help="Overwrite an existing figure.", rich_help_panel="Output"),
     ] = False,
     json_: Json = False,
 ) -> None:
@@ -207,7 +208,7 @@ def export(
         console.note(f"α = {alpha}, of the lowest loss on {best} in {csv}: {low}")
         if summary is None:
             console.note(
-                f"no summary lies beside {csv}: A and B are not held against it, and every "
+                f"{csv} has no summary beside it: A and B are not compared with it, and every "
                 "floating-point tensor moves"
             )
 

@@ -69,7 +69,7 @@ def interpolate(
         typer.Option(
             "--points",
             metavar="N",
-            help="Evenly spaced values of α; 0 and 1 come besides where the range holds them.",
+            help="Number of evenly spaced values of α; 0 and 1 are added if they lie in the range.",
             rich_help_panel="The line",
         ),
     ] = 51,
@@ -106,7 +106,7 @@ def interpolate(
         bool,
         typer.Option(
             "--layerwise",
-            help="Besides, move each block of the network along the line alone, all others at A.",
+            help="Also move each block of the network on its own, keeping the others at A.",
             rich_help_panel="The line",
         ),
     ] = False,
@@ -150,7 +150,8 @@ def interpolate(
         whole = Table.read(context)
         if command_of(whole.columns) is not COMMANDS["interpolate"]:
             raise UsageError(
-                f"--context {context} is no table of interpolate", "Give the CSV of the whole line"
+                f"--context {context} is not a table of interpolate",
+                "Give the CSV of the whole line",
             )
     run_study("interpolate", [a, b], plan, write, console)
 
@@ -188,7 +189,7 @@ def report(result: Result[LineSummary]) -> str:
         findings = _line_findings(split, low, high, summary["distance"])
         lines += [f"  {label:<14}{text}" for label, text in findings]
         if blocks := summary.get("blocks"):
-            lines += ["  each block alone, all others at A"]
+            lines += ["  each block alone, the others at A"]
             lines += [f"    {line}" for line in _blocks(blocks, name)]
     return "\n".join(lines) + "\n"
 
@@ -214,8 +215,8 @@ def _blocks(blocks: Mapping[str, BlockSummary], split: str) -> list[str]:
             f"{format_number(low['loss'])} at α = {low['alpha']:.4g}"
             + format_ties(low["ties"], short=True)
             if low
-            else "none is finite",
-            "not looked at"
+            else "no finite loss",
+            "not evaluated"
             if barrier is None
             else f"{format_height(barrier)} at α = {barrier['alpha']:.4g}"
             if barrier["height"] > 0
@@ -252,9 +253,9 @@ def _slope_at_b(at: Slope, length: float) -> str:
     if not math.isfinite(slope):
         return f"{text}whether B is stationary along the line is not known"
     if abs(slope) <= _STATIONARY:
-        return f"{text}stationary along the line, to {_STATIONARY:g} a unit of length"
+        return f"{text}stationary along the line, to {_STATIONARY:g}per unit of length"
     verb = "falls" if slope < 0 else "rises"
-    return f"{text}not stationary: the loss {verb} by {format_number(abs(slope))} a unit of length"
+    return f"{text}not stationary: the loss {verb} by {format_number(abs(slope))}per unit of length"
 
 
 def _extrema(which: str, extrema: Sequence[Extremum], low: float, high: float) -> tuple[str, str]:
@@ -279,7 +280,7 @@ def _extrema(which: str, extrema: Sequence[Extremum], low: float, high: float) -
     more = f"; {len(extrema) - 3} more" if len(extrema) > 3 else ""
     return (
         label,
-        f"{len(extrema)} of the curve, {significant} of them beyond noise: {largest}{more}",
+        f"{len(extrema)}, of which {significant} significant (> 2 s.e.): {largest}{more}",
     )
 
 
@@ -304,18 +305,18 @@ def _barrier(split: LineSplit) -> str:
     if not (is_finite(split["loss_a"]) and is_finite(split["loss_b"])):
         return "not defined: the loss at A or B is not finite"
     if barrier is None:
-        return "not looked at: no point between A and B"
+        return "not evaluated: no point between A and B"
     if barrier["height"] > 0:
         return f"{format_height(barrier)} at α = {barrier['alpha']:.4g}"
-    return "none: no point seen lies above the chord from A to B"
+    return "none: never above the straight line between the losses at A and B"
 
 
 def _rise(split: LineSplit) -> str:
     rise = split["largest_rise"]
     if rise is None:
-        return "not looked at: no point between A and B"
+        return "not evaluated: no point between A and B"
     if rise["height"] > 0:
         return f"{format_height(rise)} from α = {rise['alpha_from']:.4g} to {rise['alpha_to']:.4g}"
     if split["monotonic"]:
-        return "none: from A to B no point seen is above one before it"
-    return "none among the points seen"
+        return "none: the loss never increases from A to B at the sampled points"
+    return "none at the sampled points"

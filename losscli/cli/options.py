@@ -101,9 +101,7 @@ _SETTINGS: dict[str, Any] = {
     ],
     "split": Annotated[
         list[str] | None,
-        _option(
-            _WHAT, "Repeatable. By default every split of the data.", "--split", metavar="NAME"
-        ),
+        _option(_WHAT, "Repeatable. Default: every split of the data.", "--split", metavar="NAME"),
     ],
     "limit": Annotated[
         int | None,
@@ -127,7 +125,10 @@ _SETTINGS: dict[str, Any] = {
     "batch_size": Annotated[
         int | None,
         _option(
-            _HOW, "Examples a forward pass; by default by the device.", "--batch-size", metavar="N"
+            _HOW,
+            "Examples per forward pass (default: chosen for the device).",
+            "--batch-size",
+            metavar="N",
         ),
     ],
     "batch_loss": Annotated[
@@ -162,20 +163,21 @@ _SETTINGS: dict[str, Any] = {
     "dtype": Annotated[
         DType,
         _option(
-            _HOW, "Of the forward pass, by default float32; sums are always float64.", "--dtype"
+            _HOW, "Type of the forward pass (default: float32); sums are always float64.", "--dtype"
         ),
     ],
     "tf32": Annotated[
-        bool, _option(_HOW, "Let a GPU round the factors of float32 products to TF32.", "--tf32")
+        bool,
+        _option(_HOW, "Allow a GPU to round the factors of float32 products to TF32.", "--tf32"),
     ],
     "seed": Annotated[
-        int, _option(_HOW, "Of every random choice, by default 0.", "--seed", metavar="N")
+        int, _option(_HOW, "Seed of all random choices (default: 0).", "--seed", metavar="N")
     ],
     "sampling_error": Annotated[
         float | None,
         _option(
             _WHAT,
-            "Look at random examples until the standard error at every point is below TOL times "
+            "Evaluate random examples until the standard error at every point is below TOL times "
             "the height of the curve.",
             "--sampling-error",
             metavar="TOL",
@@ -340,13 +342,16 @@ _OUTPUT_OPTIONS: dict[str, Any] = {
             metavar="PATH",
         ),
     ],
-    "no_figure": Annotated[bool, _option(_OUTPUT, "Draw no picture.", "--no-figure")],
+    "no_figure": Annotated[bool, _option(_OUTPUT, "Draw no figure.", "--no-figure")],
     "force": Annotated[bool, _option(_OUTPUT, "Overwrite the results of another run.", "--force")],
     "json_": Annotated[
         bool, _option(_OUTPUT, "Print the summary as one JSON object instead of text.", "--json")
     ],
     "dry_run": Annotated[
-        bool, _option(_OUTPUT, "Match and count everything, and time one batch.", "--dry-run")
+        bool,
+        _option(
+            _OUTPUT, "Check and count everything, and time one batch, without running.", "--dry-run"
+        ),
     ],
 }
 

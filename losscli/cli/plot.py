@@ -70,7 +70,7 @@ def plot(
             show_default=False,
         ),
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Overwrite another picture.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite an existing figure.")] = False,
     terminal: Annotated[
         bool, typer.Option("--terminal", help="Draw in the terminal; write no file.")
     ] = False,

@@ -155,7 +155,7 @@ def _duration(seconds: float) -> str:
 def _memory(d: Description) -> Iterator[str]:
     yield f"{d['bytes_of_data'] / 2**20:,.1f} MiB of data"
     if d["streamed"]:
-        yield f"not {', '.join(d['streamed_splits'])}: decoded anew in each pass"
+        yield f"not {', '.join(d['streamed_splits'])}: decoded again in each pass"
 
 
 def align_columns(rows: Sequence[Sequence[str]], left: Container[int]) -> list[str]:

@@ -39,7 +39,7 @@ def trajectory(
         typer.Argument(
             metavar="CKPT",
             help="Three or more in the order of training; a folder of them, in natural order; - "
-            "for names on stdin, one a line.",
+            "for names on stdin, one per line.",
             show_default=False,
         ),
     ],

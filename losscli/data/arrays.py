@@ -71,7 +71,7 @@ def scaled(
         SpecError: ``scale`` is True and there are no uint8 inputs.
     """
     if scale is not None and not isinstance(scale, bool):
-        raise SpecError(f"{where}: scale={scale} is neither true nor false", "Write scale=true")
+        raise SpecError(f"{where}: scale={scale} must be true or false", "Write scale=true")
     arrays = [inputs for inputs, _ in splits.values()]
     bytes_ = [array for array in arrays if array.dtype == torch.uint8]
     if scale and not bytes_:

@@ -78,7 +78,7 @@ class Images(Dataset[tuple[Tensor, Tensor]]):
         if size is not None and (type(size) is not int or size < 1):
             raise SpecError(f"size={size} is not a number of pixels", "Write size=224")
         if not isinstance(grayscale, bool):
-            raise SpecError(f"grayscale={grayscale} is neither true nor false", "Write true")
+            raise SpecError(f"grayscale={grayscale} must be true or false", "Write true")
         try:
             import PIL.Image  # noqa: F401
         except ImportError as error:

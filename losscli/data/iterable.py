@@ -262,8 +262,8 @@ class IterableStream(Examples):
     def remarks(self) -> tuple[str, ...]:
         """Remarks for the user about these examples."""
         sequential = (
-            "iterated anew in each pass over the data; a part of it is its first examples, and not "
-            "drawn"
+            "iterated again in each pass over the data; a part of it is its first examples, which "
+            "are not drawn at random"
         )
         return sequential, *(
             batch_size_remarks(self._sizes) if self.in_batches and self._sizes else ()

@@ -165,7 +165,9 @@ def to_data_set(
             try:
                 splits[str(name)] = parse_batch(content, split_name, whole=whole)
             except DataError:
-                _refuse_examples(content, split_name)
+                # A tuple of two is meant as inputs and targets.
+                if not (isinstance(content, tuple) and len(content) == 2):
+                    _refuse_examples(content, split_name)
                 raise
             language.add(is_language(content))
     firsts = [realise(split.first(1).targets) for split in splits.values()]

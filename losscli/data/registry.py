@@ -96,7 +96,7 @@ def load(
         normalisation["flatten"] = common["flatten"]
         if not isinstance(common["flatten"], bool):
             raise SpecError(
-                f"data {text!r}: flatten={common['flatten']} is neither true nor false",
+                f"data {text!r}: flatten={common['flatten']} must be true or false",
                 "Write flatten=true",
             )
     spec_limit = common["limit"]

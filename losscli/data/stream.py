@@ -681,7 +681,7 @@ class Stream(Examples):
     def remarks(self) -> tuple[str, ...]:
         """Remarks for the user about these examples."""
         sizes = [] if self._parts is None else batch_size_remarks(map(len, self._parts))
-        return ("decoded anew in each pass over the data", *sizes)
+        return ("decoded again in each pass over the data", *sizes)
 
     @property
     def decoders(self) -> int:

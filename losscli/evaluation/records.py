@@ -99,7 +99,7 @@ def slice_key(
     Returns:
         A digest in hexadecimal.
     """
-    # Besides its ends a slice has numbers that follow from them, such as the position of a corner.
+    # A slice also has numbers that follow from its ends, such as the position of a corner.
     numbers = [value for value in vars(slice_).values() if not isinstance(value, Mapping)]
     points = [list(point) for point in coordinates]
     return record_key(objective, splits, type(slice_).__name__, slice_.ends, [numbers, points])

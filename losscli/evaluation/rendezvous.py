@@ -159,12 +159,16 @@ def _choose_prefix(store: Store, rank: int, size: int, wait: _WaitNote) -> tuple
                 name, seen = json.loads(store.get("welcome"))
                 if seen[rank] == own:
                     store.set(f"{name}/here/{rank}", "")
-                    return name, [other.partition(" ")[2] for other in seen[:rank]].count(host)
+                    # The names of others may still be missing, or those of processes that died.
+                    if store.check([f"{name}/all"]):
+                        lower = json.loads(store.get(f"{name}/all"))[:rank]
+                        return name, [other.partition(" ")[2] for other in lower].count(host)
         else:
             keys = (f"hello/{r}" for r in range(size))
             seen = [store.get(key).decode() if store.check([key]) else "" for key in keys]
             store.set("welcome", json.dumps([own, seen]))
             if store.check([f"{own}/here/{r}" for r in range(1, size)]):
+                store.set(f"{own}/all", json.dumps(seen))
                 return own, 0
         wait.check()
         time.sleep(_STORE_POLL)

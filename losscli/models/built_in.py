@@ -92,7 +92,7 @@ class CNN(nn.Module):
 
     Raises:
         SpecError: A width, ``channels`` or ``classes`` is not a positive number, or ``batchnorm``
-            is neither true nor false.
+            must be true or false.
 
     Shape:
         inputs ``[B, channels, H, W]``; outputs ``[B, classes]``.
@@ -111,7 +111,7 @@ class CNN(nn.Module):
         _widths([channels, classes], "cnn", at_least=2)
         if not isinstance(batchnorm, bool):
             raise SpecError(
-                f"cnn: batchnorm={batchnorm} is neither true nor false", "Write batchnorm=true"
+                f"cnn: batchnorm={batchnorm} must be true or false", "Write batchnorm=true"
             )
         self.convolutions = nn.ModuleList(
             nn.Conv2d(i, o, 3, padding=1, bias=not batchnorm)

@@ -53,7 +53,7 @@ Drawn = tuple[list[str], list[tuple[Artist, str]]]
 _COLOUR = PALETTE[0]
 _MATRICES = {"hessian": "Hessian", "ggn": "Gauss-Newton matrix"}
 
-_MOST_CURVES = 6  # densities of so many checkpoints are told apart
+_MOST_CURVES = 6  # densities of more checkpoints cannot be distinguished
 _MOST_NAMES = 16  # blocks in the legend
 _MOST_LABELS = 40  # blocks with a name on the axis
 _BLOCK = 0.19  # inches, height of a block

@@ -56,7 +56,7 @@ class Drawing:
         Raises:
             UsageError: A value cannot be drawn.
         """
-        for name, hint in get_type_hints(Drawing).items():
+        for name, hint in _TYPES.items():
             object.__setattr__(self, name, convert(name, getattr(self, name), hint))
         if self.size != "full" and self.size not in _SIZES:
             _check_size(self.size)
@@ -107,6 +107,8 @@ class Drawing:
         """Returns the text for the size of the figure."""
         return compact if self.compact else full
 
+
+_TYPES = get_type_hints(Drawing)
 
 FULL = Drawing()
 """The figure of a command without options."""

@@ -34,9 +34,7 @@ def check_panel_count(panels: Panels, splits: int, metrics: int, cure: str) -> N
     """
     number = {"metrics": metrics, "splits": splits, "tensors": 1}[panels]
     if number > _MOST_PANELS:
-        raise UsageError(
-            f"a picture has panels for {_MOST_PANELS} {panels}, and not {number}", cure
-        )
+        raise UsageError(f"a figure can have at most {_MOST_PANELS} {panels}, not {number}", cure)
     check_curve_count(splits, cure)
 
 
@@ -56,7 +54,7 @@ def check_curve_count(curves: int, cure: str) -> None:
         UsageError: There are too many.
     """
     if curves > _MOST_CURVES:
-        raise UsageError(f"a picture has room for {_MOST_CURVES} curves, and not {curves}", cure)
+        raise UsageError(f"a figure can show at most {_MOST_CURVES} curves, not {curves}", cure)
 
 
 def render_files(

@@ -273,8 +273,8 @@ class Result(Generic[S_co]):
 
         Raises:
             UsageError: The arguments contradict each other, or the result has no such figure.
-            OutputError: A file cannot be written, or holds the results of another run. No file is
-                changed then.
+            OutputError: A file cannot be written, or contains the results of another run. No file
+                is changed then.
         """
         if figure and no_figure:
             raise UsageError("figure and no_figure contradict each other", "Give one of them")
@@ -566,8 +566,8 @@ def read_summary(path: Path, command: Command) -> dict[str, Any]:
         converted: dict[str, Any] = from_json(summary, load(command.summary))
     except ValueError as fault:
         raise TableError(
-            f"{path} does not hold what losscli writes: {printable(str(fault))}",
-            "Move it away, or make it again with its CSV",
+            f"{path} was not written by losscli: {printable(str(fault))}",
+            "Move it, or write it again together with its CSV",
         ) from None
     return converted
 
@@ -619,7 +619,7 @@ class Output:
         for path in figures:
             if path.suffix.lower() not in FIGURE_SUFFIXES:
                 raise UsageError(
-                    f"{path} has no suffix of a picture",
+                    f"{path} does not have the suffix of a figure",
                     f"Choose one of {', '.join(FIGURE_SUFFIXES)}",
                 )
         if any(path.suffix.lower() == ".html" for path in figures):
@@ -680,7 +680,7 @@ class Output:
             return
         if not self.is_of(identity):
             raise OutputError(
-                f"{existing[0]} holds the results of another run",
+                f"{existing[0]} contains the results of another run",
                 "Choose another --out, or overwrite it with --force",
             )
 
@@ -773,7 +773,7 @@ class Output:
         for path, content in pictures.items():
             if not self.force and path.exists() and _read_if_possible(path) != content:
                 raise OutputError(
-                    f"{path} is another picture",
+                    f"{path} is another figure",
                     "Choose another name, or overwrite it with --force",
                 )
         return replace_all(pictures)

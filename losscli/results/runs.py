@@ -346,7 +346,7 @@ def _check_same_run(
         key = ", ".join(f"{c} {v}" for c, v in zip(shared, unknown, strict=True))
         raise TableError(
             f"{table_path} is of another run than {path}, which has no {key}",
-            "Give both as one run wrote them",
+            "Give both as written by one run",
         )
 
 

@@ -69,7 +69,7 @@ def align(a: CheckpointLike, b: CheckpointLike, **settings: Any) -> Alignment:
     model can be run in it.
 
     Args:
-        a: The checkpoint whose order is taken.
+        a: The reference checkpoint.
         b: The checkpoint that is permuted.
         **settings: The attributes of `losscli.settings.Settings`: ``model``, ``data``, ….
 
@@ -253,10 +253,10 @@ def _groups(problem: Problem) -> tuple[Group, ...]:
         what = f"the model {problem.provenance['model']} has no hidden units that could be permuted"
         if met := obstacles(model, args, kwargs):
             raise ModelError(
-                f"{what}: {', '.join(met)} may heed the order of what passes through",
-                "It takes a hidden layer whose units meet only operators that are known not to",
+                f"{what}: {', '.join(met)} may depend on the order of their inputs",
+                "Alignment needs a hidden layer that is followed only by operators known not to",
             )
-        raise ModelError(what, "It takes a hidden layer; without one there is nothing to align")
+        raise ModelError(what, "Alignment needs a hidden layer")
     return groups
 
 

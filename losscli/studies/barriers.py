@@ -129,7 +129,7 @@ class Barriers(Study):
         name, times = Counter(names).most_common(1)[0]
         if times > 1:
             raise UsageError(
-                f"{name} is named {times} times, and pairs are told apart by their names",
+                f"{name} is named {times} times, and pairs are distinguished by their names",
                 "Name each checkpoint once",
             )
         if points < 3:
@@ -481,7 +481,7 @@ class Barriers(Study):
 
 @dataclass(frozen=True)
 class _Height:
-    """A barrier: its height, the standard error of that, and where it is; None for nowhere."""
+    """A barrier: its height, the standard error of that, and where it is; None if there is none."""
 
     height: float
     stderr: float

@@ -207,7 +207,7 @@ class Check(Study):
             twice = next(name for name in names if list(names).count(name) > 1)
             raise UsageError(f"{twice} is named twice", "Name each checkpoint once")
         if not 0 <= tolerance < math.inf:
-            raise UsageError(f"--tolerance {tolerance} is no gradient norm", "Give 1e-3")
+            raise UsageError(f"--tolerance {tolerance} is not a gradient norm", "Give 1e-3")
         if eigenvalues < 1:
             raise UsageError(f"--eigenvalues {eigenvalues} leaves none", "Give 1 or more")
         if eigenvalues > _MAX_EIGENVALUES:
@@ -238,8 +238,9 @@ class Check(Study):
         )
         if settings.sampling_error is not None:
             raise UsageError(
-                "a gradient is that of all examples, so --sampling-error has no place in a check",
-                "Look at fewer with --limit",
+                "--sampling-error is not available with check, which needs the gradient over all "
+                "examples",
+                "Evaluate fewer with --limit",
             )
         problem = prepare(names, settings, notes, ranks, independent=True)
         # The loss is a function of the parameters; statistics of BatchNorm are no part of θ here.

@@ -41,7 +41,7 @@ def check_notes(
     if study.problem.chosen:
         yield (
             f"gradient and Hessian are those of {count(len(study.moving), 'tensor')}, and the "
-            "verdict is one on these alone"
+            "verdict is about these alone"
         )
     if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules()):
         yield "BatchNorm is in eval mode: its statistics are constants, not functions of θ"
@@ -63,7 +63,7 @@ def check_notes(
     if lost := len(analyses) - len(finite):
         yield (
             f"loss or derivatives are not finite at {lost} of {len(analyses)} points: "
-            "nothing is decided there"
+            "there is no verdict there"
         )
     missed = sum(not (one.smallest.converged and one.largest.converged) for one in finite)
     if missed:

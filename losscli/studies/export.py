@@ -77,7 +77,7 @@ def lowest(csv: Path, split: str) -> Lowest:
     """
     table = Table.read(csv)
     if command_of(table.columns) is not COMMANDS["interpolate"]:
-        raise UsageError(f"--csv {csv} is no table of interpolate", "Give the CSV of a line")
+        raise UsageError(f"--csv {csv} is not a table of interpolate", "Give the CSV of a line")
     if split not in table.unique("split"):
         known = ", ".join(map(str, table.unique("split"))) or "none"
         raise UsageError(f"{csv} has no split {split!r}", f"Its splits: {known}")
@@ -104,7 +104,7 @@ def _summary_beside(csv: Path) -> dict[str, Any] | None:
     path = csv.with_suffix(".json")
     summary = read_summary(path, COMMANDS["interpolate"])
     if not summary and path.exists():
-        raise TableError(f"{path} is no summary of {csv}", "Give both as one run wrote them")
+        raise TableError(f"{path} is no summary of {csv}", "Give both as written by one run")
     return summary or None
 
 

@@ -175,11 +175,11 @@ class Interpolation(Study):
         """
         begun = time.perf_counter()
         if refine is not None and not 0 < refine < 1:
-            raise UsageError(f"--refine {refine} is no share of a height", "Give 0.001")
+            raise UsageError(f"--refine {refine} must be between 0 and 1", "Give 0.001")
         if settings.sampling_error is not None and (derivatives or refine is not None):
             option = "--derivatives" if derivatives else "--refine"
             raise UsageError(
-                f"{option} looks closer than a sample of the examples can show",
+                f"{option} needs all examples",
                 "Give it without --sampling-error",
             )
         if derivatives and settings.buffers == "recalibrate":
@@ -191,11 +191,13 @@ class Interpolation(Study):
         if layerwise and (derivatives or refine is not None):
             option = "--derivatives" if derivatives else "--refine"
             raise UsageError(
-                f"{option} looks closer at one curve, and --layerwise draws many",
+                f"{option} refines one curve, but --layerwise draws many",
                 "Give it without --layerwise; --only chooses a block",
             )
         if layerwise and context is not None:
-            raise UsageError("--context and --layerwise are two pictures", "Leave one of them out")
+            raise UsageError(
+                "--context and --layerwise are two different figures", "Leave one of them out"
+            )
         alphas = grid(points, *range_, include=(0.0, 1.0))
         problem = prepare((a, b), settings, ranks=ranks)
         start, end = problem.origin, problem.place(problem.last.weights)

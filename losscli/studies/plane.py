@@ -220,7 +220,7 @@ class Plane(Study):
                 else "For the plane of a path, give --pca; to project a path, give --path",
             )
         if points < 2:
-            raise UsageError(f"--points {points} is no plane", "Give 2 or more")
+            raise UsageError(f"--points {points} is not a plane", "Give 2 or more")
         check_point_count("--points", points, points**2)
         if range_ is not None:
             grid(points, *range_)

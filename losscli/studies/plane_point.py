@@ -60,7 +60,7 @@ def point_of_plane(csv: PathLike, at: tuple[float, float], **settings: Any) -> C
     if not summary:
         raise TableError(
             f"{path} has no summary {path.with_suffix('.json')} beside it",
-            "Give both as one run wrote them",
+            "Give both as written by one run",
         )
     if summary["plane"] == "hessian":
         raise UsageError(

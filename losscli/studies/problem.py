@@ -225,7 +225,7 @@ def prepare(
         found = specs.model
         if found is None:
             raise UsageError(
-                "no model is named, neither by --model nor by the checkpoint's metadata nor by a "
+                "no model given, by --model, by the checkpoint's metadata or by a "
                 "losscli.toml beside it or here",
                 "Give --model, for example --model mlp:784-512-10 (losscli list models)",
             )
@@ -414,7 +414,9 @@ def _check(settings: Settings) -> None:
         if value not in known:
             raise UsageError(f"{option} {value} is not known", f"Choose one of {', '.join(known)}")
     if not 0 <= settings.seed < 1 << 63:
-        raise UsageError(f"--seed {settings.seed} is no seed", "Give a number from 0 to 2^63 − 1")
+        raise UsageError(
+            f"--seed {settings.seed} is not a seed", "Give a number from 0 to 2^63 − 1"
+        )
     if settings.batch_size is not None and not 1 <= settings.batch_size < 1 << 31:
         raise UsageError(
             f"--batch-size {settings.batch_size} is not a number of examples for a forward pass",
@@ -422,7 +424,7 @@ def _check(settings: Settings) -> None:
         )
     if settings.sampling_error is not None and not 0 < settings.sampling_error < math.inf:
         raise UsageError(
-            f"--sampling-error {settings.sampling_error} is no share of a height", "Give 0.01"
+            f"--sampling-error {settings.sampling_error} must be between 0 and 1", "Give 0.01"
         )
     if settings.limit is not None and settings.limit < 1:
         raise UsageError(f"--limit {settings.limit} leaves no examples", "Give 1 or more")
@@ -554,7 +556,6 @@ def require_finite(name: str, weights: Weights, moving: Iterable[str]) -> None:
     for tensor in moving:
         if not weights[tensor].isfinite().all():
             raise CheckpointError(
-                f"{name}: {tensor} has weights that are infinite or not a number, and lies nowhere "
-                "in weight space",
+                f"{name}: {tensor} has weights that are infinite or not a number",
                 "Leave this checkpoint out",
             )

@@ -159,11 +159,11 @@ class Trajectory(Study):
                 "Give a folder of them, or their names in the order of training",
             )
         if surface and residuals < 2:
-            raise UsageError(f"--residuals {residuals} is no surface", "Give 2 or more")
+            raise UsageError(f"--residuals {residuals} is not a surface", "Give 2 or more")
         if surface:
             check_point_count("--residuals", residuals, residuals * len(names))
         if surface and not 0 < reach <= _FARTHEST:
-            raise UsageError(f"--reach {reach} is no multiple of a length", "Give 1.25")
+            raise UsageError(f"--reach {reach} is not a multiple of a length", "Give 1.25")
         problem = prepare(names, settings, notes, ranks)
         moving = differing_tensors(problem)
         counted = problem.parameters(moving)

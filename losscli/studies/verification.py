@@ -123,9 +123,9 @@ def _difference(
     # A negated comparison, since a difference may be no number.
     if not worst <= tolerance:
         raise ModelError(
-            "the sweep does not meet the checkpoints: at an end its loss differs from that of "
-            f"the checkpoint loaded plainly by {worst:.1e} of it",
-            "Does the model keep something from one forward pass to the next?",
+            "the sweep does not reproduce the checkpoints: at an end its loss differs from that of "
+            f"the loaded checkpoint by {worst:.1e}, relative to it",
+            "The model may keep state from one forward pass to the next",
         )
     return worst
 
@@ -157,9 +157,9 @@ def verify_fresh_model(problem: Problem, weights: Weights) -> None:
         used, new = (e[name].losses[0].double().mean() for e in (here, there))
         if not torch.allclose(used, new, rtol=share, atol=1e-9, equal_nan=True):
             raise ModelError(
-                f"the model has another loss at a point ({used:.6g}) after it was at another "
-                f"than one that was never anywhere else ({new:.6g})",
-                "It keeps something from the weights it had before; clear that in eval()",
+                f"the loss at a point is {used:.6g} after the model was at another point, and "
+                f"{new:.6g} in a newly built model",
+                "It keeps state computed from earlier weights; clear it in eval()",
             )
 
 

@@ -383,7 +383,7 @@ def test_the_commands_that_take_a_path_order_it_and_say_so(
     assert "are taken in natural order: p/e1.pt, p/e2.pt, p/e10.pt" in done.stderr
     done = losscli(command, *given, *arguments, "--keep-order")
     assert done.status == 1
-    assert "holds the results of another run" in done.stderr
+    assert "contains the results of another run" in done.stderr
     done = losscli(command, *given, *arguments, "--keep-order", "--force")
     assert done.status == 0, done.stderr
     assert [row["checkpoint"] for row in rows(Path(table).read_text())] == given

@@ -739,7 +739,7 @@ def test_plot_names_a_summary_that_does_not_hold_what_losscli_writes(
     done = losscli("plot", "x.csv")
     assert done.status == 1
     where = ".".join(place).replace("\n", "\\n")
-    told = f"losscli: x.json does not hold what losscli writes: {where}{fault}. Move it away"
+    told = f"losscli: x.json was not written by losscli: {where}{fault}. Move it away"
     assert done.stderr.startswith(told)
     assert done.stderr.count("\n") == 1
     assert not Path("x.png").exists()
@@ -821,7 +821,7 @@ def test_a_name_that_is_not_utf_8_works(losscli: Losscli, folder: Path) -> None:
 @pytest.mark.usefixtures("unseen")
 def test_ranges_beside_the_line_claim_nothing_of_it(losscli: Losscli, folder: Path) -> None:
     done = losscli("interpolate", "a.pt", "b.pt", "--range", 1.5, 2, "--points", 3, "-o", "x")
-    assert done.stdout.count("not looked at: no point between A and B") == 4
+    assert done.stdout.count("not evaluated: no point between A and B") == 4
     assert "an end outside the range is lower" in done.stdout
     assert losscli("plot", "x.csv").status == 0
 
@@ -864,7 +864,7 @@ def test_a_shell_gets_its_completions(folder: Path) -> None:
         ("sharpness a.pt --samples 99999999", "--samples 99999999 gives more than 10000000"),
         ("interpolate a.pt init:-1", "init:-1 has no seed"),
         ("align a.pt init:-1 -o z.safetensors", "init:-1 has no seed"),
-        ("align a.pt b.pt -o z.safetensors --seed -1", "--seed -1 is no seed"),
+        ("align a.pt b.pt -o z.safetensors --seed -1", "--seed -1 is not a seed"),
     ],
     ids=lambda value: value[:60],
 )

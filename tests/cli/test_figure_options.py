@@ -113,7 +113,7 @@ def test_plot_names_a_stored_option_that_cannot_be_drawn(losscli: Losscli, folde
     for drawing, message in (
         ({"size": "huge"}, "x.json, drawing: --size 'huge' is not a size"),
         ({"style": {"lines.nothing": "1"}}, "x.json, drawing: 'lines.nothing' is not a setting"),
-        ({"size": 3}, "x.json does not hold what losscli writes: drawing.size is not text"),
+        ({"size": 3}, "x.json was not written by losscli: drawing.size is not text"),
     ):
         Path("x.json").write_text(json.dumps({**summary, "drawing": drawing}))
         done = losscli("plot", "x.csv")

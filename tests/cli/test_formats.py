@@ -44,7 +44,7 @@ def test_the_path_of_another_surface_is_kept(losscli: Losscli, folder: Path) -> 
     Path("x.path.vtp").write_text("of another run")
     done = losscli(*PLANE, "-o", "x", "--figure", "x.vtp")
     assert done.status == 1
-    assert "x.path.vtp holds the results of another run" in done.stderr
+    assert "x.path.vtp contains the results of another run" in done.stderr
     assert not Path("x.vtp").exists()
 
 
@@ -60,7 +60,10 @@ def test_the_path_of_another_surface_is_kept(losscli: Losscli, folder: Path) -> 
             "a .vtp holds a surface, and this trajectory has none. Give a path that leaves",
         ),
         ((*PCA, "--figure", "x.mp4"), "a .mp4 needs imageio-ffmpeg, which is not installed. pip"),
-        ((*PCA, "--figure", "x.webp"), "x.webp has no suffix of a picture. Choose one of .png,"),
+        (
+            (*PCA, "--figure", "x.webp"),
+            "x.webp does not have the suffix of a figure. Choose one of .png,",
+        ),
         ((*PCA, "--fps", 0, "--figure", "x.gif"), "--fps 0 is not between 0.1 and 50"),
         ((*PCA, "--fps", "nan", "--figure", "x.gif"), "--fps nan is not between 0.1 and 50"),
         (("inspect", "a.pt", "--figure", "x.gif"), "a .gif shows a path, and inspect has none"),

@@ -176,8 +176,8 @@ def test_a_trusted_folder_needs_no_option(project: Path, losscli: Losscli) -> No
 
 FAILING = {
     "": (2, "init has nothing to write: no model and no data are given. Give --model and --data"),
-    "-m mine.py:net": (2, "no data set is named"),
-    "-d mine.py:data": (2, "no model is named"),
+    "-m mine.py:net": (2, "no data set given"),
+    "-d mine.py:data": (2, "no model given"),
     "runs/step-0.pt -m mine.py:net,width=4 -d mine.py:data": (1, "runs/step-0.pt does not fit"),
     "more.pt -m mine.py:net -d mine.py:data": (1, "or give --ignore-unexpected"),
     "runs/step-0.pt -m mine.py:net -d mine.py:data --rename x=y": (2, "no tensor of runs/step-0.p"),

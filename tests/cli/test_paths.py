@@ -196,13 +196,13 @@ def test_stems_are_named_after_the_command_and_the_ends(
         ("trajectory a.pt b.pt a.pt", 2, "no straight line between them"),
         ("trajectory path absent.pt b.pt", 1, "absent.pt"),
         ("trajectory empty", 1, "the folder empty contains no checkpoints"),
-        ("trajectory path --residuals 1", 2, "--residuals 1 is no surface"),
+        ("trajectory path --residuals 1", 2, "--residuals 1 is not a surface"),
         ("trajectory path --reach -1", 2, "--reach -1.0 is no multiple"),
         ("trajectory path other.pt b.pt", 1, "other.pt does not fit the model"),
         ("plane a.pt b.pt", 2, "one checkpoint or three, and got 2"),
         ("plane a.pt b.pt b.pt", 2, "B and C have the same parameters"),
         ("plane --pca a.pt b.pt", 2, "with --pca three checkpoints or more"),
-        ("plane a.pt --points 1", 2, "--points 1 is no plane"),
+        ("plane a.pt --points 1", 2, "--points 1 is not a plane"),
         ("plane a.pt --range 1 1", 2, "--range 1.0 1.0 is empty"),
         ("plane a.pt b.pt other.pt", 1, "other.pt does not fit the model"),
         ("plot line.csv way.csv", 2, "have no axes in common"),
@@ -241,7 +241,7 @@ def test_results_of_another_path_are_kept(losscli: Losscli, folder: Path, path: 
     assert losscli(*run).status == 0
     done = losscli(*run[:-1], "3")
     assert done.status == 1
-    assert "holds the results of another run" in done.stderr
+    assert "contains the results of another run" in done.stderr
     assert losscli(*run[:-1], "3", "--force").status == 0
 
 
@@ -250,7 +250,7 @@ def test_further_tables_of_another_run_are_kept_too(losscli: Losscli, folder: Pa
     before = Path("run.path.csv").read_bytes()
     done = losscli("plane", "a.pt", "-o", "run", "--no-figure", "--points", 2)
     assert done.status == 1
-    assert "run.path.csv holds the results of another run" in done.stderr
+    assert "run.path.csv contains the results of another run" in done.stderr
     assert Path("run.path.csv").read_bytes() == before
 
 

@@ -251,7 +251,7 @@ def test_files_of_arrays_scale_nothing_else(dtype: torch.dtype, tmp_path: Path) 
 
 def test_scale_is_true_or_false(tmp_path: Path) -> None:
     spec = array_file("npz", tmp_path, values(torch.uint8))
-    with pytest.raises(SpecError, match=r"scale=1 is neither true nor false\. Write scale=true"):
+    with pytest.raises(SpecError, match=r"scale=1 must be true or false\. Write scale=true"):
         load(f"{spec},scale=1", trusted=False)
 
 

@@ -831,7 +831,7 @@ def test_the_command_gives_the_same_table_streamed_and_from_memory(
         held = losses(code / f"held-{'coming' if data == 'coming' else 'plain'}.csv")
         assert losses(code / f"{data}.csv") == held
     notes = json.loads((code / "plain.json").read_text())["notes"]
-    assert "train: decoded anew in each pass over the data" in notes
+    assert "train: decoded again in each pass over the data" in notes
     assert not any(note.startswith("test:") for note in notes)
     assert json.loads((code / "held-plain.json").read_text())["notes"] == []
 
@@ -839,7 +839,7 @@ def test_the_command_gives_the_same_table_streamed_and_from_memory(
 def test_a_dry_run_tells_what_is_streamed_and_how_often(losscli: Losscli, code: Path) -> None:
     done = interpolate(losscli, "plain", "--dry-run")
     assert "passes       3 over the data" in done.stdout
-    assert "in memory    0.0 MiB of data, not train: decoded anew in each pass" in done.stdout
+    assert "in memory    0.0 MiB of data, not train: decoded again in each pass" in done.stdout
     told = json.loads(interpolate(losscli, "plain", "--dry-run", "--json", "--derivatives").stdout)
     assert told["streamed"] is True
     assert told["streamed_splits"] == ["train"]
@@ -857,7 +857,7 @@ def test_a_limit_of_what_is_iterated_is_its_first_examples_and_told(
     assert done.status == 0
     told = json.loads(done.stdout)
     assert told["examples"] == {"train": 100}
-    note = "train: iterated anew in each pass over the data; a part of it is its first examples"
+    note = "train: iterated again in each pass over the data; a part of it is its first examples"
     assert any(n.startswith(note) for n in told["notes"])
     done = interpolate(losscli, "coming", "--sampling-error", 10, "-o", "sampled", "--json")
     assert done.status == 0

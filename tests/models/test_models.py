@@ -165,7 +165,7 @@ def test_sizes_that_are_no_layers_are_refused_with_an_example(sizes: Any) -> Non
         (CNN, "16", {"channels": float("inf")}, "cnn"),
         (CNN, "16", {"classes": -2}, "cnn"),
         (CNN, "16", {"classes": "ten"}, "cnn"),
-        (CNN, "16", {"batchnorm": "False"}, "batchnorm=False is neither true nor false. Write"),
+        (CNN, "16", {"batchnorm": "False"}, "batchnorm=False must be true or false. Write"),
     ],
 )
 def test_keys_that_make_no_model_are_refused(

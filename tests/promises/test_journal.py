@@ -543,7 +543,7 @@ def test_a_second_run_is_refused_until_the_first_is_gone_however(stem: Path, pat
             with pytest.raises(OutputError) as error:
                 begin(stem, told={})
             assert str(error.value) == (
-                f"{path} is held by another run (process {process.pid}), which writes the same "
+                f"{path} is held by another run (process {process.pid}) that writes the same "
                 "results. Wait for that run to end, or choose another --out"
             )
             process.send_signal(signal.SIGKILL)
@@ -579,7 +579,7 @@ def test_the_holder_is_told_no_better_than_it_is_known(
                 file.write(text.ljust(110))
             with pytest.raises(OutputError) as error:
                 begin(stem)
-            assert str(error.value).startswith(f"{path} is held by another run{told}, which")
+            assert str(error.value).startswith(f"{path} is held by another run{told} that")
 
 
 def test_a_file_that_is_removed_before_its_lock_is_had_does_not_fool(
@@ -862,11 +862,11 @@ def test_a_link_is_not_followed(stem: Path, path: Path, tmp_path: Path) -> None:
 
 def test_a_folder_and_a_pipe_are_no_journals(stem: Path, path: Path) -> None:
     path.mkdir()
-    with pytest.raises(OutputError, match="is a folder, and a run's journal"):
+    with pytest.raises(OutputError, match="is a folder, but a run's journal"):
         begin(stem)
     path.rmdir()
     os.mkfifo(path)
-    with pytest.raises(OutputError, match="is a pipe, and a run's journal"):
+    with pytest.raises(OutputError, match="is a pipe, but a run's journal"):
         begin(stem)
 
 

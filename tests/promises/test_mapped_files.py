@@ -48,7 +48,7 @@ def test_a_file_that_is_cut_off_is_one_line_and_no_bus_error(
     if cut:
         assert status == 1
         assert told.read_text() == (
-            f"losscli: {file} was cut off while it was looked at. "
+            f"losscli: {file} was truncated while losscli read it. "
             "Run again when no program writes to it\n"
         )
     else:

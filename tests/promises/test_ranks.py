@@ -349,7 +349,7 @@ def test_streamed_data(more: Path, losscli: Losscli, monkeypatch: pytest.MonkeyP
     assert [outcome.status for outcome in (*plain, *first, *other)] == [0] * 9, (plain, first)
     for of in ("line", "pairs", "points"):
         notes = summary(f"two{of}")["notes"]
-        assert any("decoded anew in each pass" in note for note in notes)
+        assert any("decoded again in each pass" in note for note in notes)
         assert notes == summary(f"one{of}")["notes"]
         assert_same(f"one{of}.csv", f"two{of}.csv")
 

@@ -131,7 +131,7 @@ def test_an_inspection_is_saved_and_loaded_too(folder: Path, losscli: Losscli) -
     assert Path("py.png").read_bytes() == Path("cli.png").read_bytes()
     loaded = library.load("py.csv")
     assert (loaded.table, to_json(loaded.summary)) == (result.table, to_json(result.summary))
-    with pytest.raises(OutputError, match=r"py\.csv holds the results of another run"):
+    with pytest.raises(OutputError, match=r"py\.csv contains the results of another run"):
         result.save("py")  # its summary has no identity that would be the same
     assert result.save("py", force=True)
 
@@ -145,7 +145,10 @@ REFUSED: dict[str, tuple[Callable[[Result[Any]], object], str]] = {
     "a folder": (lambda line: line.save("sub/"), "'sub/' is a folder, not a stem of file names"),
     "no path": (lambda line: line.save(3), "stem must be a path, not 3"),
     "no figure": (lambda line: line.save("x", figure=3), "figure must be a path, not 3"),
-    "no suffix": (lambda line: line.save("x", figure="y.jpg"), "y.jpg has no suffix of a picture"),
+    "no suffix": (
+        lambda line: line.save("x", figure="y.jpg"),
+        "y.jpg does not have the suffix of a figure",
+    ),
     "both": (lambda line: line.save("x", figure="x.png", no_figure=True), "contradict each other"),
     "a typo": (
         lambda line: line.save("x", forec=True),
@@ -191,7 +194,7 @@ def test_results_of_another_run_are_not_overwritten(line: Result[Any]) -> None:
     line.save("x", no_figure=True)  # the same run
     written = files("x")
     other = library.interpolate("b.pt", "a.pt", points=3, range=(0, 1))
-    with pytest.raises(OutputError, match=r"x\.csv holds the results of another run"):
+    with pytest.raises(OutputError, match=r"x\.csv contains the results of another run"):
         other.save("x")
     assert files("x") == written
     other.save("x", force=True, no_figure=True)

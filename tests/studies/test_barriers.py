@@ -391,7 +391,7 @@ def test_every_checkpoint_is_held_against_the_sweep(
         return found
 
     monkeypatch.setattr(verification, "sweep", wrong)
-    with pytest.raises(ModelError, match="the sweep does not meet the checkpoints"):
+    with pytest.raises(ModelError, match="the sweep does not reproduce the checkpoints"):
         plan.run()
     assert Barriers.plan(files[:3], Settings(**options(RELU)), points=POINTS).run().table.rows
 
@@ -451,7 +451,7 @@ def test_files_text_and_json(several: Path, losscli: Losscli) -> None:
     assert len(summary["alphas"]) == 11
     other = losscli("barriers", "a.pt", "b.pt", "c.pt", "-o", "out", "--points", 5)
     assert other.status == 1
-    assert "holds the results of another run" in other.stderr
+    assert "contains the results of another run" in other.stderr
 
 
 def test_the_text_of_many_checkpoints_names_them(several: Path, losscli: Losscli) -> None:
@@ -462,7 +462,7 @@ def test_the_text_of_many_checkpoints_names_them(several: Path, losscli: Losscli
     assert done.status == 0
     assert "11 checkpoints, 55 pairs, 3 points each" in done.stdout
     assert "between many-" in done.stdout
-    assert "of 55 pairs: no point seen lies above the chord" in done.stdout
+    assert "of 55 pairs: never above the straight line between the two losses" in done.stdout
     assert "to 10" not in done.stdout
 
 

@@ -822,7 +822,7 @@ class Caching(nn.Module):
 def test_a_model_that_keeps_what_it_computed_from_its_weights_is_refused() -> None:
     torch.manual_seed(0)
     data = {"all": (torch.randn(20, 6), torch.arange(20) % 3)}
-    with pytest.raises(ModelError, match="It keeps something from the weights it had before"):
+    with pytest.raises(ModelError, match="It keeps state computed from earlier weights"):
         losscli.check(Caching().state_dict(), model=Caching, data=data)
 
 

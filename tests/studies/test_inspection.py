@@ -68,7 +68,7 @@ def test_inspect_keeps_other_pictures(losscli: Losscli, folder: Path) -> None:
     Path("x.png").write_bytes(b"a photograph")
     refused = losscli("inspect", "a.pt", "--figure", "x.png", "--figure", "y.svg")
     assert (refused.status, refused.stdout) == (1, "")
-    assert "x.png is another picture" in refused.stderr
+    assert "x.png is another figure" in refused.stderr
     assert Path("x.png").read_bytes() == b"a photograph"
     assert not Path("y.svg").exists()
     assert losscli("inspect", "a.pt", "--figure", "x.png", "--force").status == 0
@@ -149,7 +149,9 @@ def test_of_equal_losses_the_first_counts_and_those_not_finite_do_not(
     assert done.status == 0
     first, second = done.stderr.splitlines()
     assert first.startswith("note: α = 0.25, ")
-    assert second.startswith("note: no summary lies beside x.csv: A and B are not held against it")
+    assert second.startswith(
+        "note: x.csv has no summary beside it: A and B are not compared with it"
+    )
     assert losscli(*BEST, "--best", "t", "-q", "--force").stderr == ""
 
 
@@ -166,7 +168,7 @@ ERRORS = {
     "another table": (
         "--best train --csv x.blocks.csv",
         2,
-        "--csv x.blocks.csv is no table of interpolate",
+        "--csv x.blocks.csv is not a table of interpolate",
     ),
     "no split": ("--best val --csv x.csv", 2, "x.csv has no split 'val'. Its splits: train, test"),
     "nothing finite": ("--best t --csv nan.csv", 1, "nan.csv has no finite loss on t"),
@@ -183,7 +185,7 @@ ERRORS = {
     "of another type": (
         "--best t --csv typed.csv",
         1,
-        "typed.json does not hold what losscli writes: seed is not a whole number. Move it away",
+        "typed.json was not written by losscli: seed is not a whole number. Move it away",
     ),
     "of three checkpoints": (
         "--best t --csv three.csv",

@@ -388,7 +388,7 @@ def test_a_block_that_does_not_meet_its_end_stops_the_run(
         return line, {name: tensor * 1.1 for name, tensor in end.items()}
 
     monkeypatch.setattr(Interpolation, "_block_line", wrong)
-    with pytest.raises(ModelError, match="does not meet the checkpoints"):
+    with pytest.raises(ModelError, match="does not reproduce the checkpoints"):
         library.interpolate("a.pt", "b.pt", points=3, layerwise=True)
 
 
@@ -409,7 +409,7 @@ def test_the_command_writes_the_blocks_and_tells_of_each(losscli: Losscli, folde
     done = losscli(*LAYERWISE, "--figure", "x.png", "--figure", "x.svg")
     assert done.status == 0
     assert "x.blocks.csv" in done.stderr
-    assert "each block alone, all others at A" in done.stdout
+    assert "each block alone, the others at A" in done.stdout
     found = Table.read(Path("x.blocks.csv"))
     assert found.columns == ("block", "alpha", "split", "loss", "loss_stderr", "accuracy")
     assert command_of(found.columns) is None

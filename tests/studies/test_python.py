@@ -243,7 +243,7 @@ def test_a_module_names_the_model_where_nothing_else_does() -> None:
     assert a.training
     named = losscli.interpolate(a, b, model=f"mlp:{SIZES}", **options)
     assert numbers(result) == numbers(named)
-    with pytest.raises(UsageError, match="no model is named"):
+    with pytest.raises(UsageError, match="no model given"):
         losscli.interpolate(a.state_dict(), b, **options)
 
 

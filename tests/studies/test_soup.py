@@ -362,7 +362,7 @@ def test_a_result_saves_what_the_command_line_writes(
     other = ["soup", *relatives[1:], "--greedy", "test", "-o", "cli.safetensors"]
     done = losscli(*other)
     assert (done.status, done.stdout) == (1, "")
-    assert "cli.csv holds the results of another run" in done.stderr
+    assert "cli.csv contains the results of another run" in done.stderr
     assert losscli(*other, "--force", "--json").status == 0
 
 

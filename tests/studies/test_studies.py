@@ -77,7 +77,7 @@ def test_the_table_holds_the_losses_of_a_plain_float64_loop(case: Case, tmp_path
         np.testing.assert_allclose(error, oracle.standard_error(expected), rtol=1e-9)
     assert result.summary["endpoint_difference"] <= 1e-12
     # With BatchNorm, a variance may be below zero beyond the ends.
-    assert not any("does not meet" in note for note in result.summary["notes"])
+    assert not any("does not reproduce" in note for note in result.summary["notes"])
 
 
 def test_the_ends_have_the_loss_of_the_checkpoints_to_the_last_bit(folder: Path) -> None:
