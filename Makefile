@@ -1,4 +1,4 @@
-# The two commands of a newcomer are `make demo` and `make test`; both make .venv if need be.
+# Begin with `make demo` and `make test`; all targets make .venv if needed.
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -9,9 +9,12 @@ VISION := torchvision==0.28.0 timm==1.0.31
 CURVLINOPS := curvlinops-for-pytorch==3.0.1 backpack-for-pytorch einops einconv linear_operator \
 	opt-einsum jaxtyping wadler-lindig tqdm
 
-.PHONY: demo test stress check samples gallery bench readme golden clean
+.PHONY: help demo test stress check samples gallery bench readme golden clean
 
-demo: .venv/installed
+help: ## List the targets
+	@sed -n 's/^\([a-z]*\):.* ## /\1\t/p' Makefile | expand -t 10
+
+demo: .venv/installed ## Draw a first picture
 	$(BIN)/losscli interpolate $(SAMPLES)/relu/init.pt $(SAMPLES)/relu/final.pt -o demo --force
 	@echo "The picture is $(CURDIR)/demo.png"
 
@@ -20,44 +23,38 @@ demo: .venv/installed
 # what they compute, and takes tests from another when it is done. The compiled tests are kept.
 PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -q -n auto --dist worksteal
 
-test: .venv/installed
+test: .venv/installed ## Run the tests
 	$(PYTEST)
 
-# The full counts of which `make test` takes a sample.
-stress: .venv/installed
+stress: .venv/installed ## Run the other cases and the full counts, of which `make test` takes a sample
 	$(PYTEST) -m stress
 
-check: .venv/installed
+check: .venv/installed ## Run the linters and the type checker, and check the READMEs
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python -m tests.readme --check
 
-# Trains the runs in sample_checkpoints again.
-samples: .venv/installed
+samples: .venv/installed ## Train the runs in sample_checkpoints again
 	$(BIN)/python $(SAMPLES)/train.py
 
-# Draws the README's pictures again.
-gallery: .venv/installed
+gallery: .venv/installed ## Redraw the pictures of the READMEs
 	$(BIN)/python -m tests.readme --gallery
 
-# Writes the help texts into the README again.
-readme: .venv/installed
+readme: .venv/installed ## Write help texts and measurements into the README
 	$(BIN)/python -m tests.readme
 
-# Measures losscli beside what else there is, and writes the README's table and figure again.
-bench: .venv/installed
+bench: .venv/installed ## Compare the speed with other tools, for the table and figure of the README
 	$(BIN)/python -m pip install -q -e '.[bench]'
 	$(BIN)/python -m pip install -q --no-deps $(CURVLINOPS)
 	$(BIN)/python -m tests.benchmarks
 	$(BIN)/python -m tests.readme
 
-# Draws the pictures that the tests compare with again, from their stored tables.
-golden: .venv/installed
+golden: .venv/installed ## Redraw the pictures that the tests compare with, from stored tables
 	LOSSCLI_REGENERATE_GOLDEN=1 $(BIN)/python -m pytest -q tests/plotting
 
-clean:
+clean: ## Remove .venv and what is built or cached
 	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 
 .venv/installed: pyproject.toml

@@ -1,7 +1,7 @@
-"""The README's moving parts: its help texts, measurements, commands and pictures.
+"""What changes in the READMEs with the code: help texts, measurements, commands and pictures.
 
 ``python -m tests.readme`` writes the texts and the table of measurements again, ``--check`` says
-whether they are in step, ``--gallery`` runs every command and keeps the pictures that are shown.
+whether they are up to date, ``--gallery`` runs all commands and keeps the pictures that are shown.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from tests.benchmarks.draw import table
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
+# In the order in which their commands run: a page may use the results of those before it.
+PAGES = (README, ROOT / "sample_checkpoints" / "README.md", ROOT / "tests" / "README.md")
 GALLERY = ROOT / "sample_checkpoints" / "gallery"
 
 MEASURED = ROOT / "tests" / "benchmarks" / "results" / "cpu.json"
@@ -28,11 +30,13 @@ _SPEED = re.compile(r"(<!-- speed -->\n).*?(<!-- end -->\n)", re.DOTALL)
 _ALL_POINTS = re.compile(r"^losscli (interpolate|plane|around|barriers)(?!.*--points)")
 _STUDY = re.compile(r"^losscli (interpolate|trajectory|plane|around|barriers|check|sharpness)")
 _WHOLE_PATH = re.compile(r"^(losscli (?:check|sharpness) )(\S+)/path")
+_CODE = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
+_FOLDED = re.compile(r"(<details.*?</summary>).*?</details>", re.DOTALL)
 _HELP = re.compile(r"(<!-- (losscli [a-z ]*--help) -->\n```text\n).*?(```\n)", re.DOTALL)
 
 
 def in_step(text: str, *first: Path) -> str:
-    """The README with every help text and every measurement as it is now."""
+    """A page with every help text and every measurement as it is now."""
     text = _HELP.sub(lambda m: m[1] + help_text(m[2], *first).strip("\n") + "\n" + m[3], text)
     found = json.loads(MEASURED.read_text(encoding="utf-8"))
     return _SPEED.sub(lambda m: f"{m[1]}\n{table(found)}\n{m[2]}", text)
@@ -49,11 +53,21 @@ def help_text(command: str, *first: Path) -> str:
     return "\n".join(line.rstrip() for line in done.stdout.splitlines())
 
 
+def all_pages() -> str:
+    """The text of all pages."""
+    return "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
+
+
+def visible(text: str) -> str:
+    """A page as it is first seen: of folded blocks only the summaries."""
+    return _FOLDED.sub(r"\1", text)
+
+
 def commands(text: str) -> list[str]:
-    """What stands behind a $ in the README's console blocks."""
+    """The commands after a $ in console blocks; one that is repeated runs once."""
     blocks = re.findall(r"```console\n(.*?)```", text, re.DOTALL)
     lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
-    return [line.removeprefix("$ ") for line in lines if line.startswith("$ ")]
+    return list(dict.fromkeys(line.removeprefix("$ ") for line in lines if line.startswith("$ ")))
 
 
 def sample(commands: list[str]) -> list[str]:
@@ -85,14 +99,41 @@ def _with_end(command: re.Match[str]) -> str:
 
 
 def programs(text: str) -> dict[str, str]:
-    """The README's Python files and scripts, by the name in their first line."""
+    """The Python files and scripts in a text, by the name in their first line."""
     named = r"```(?:python|sh)\n(?:#!/bin/bash\n)?# (\w+\.\w+)\n(.*?)```"
     return dict(re.findall(named, text, re.DOTALL))
 
 
 def pictures(text: str) -> list[str]:
-    """The files of the pictures that the README shows."""
-    return re.findall(r"!\[[^\]]*\]\(sample_checkpoints/gallery/(\w+\.(?:png|gif))\)", text)
+    """The files of the gallery that a text shows."""
+    shown = r"!\[[^\]]*\]\((?:sample_checkpoints/)?gallery/(\w+\.(?:png|gif))\)"
+    return list(dict.fromkeys(re.findall(shown, text)))
+
+
+def links(page: Path) -> list[tuple[Path, str]]:
+    """The files and places in them that a page refers to, without those on the web."""
+    found = re.findall(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", _without_code(page))
+    return [(page.parent / file if file else page, place) for file, place in found]
+
+
+def places(page: Path) -> set[str]:
+    """The places of a page that a link can name: its headings, as GitHub does it, and its ids."""
+    text = _without_code(page)
+    headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    slugs = {re.sub(r"[^\w -]", "", line.lower()).replace(" ", "-") for line in headings}
+    return slugs | set(re.findall(r'<details id="([\w-]+)">', text))
+
+
+def _without_code(page: Path) -> str:
+    return _CODE.sub("", page.read_text(encoding="utf-8"))
+
+
+def tests_named(text: str) -> list[tuple[str, str]]:
+    """The files and functions of the tests that a text names; ``::`` continues a file."""
+    found: list[tuple[str, str]] = []
+    for file, function in re.findall(r"`(test_\w+\.py)?::(test_\w+)`", text):
+        found.append((file or found[-1][0], function))
+    return found
 
 
 def environment(*first: Path) -> dict[str, str]:
@@ -103,7 +144,7 @@ def environment(*first: Path) -> dict[str, str]:
 
 
 def prepare(folder: Path, text: str) -> None:
-    """Makes a folder in which the README's commands run."""
+    """Makes a folder in which the commands of a text run."""
     (folder / "sample_checkpoints").symlink_to(ROOT / "sample_checkpoints")
     for name, program in programs(text).items():
         (folder / name).write_text(program, encoding="utf-8")
@@ -121,7 +162,7 @@ def run(command: str, folder: Path, *first: Path) -> subprocess.CompletedProcess
 
 
 def redraw_gallery() -> None:
-    text = README.read_text(encoding="utf-8")
+    text = all_pages()
     GALLERY.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -139,12 +180,13 @@ def main(arguments: list[str]) -> None:
     if arguments == ["--gallery"]:
         redraw_gallery()
         return
-    text = README.read_text(encoding="utf-8")
-    if arguments == ["--check"]:
-        if in_step(text) != text:
-            sys.exit("README.md is not in step with --help or the measurements: run make readme")
-    else:
-        README.write_text(in_step(text), encoding="utf-8")
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        if arguments != ["--check"]:
+            page.write_text(in_step(text), encoding="utf-8")
+        elif in_step(text) != text:
+            name = page.relative_to(ROOT)
+            sys.exit(f"{name} does not match --help or the measurements: run make readme")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
-"""The README tells the truth: its commands run, its pictures are there, its help is that of now."""
+"""The READMEs are correct: commands run, pictures, links and named tests exist, help is current."""
 
 from __future__ import annotations
 
 import re
+import shutil
 import tomllib
 from importlib.metadata import version
 from pathlib import Path
@@ -12,11 +13,16 @@ import pytest
 from losscli.cli.app import NAMES
 from tests import readme
 
-TEXT = readme.README.read_text(encoding="utf-8")
+TEXT = readme.all_pages()
 COMMANDS = readme.commands(TEXT)
 SAMPLE = readme.sample(COMMANDS)
 PROJECT = tomllib.loads((readme.ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 DEV = PROJECT["optional-dependencies"]["dev"]
+
+
+def without_numbers(text: str) -> str:
+    """The words of a text, since the last digits of numbers depend on the machine."""
+    return re.sub(r"[\d.e-]*\d", "0", text)
 
 
 @pytest.mark.parametrize(
@@ -34,6 +40,8 @@ def test_the_commands_run_and_draw_the_pictures(
     for command in commands:
         done = readme.run(command, tmp_path, at_hand)
         assert done.returncode == 0, (command, done.stderr)
+        if command == COMMANDS[0] and commands is COMMANDS:
+            assert without_numbers(done.stdout) in without_numbers(TEXT)
     names = [
         name
         for name in readme.pictures(TEXT)
@@ -46,8 +54,47 @@ def test_the_commands_run_and_draw_the_pictures(
 
 
 def test_every_picture_is_there() -> None:
-    for name in readme.pictures(TEXT):
+    shown = readme.pictures(TEXT)
+    assert len(shown) > 20
+    for name in shown:
         assert 0 < (readme.GALLERY / name).stat().st_size < 500_000
+
+
+def test_the_main_page_is_read_in_one_sitting() -> None:
+    text = readme.README.read_text(encoding="utf-8")
+    assert text.count("<details") == text.count("</details>") > 20
+    assert len(readme.visible(text).splitlines()) <= 350
+
+
+@pytest.mark.parametrize("page", readme.PAGES, ids=lambda page: f"{page.relative_to(readme.ROOT)}")
+def test_every_link_leads_somewhere(page: Path) -> None:
+    links = readme.links(page)
+    assert links
+    for file, place in links:
+        assert file.exists(), file
+        if place:
+            assert place in readme.places(file), (file, place)
+
+
+def test_every_promise_names_tests_that_exist() -> None:
+    named = readme.tests_named(TEXT)
+    assert len(named) > 60
+    there = {
+        (path.name, name)
+        for path in (readme.ROOT / "tests").rglob("test_*.py")
+        for name in re.findall(r"^def (test_\w+)", path.read_text(encoding="utf-8"), re.MULTILINE)
+    }
+    assert set(named) <= there, set(named) - there
+
+
+@pytest.mark.skipif(not shutil.which("make"), reason="no make")
+def test_make_help_has_a_line_for_each_target() -> None:
+    targets = re.search(r"^\.PHONY: (.*)$", (readme.ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert targets
+    done = readme.run("make -s help", readme.ROOT)
+    assert sorted(line.split()[0] for line in done.stdout.splitlines()) == sorted(
+        targets[1].split()
+    )
 
 
 @pytest.mark.skipif(
