@@ -253,9 +253,11 @@ def _slope_at_b(at: Slope, length: float) -> str:
     if not math.isfinite(slope):
         return f"{text}whether B is stationary along the line is not known"
     if abs(slope) <= _STATIONARY:
-        return f"{text}stationary along the line, to {_STATIONARY:g}per unit of length"
+        return f"{text}stationary along the line, to {_STATIONARY:g} per unit of length"
     verb = "falls" if slope < 0 else "rises"
-    return f"{text}not stationary: the loss {verb} by {format_number(abs(slope))}per unit of length"
+    return (
+        f"{text}not stationary: the loss {verb} by {format_number(abs(slope))} per unit of length"
+    )
 
 
 def _extrema(which: str, extrema: Sequence[Extremum], low: float, high: float) -> tuple[str, str]:

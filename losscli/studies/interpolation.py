@@ -175,7 +175,7 @@ class Interpolation(Study):
         """
         begun = time.perf_counter()
         if refine is not None and not 0 < refine < 1:
-            raise UsageError(f"--refine {refine} must be between 0 and 1", "Give 0.001")
+            raise UsageError(f"--refine must be between 0 and 1, not {refine}", "Give 0.001")
         if settings.sampling_error is not None and (derivatives or refine is not None):
             option = "--derivatives" if derivatives else "--refine"
             raise UsageError(

@@ -424,7 +424,7 @@ def _check(settings: Settings) -> None:
         )
     if settings.sampling_error is not None and not 0 < settings.sampling_error < math.inf:
         raise UsageError(
-            f"--sampling-error {settings.sampling_error} must be between 0 and 1", "Give 0.01"
+            f"--sampling-error must be above 0, not {settings.sampling_error}", "Give 0.01"
         )
     if settings.limit is not None and settings.limit < 1:
         raise UsageError(f"--limit {settings.limit} leaves no examples", "Give 1 or more")

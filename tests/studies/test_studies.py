@@ -668,7 +668,7 @@ def test_standard_errors_of_a_sample_cover_the_truth_as_often_as_they_say(folder
 
 @pytest.mark.parametrize("tolerance", [0.0, -1.0, math.inf, math.nan])
 def test_a_sampling_error_that_is_no_share_is_refused(tolerance: float, folder: Path) -> None:
-    with pytest.raises(UsageError, match="no share of a height"):
+    with pytest.raises(UsageError, match="must be above 0, not"):
         losscli.interpolate("a.pt", "b.pt", sampling_error=tolerance)
 
 
