@@ -239,7 +239,7 @@ def test_results_of_another_run_are_kept(losscli: Losscli, folder: Path) -> None
         (["interpolate", "a.pt", "b.pt", "-o", ""], 2, "is a folder"),
         (["interpolate", "a.pt", "b.pt", "-o", "."], 2, "is a folder"),
         (["interpolate", "a.pt", "b.pt", "-o", "x/"], 2, "is a folder"),
-        (["interpolate", "a.pt", "b.pt", "--seed", "9" * 30], 2, "no seed"),
+        (["interpolate", "a.pt", "b.pt", "--seed", "9" * 30], 2, "not a seed"),
         (["interpolate", "a.pt", "b.pt", "-d", "leaves.py:data"], 1, "SystemExit"),
         (
             ["interpolate", "a.pt", "b.pt", "-o", "a.pt/x"],

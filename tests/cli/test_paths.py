@@ -197,7 +197,7 @@ def test_stems_are_named_after_the_command_and_the_ends(
         ("trajectory path absent.pt b.pt", 1, "absent.pt"),
         ("trajectory empty", 1, "the folder empty contains no checkpoints"),
         ("trajectory path --residuals 1", 2, "--residuals 1 is not a surface"),
-        ("trajectory path --reach -1", 2, "--reach -1.0 is no multiple"),
+        ("trajectory path --reach -1", 2, "--reach -1.0 is not a multiple"),
         ("trajectory path other.pt b.pt", 1, "other.pt does not fit the model"),
         ("plane a.pt b.pt", 2, "one checkpoint or three, and got 2"),
         ("plane a.pt b.pt b.pt", 2, "B and C have the same parameters"),

@@ -396,7 +396,7 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str, int, str]] = {
         "size=0 is not a number of pixels",
     ),
     "size=x": (lambda f: write(f / "a" / "1.png"), ",size=true", 2, "size=True is not a number"),
-    "grayscale": (lambda f: write(f / "a" / "1.png"), ",grayscale=1", 2, "neither true nor false"),
+    "grayscale": (lambda f: write(f / "a" / "1.png"), ",grayscale=1", 2, "must be true or false"),
     "crop": (lambda f: write(f / "a" / "1.png"), ",crop=3", 2, "It takes size, grayscale, mean"),
     "nothing": (lambda f: f.rmdir(), "", 1, "there is no folder images"),
 }

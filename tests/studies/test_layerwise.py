@@ -447,8 +447,8 @@ def test_a_dry_run_counts_the_blocks(losscli: Losscli, folder: Path) -> None:
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--refine", "0.01"], "--refine looks closer at one curve"),
-        (["--derivatives"], "--derivatives looks closer at one curve"),
+        (["--refine", "0.01"], "--refine refines one curve"),
+        (["--derivatives"], "--derivatives refines one curve"),
         (["--context", "whole.csv"], "two pictures. Leave one of them out"),
         (["--only", "layers.0.*"], "one block to move, layers.0, and compares blocks"),
         (["--only", "layers.1.weight"], "one block to move, layers.1, and"),

@@ -356,7 +356,7 @@ def test_a_model_whose_weights_can_only_be_loaded_is_loaded_at_every_point(folde
 def test_a_model_that_keeps_something_of_its_first_weights_is_refused(tmp_path: Path) -> None:
     case = Case("remembering", foreign.Remembering, torch.rand(9, 4), torch.arange(9) % 3)
     a, b = save(case, tmp_path)
-    with pytest.raises(ModelError, match="another loss at a point"):
+    with pytest.raises(ModelError, match="after the model was at another point"):
         losscli.interpolate(a, b, model=case.build, data={"all": (case.inputs, case.targets)})
 
 
@@ -461,8 +461,8 @@ def test_a_model_that_returns_no_tensor_says_so(folder: Path) -> None:
         ({"only": ("conv*",)}, UsageError, "matches none"),
         ({"except_": ("*",)}, UsageError, "no tensor to move"),
         ({"points": 0}, UsageError, "nothing to evaluate"),
-        ({"seed": -1}, UsageError, "no seed"),
-        ({"seed": 1 << 80}, UsageError, "no seed"),
+        ({"seed": -1}, UsageError, "not a seed"),
+        ({"seed": 1 << 80}, UsageError, "not a seed"),
         ({"range": (0.0, 1e308)}, UsageError, "beyond what float32"),
         ({"range": (1.0, 1.0)}, UsageError, "empty"),
         ({"range": (1.0, 0.0)}, UsageError, "reversed"),

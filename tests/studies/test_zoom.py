@@ -170,8 +170,8 @@ def test_the_ends_stay_exact_where_points_are_looked_at_again(tmp_path: Path) ->
     [
         ({"refine": 0.0}, "--refine must be between 0 and 1, not 0.0"),
         ({"refine": 1.5}, "--refine must be between 0 and 1, not 1.5"),
-        ({"refine": 0.1, "sampling_error": 0.1}, "--refine looks closer"),
-        ({"derivatives": True, "sampling_error": 0.1}, "--derivatives looks closer"),
+        ({"refine": 0.1, "sampling_error": 0.1}, "--refine needs all examples"),
+        ({"derivatives": True, "sampling_error": 0.1}, "--derivatives needs all examples"),
     ],
 )
 def test_options_that_make_no_sense_are_refused(
