@@ -123,7 +123,7 @@ def test_plot_draws_the_same_bytes_again(losscli: Losscli, folder: Path, suffix:
     assert Path(f"x{suffix}").read_bytes() == before
     other = losscli("plot", "x.csv", "--figure", f"x{suffix}", "--title", "Something else")
     assert other.status == 1
-    assert "another picture" in other.stderr
+    assert "another figure" in other.stderr
     assert Path(f"x{suffix}").read_bytes() == before
 
 
@@ -739,7 +739,7 @@ def test_plot_names_a_summary_that_does_not_hold_what_losscli_writes(
     done = losscli("plot", "x.csv")
     assert done.status == 1
     where = ".".join(place).replace("\n", "\\n")
-    told = f"losscli: x.json was not written by losscli: {where}{fault}. Move it away"
+    told = f"losscli: x.json was not written by losscli: {where}{fault}. Move it, or"
     assert done.stderr.startswith(told)
     assert done.stderr.count("\n") == 1
     assert not Path("x.png").exists()
@@ -894,15 +894,15 @@ _CHECK += "lambda_max_error,minimal_ratio,verdict"
         (f"{_CHECK}\na,train,1,1,-1,-.1,1,.1,,saddle\n", "record 2: lambda_min_error is -0.1"),
         (
             ",".join([_LINE, *(f"m{k}" for k in range(25))]) + "\n0,train" + ",1" * 27 + "\n",
-            "x.csv: a picture has panels for 24 metrics, and not 25",
+            "x.csv: a figure can have at most 24 metrics, not 25",
         ),
         (
             _LINE + "\n" + "".join(f"0,s{k},1,1\n" for k in range(201)),
-            "a picture has room for 200 curves, and not 201. Choose fewer by --split",
+            "a figure can show at most 200 curves, not 201. Choose fewer by --split",
         ),
         (
             "x,y,split,loss,loss_stderr\n" + "".join(f"0,0,s{k},1,1\n" for k in range(25)),
-            "x.csv: a picture has panels for 24 splits, and not 25",
+            "x.csv: a figure can have at most 24 splits, not 25",
         ),
     ],
     ids=["far", "nowhere", "stderr", "examples", "error", "metrics", "curves", "panels"],

@@ -392,17 +392,17 @@ def test_derivatives_and_eigenvalues_are_recalled_and_not_found_again(
     for plan, what in (
         (
             _interpolate(derivatives=True, dtype="float64"),
-            "evaluation.line_derivatives.LineDerivatives.sums",
+            "evaluation.derivatives.line.LineDerivatives.sums",
         ),
-        (_check(10, "a.pt"), "evaluation.critical_points.Curvature"),
-        (_plane("a.pt", axes="hessian"), "evaluation.critical_points.Curvature"),
+        (_check(10, "a.pt"), "evaluation.hessian.critical_points.Curvature"),
+        (_plane("a.pt", axes="hessian"), "evaluation.hessian.critical_points.Curvature"),
         (
             _check(10, "a.pt", density=True, probes=2, lanczos=3),
-            "evaluation.curvature_probes.Probe.run",
+            "evaluation.hessian.curvature_probes.Probe.run",
         ),
         (
             _check(10, "a.pt", blocks=True, probes=2),
-            "evaluation.critical_points.CriticalPointTest.largest_eigenvalue",
+            "evaluation.hessian.critical_points.CriticalPointTest.largest_eigenvalue",
         ),
     ):
         with Journal.open(tmp_path / "run", "i", {}) as journal, monkeypatch.context() as patch:

@@ -230,6 +230,9 @@ def quantise(state: dict[str, Any]) -> None:
 
 
 def kill_a_moment(state: dict[str, Any]) -> None:
+    # Training with eps = 0 would make weights that are not finite.
+    for group in state["param_groups"]:
+        group["eps"] = 0.0
     state["state"][0]["exp_avg_sq"][0, 0] = 0
 
 
@@ -245,7 +248,7 @@ BAD: dict[str, tuple[Callable[[], None], list[str], int, str]] = {
     "no step": (lambda: save_trained("x.pt", 0), [], 1, "of x.pt has taken no step"),
     "ambiguous": (ambiguous, [], 1, "do not match those of the model in only one way"),
     "8-bit": (altered(quantise), [], 1, "quantised moments (8-bit)"),
-    "eps": (altered(kill_a_moment, eps=0.0), [], 1, "P has zeros, since eps is 0"),
+    "eps": (altered(kill_a_moment), [], 1, "P has zeros, since eps is 0"),
     "rates": (altered(raise_a_rate), [], 1, "groups of parameters with different learning rates"),
     "momentum": (
         lambda: save_trained("x.pt"),

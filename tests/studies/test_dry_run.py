@@ -188,7 +188,7 @@ def test_a_check_takes_few_products_or_many(folder: Path, monkeypatch: pytest.Mo
         assert found["product"] == {"seconds": each}
         assert found["seconds"] == pytest.approx(each * number * 53)
         assert found["seconds_at_most"] == pytest.approx(each * number * (53 + 3))
-    for module in ("studies.check", "evaluation.product_cost"):
+    for module in ("studies.check", "evaluation.hessian.product_cost"):
         monkeypatch.setattr(f"losscli.{module}.DENSE_LIMIT", 10)
     found = dry_run.estimate(plan(2), clock)
     assert found["seconds"] == pytest.approx(40 * 2 * MIN_PRODUCTS)

@@ -83,7 +83,7 @@ def test_inspect_keeps_other_pictures(losscli: Losscli, folder: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "status", "message"),
     [
-        (["a.pt", "--figure", "x.jpg"], 2, "no suffix of a picture"),
+        (["a.pt", "--figure", "x.jpg"], 2, "not have the suffix of a figure"),
         (["a.pt", "--figure", "a.pt/x.png"], 1, "a.pt is not a folder"),
         (["absent.pt", "--figure", "x.png"], 1, "no checkpoint absent.pt"),
         (["a.pt", "b.pt", "a.pt", "--figure", "x.png"], 2, "one checkpoint or two"),
@@ -185,7 +185,7 @@ ERRORS = {
     "of another type": (
         "--best t --csv typed.csv",
         1,
-        "typed.json was not written by losscli: seed is not a whole number. Move it away",
+        "typed.json was not written by losscli: seed is not a whole number. Move it, or",
     ),
     "of three checkpoints": (
         "--best t --csv three.csv",

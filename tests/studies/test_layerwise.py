@@ -449,7 +449,7 @@ def test_a_dry_run_counts_the_blocks(losscli: Losscli, folder: Path) -> None:
     [
         (["--refine", "0.01"], "--refine refines one curve"),
         (["--derivatives"], "--derivatives refines one curve"),
-        (["--context", "whole.csv"], "two pictures. Leave one of them out"),
+        (["--context", "whole.csv"], "two different figures. Leave one of them out"),
         (["--only", "layers.0.*"], "one block to move, layers.0, and compares blocks"),
         (["--only", "layers.1.weight"], "one block to move, layers.1, and"),
     ],
@@ -487,7 +487,7 @@ def test_a_table_of_blocks_is_not_that_of_a_line(losscli: Losscli, folder: Path)
     assert "Name the CSV of the line" in alone.stderr
     context = losscli("interpolate", "a.pt", "b.pt", "--context", "x.blocks.csv", "-o", "y")
     assert context.status == 2
-    assert "no table of interpolate" in context.stderr
+    assert "is not a table of interpolate" in context.stderr
     table = Table.read(Path("x.blocks.csv"))
     Path("x.blocks.csv").write_bytes(
         Table(table.columns, (*table.rows, ("layers.0", 0.77, "train", 1.0, 0.0, 0.5)))

@@ -255,7 +255,7 @@ BAD = [
     ({"density": True, "lanczos": 1}, "--lanczos must be between 2 and 10,000, not 1"),
     ({"density": True, "lanczos": 10**9}, "--lanczos must be between 2 and 10,000"),
     ({"density": True, "operator": "fisher"}, "--operator fisher is not known"),
-    ({"density": True, "sampling_error": 0.1}, "--sampling-error has no place"),
+    ({"density": True, "sampling_error": 0.1}, "--sampling-error is not available"),
 ]
 
 

@@ -216,7 +216,8 @@ def test_a_zoom_shows_where_it_lies_in_the_whole(losscli: Losscli, folder: Path)
 
 
 @pytest.mark.parametrize(
-    ("context", "text"), [("absent.csv", "absent.csv cannot be read"), ("other.csv", "no table of")]
+    ("context", "text"),
+    [("absent.csv", "absent.csv cannot be read"), ("other.csv", "is not a table of")],
 )
 def test_a_context_must_be_a_line(context: str, text: str, losscli: Losscli, folder: Path) -> None:
     Path("other.csv").write_text("a,b\r\n1,2\r\n")
