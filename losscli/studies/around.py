@@ -174,25 +174,7 @@ class Around(Study):
         basin_loss: float | None = None,
         ranks: Ranks | None = None,
     ) -> Around:
-        """Reads and matches everything, and evaluates nothing.
-
-        Args:
-            names: The checkpoints.
-            settings: The settings.
-            directions: The number of random directions.
-            along: What the directions are instead, if not random.
-            range_: The lowest and the highest coefficient.
-            points: Evenly spaced coefficients.
-            basin: The threshold of the basin as a multiple of the loss.
-            basin_loss: The threshold as a loss.
-            ranks: The processes that share the run, if there are several.
-
-        Returns:
-            The plan.
-
-        Raises:
-            LosscliError: Something is missing, broken or does not fit.
-        """
+        """Reads and matches everything, evaluates nothing. See `around` for the arguments."""
         begun = time.perf_counter()
         names = expand_folders(names)
         if not names:
@@ -286,14 +268,7 @@ class Around(Study):
         return DerivativeDirections(objective, self.moving, split, self.along, seed)
 
     def sample(self, number: int) -> tuple[Slice, Sequence[Sequence[float]]]:
-        """Takes a part of a line.
-
-        Args:
-            number: How many points are taken at once.
-
-        Returns:
-            A line from the first checkpoint, and so many points of it.
-        """
+        """Returns a line from the first checkpoint, and some points of it."""
         origin = self.problem.origin
         # Points along any direction take as long.
         return self._line(origin, origin), [(c,) for c in self._apart[:number]]
@@ -311,18 +286,7 @@ class Around(Study):
         return self._derivatives.extra_cost(len(self.norms), self.problem.origin, clock, seconds)
 
     def run(self, execution: Execution = ALONE) -> Result[AroundSummary]:
-        """Evaluates each checkpoint once, loaded plainly, and each line from it by a sweep.
-
-        Args:
-            execution: How its tasks are executed. Progress counts points.
-
-        Returns:
-            The result.
-
-        Raises:
-            LosscliError: The model or the loss fails on the data, has no derivatives along which
-                to go, gives two answers for one point, or does not fit into the memory.
-        """
+        """Evaluates each checkpoint once, loaded plainly, and each line from it by a sweep."""
         objective, settings = self.problem.objective, self.problem.settings
         with float32_precision(tf32=settings.tf32):
             swept = time.perf_counter()

@@ -105,20 +105,7 @@ class Barriers(Study):
         points: int,
         ranks: Ranks | None = None,
     ) -> Barriers:
-        """Reads and matches everything, and evaluates nothing.
-
-        Args:
-            names: The checkpoints.
-            settings: The settings.
-            points: Evenly spaced values of α.
-            ranks: The processes that share the run, if there are several.
-
-        Returns:
-            The plan.
-
-        Raises:
-            LosscliError: Something is missing, broken or does not fit.
-        """
+        """Reads and matches everything, evaluates nothing. See `barriers` for the arguments."""
         begun = time.perf_counter()
         names = expand_folders(names)
         if len(names) < 2:
@@ -176,29 +163,11 @@ class Barriers(Study):
         return {"pairs": self.slices[0]}
 
     def weights(self, t: int) -> Weights:
-        """Reads a checkpoint, which this study has done once and for all.
-
-        Args:
-            t: Its place among the names.
-
-        Returns:
-            All its tensors.
-        """
+        """Reads a checkpoint, which this study has done once and for all."""
         return self.states[t]
 
     def run(self, execution: Execution = ALONE) -> Result[BarriersSummary]:
-        """Evaluates each checkpoint once, loaded plainly, and each line between two by a sweep.
-
-        Args:
-            execution: How its tasks are executed. Progress counts points.
-
-        Returns:
-            The result.
-
-        Raises:
-            LosscliError: The model or the loss fails on the data, gives two answers for one
-                point, or does not fit into the memory.
-        """
+        """Evaluates each checkpoint once, loaded plainly, and each line between two by a sweep."""
         objective, settings = self.problem.objective, self.problem.settings
         placed = [self.problem.place(weights) for weights in self.states]
         distances: dict[tuple[int, int], float] = {}

@@ -28,6 +28,10 @@ __all__ = ["Study", "count"]
 class Study(ABC):
     """A study that is ready to run: everything is loaded and checked, nothing is evaluated.
 
+    The class method ``plan`` of each study takes the names of the checkpoints, the settings, the
+    arguments of its public function, and ``ranks``: the processes that share the run, if there are
+    several. It raises `LosscliError` if something is missing, broken or does not fit.
+
     Attributes:
         problem: The checkpoints, the model and the data.
         moving: The names of the tensors that move.

@@ -175,30 +175,7 @@ class Check(Study):
         optimizer: str | None = None,
         ranks: Ranks | None = None,
     ) -> Check:
-        """Reads and matches everything, and evaluates nothing.
-
-        Args:
-            names: The checkpoints.
-            settings: The settings.
-            tolerance: The largest gradient norm of a critical point.
-            eigenvalues: How many of either end will be found.
-            learning_rate: That of training.
-            keep_order: Whether the names stay in the order in which they are given.
-            momentum: Likewise.
-            density: Whether the spectral density will be estimated.
-            probes: The number of random vectors; None for the default.
-            lanczos: The number of Lanczos steps; None for the default.
-            operator: The matrix; None for the Hessian.
-            blocks: Whether the curvature of blocks will be computed.
-            optimizer: ``adam`` or None.
-            ranks: The processes that share the run, if there are several.
-
-        Returns:
-            The plan.
-
-        Raises:
-            LosscliError: Something is missing, broken or does not fit.
-        """
+        """Reads and matches everything, evaluates nothing. See `check` for the arguments."""
         begun = time.perf_counter()
         names, notes = order_path(names, keep_order=keep_order)
         if not names:
@@ -279,9 +256,6 @@ class Check(Study):
     def extra_description(self, description: Description) -> Description:
         """Returns the work in addition to evaluating the checkpoints.
 
-        Args:
-            description: What every study describes.
-
         Returns:
             The most Hessian-vector products, each of which costs a few passes over the data; the
             most bytes of gradients that are kept with their graphs for them; the most points along
@@ -314,11 +288,6 @@ class Check(Study):
 
     def extra_cost(self, timings: Timings, clock: Clock, seconds: float) -> CostEstimate:
         """Tells what gradients and products with the Hessian take; their number is not known.
-
-        Args:
-            timings: How fast points are evaluated.
-            clock: The clock.
-            seconds: What their evaluation takes.
 
         Returns:
             ``seconds`` for the fewest products, ``seconds_at_most`` for the most, and what a
@@ -364,18 +333,7 @@ class Check(Study):
         return "checkpoints"
 
     def run(self, execution: Execution = ALONE) -> Result[CheckSummary]:
-        """Computes gradients and eigenvalues, and decides what each checkpoint is.
-
-        Args:
-            execution: How its tasks are executed. Progress counts checkpoints.
-
-        Returns:
-            The result.
-
-        Raises:
-            LosscliError: The model or the loss fails on the data or has no derivatives, gives two
-                answers for one point, or does not fit into the memory.
-        """
+        """Computes gradients and eigenvalues, and decides what each checkpoint is."""
         objective = self.problem.objective
         names, splits = self.problem.names, list(objective.splits)
         with float32_precision(tf32=self.problem.settings.tf32):

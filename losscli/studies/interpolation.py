@@ -153,26 +153,7 @@ class Interpolation(Study):
         layerwise: bool = False,
         ranks: Ranks | None = None,
     ) -> Interpolation:
-        """Reads and matches everything, and evaluates nothing.
-
-        Args:
-            a: The checkpoint at α = 0.
-            b: The checkpoint at α = 1.
-            settings: The settings.
-            points: Evenly spaced values of α.
-            range_: The lowest and the highest α.
-            derivatives: Whether slopes and curvatures will be computed.
-            refine: The error to refine to, if any.
-            context: The table of the whole line, if it is to be drawn.
-            layerwise: Whether each block moves alone, too.
-            ranks: The processes that share the run, if there are several.
-
-        Returns:
-            The plan.
-
-        Raises:
-            LosscliError: Something is missing, broken or does not fit.
-        """
+        """Reads and matches everything, evaluates nothing. See `interpolate` for the arguments."""
         begun = time.perf_counter()
         if refine is not None and not 0 < refine < 1:
             raise UsageError(f"--refine {refine} must be between 0 and 1", "Give 0.001")
@@ -251,9 +232,6 @@ class Interpolation(Study):
     def extra_description(self, description: Description) -> Description:
         """Returns the blocks that move alone, and the passes that they and derivatives add.
 
-        Args:
-            description: What every study describes.
-
         Returns:
             The blocks, if any, and all passes over the data: a derivative takes one for each point.
         """
@@ -274,11 +252,6 @@ class Interpolation(Study):
     def extra_cost(self, timings: Timings, clock: Clock, seconds: float) -> CostEstimate:  # noqa: ARG002
         """Returns the cost of derivatives, and that refining adds points.
 
-        Args:
-            timings: How fast points are evaluated.
-            clock: The clock.
-            seconds: What their evaluation takes.
-
         Returns:
             Entries of the estimate.
         """
@@ -297,21 +270,7 @@ class Interpolation(Study):
         return estimate
 
     def run(self, execution: Execution = ALONE) -> Result[LineSummary]:
-        """Evaluates the line.
-
-        The ends are evaluated plainly, by ``load_state_dict``. The strategy of the other points is
-        verified against them on a first batch.
-
-        Args:
-            execution: How its tasks are executed. Progress counts points.
-
-        Returns:
-            The result.
-
-        Raises:
-            LosscliError: The model or the loss fails on the data, gives two answers for one
-                point, or does not fit into the memory.
-        """
+        """Evaluates both ends, loaded plainly, and the other points by a verified sweep."""
         objective, settings = self.problem.objective, self.problem.settings
         with float32_precision(tf32=settings.tf32):
             swept = time.perf_counter()
@@ -560,9 +519,6 @@ class Interpolation(Study):
 
     def kept_values(self, end: str) -> tuple[str, str]:
         """Describes values that stay at one end.
-
-        Args:
-            end: ``first`` or ``last``.
 
         Returns:
             The checkpoint of which they are, and the consequence.

@@ -170,26 +170,7 @@ class Plane(Study):
         keep_order: bool = False,
         ranks: Ranks | None = None,
     ) -> Plane:
-        """Reads and matches everything, lays the plane, and evaluates nothing.
-
-        Args:
-            names: The checkpoints.
-            settings: The settings.
-            pca: Whether they are a path.
-            points: Values of each coordinate.
-            range_: The lowest and the highest value of both coordinates.
-            surface: Whether the picture will show the surface.
-            axes: What the axes are instead of random directions.
-            path: Checkpoints and folders of them that will be projected.
-            keep_order: Whether the names of a path stay in the order in which they are given.
-            ranks: The processes that share the run, if there are several.
-
-        Returns:
-            The plan.
-
-        Raises:
-            LosscliError: Something is missing, broken or does not fit.
-        """
+        """Reads everything, lays the plane, evaluates nothing. See `plane` for the arguments."""
         begun = time.perf_counter()
         notes: list[str] = []
         if axes is not None and axes not in get_args(PlaneAxes):
@@ -282,14 +263,7 @@ class Plane(Study):
         return DerivativeDirections(objective, self.moving, split, "hessian", seed)
 
     def sample(self, number: int) -> tuple[Slice, Sequence[Sequence[float]]]:
-        """Takes a part of the grid.
-
-        Args:
-            number: How many points are taken at once.
-
-        Returns:
-            The plane, and so many points of it.
-        """
+        """Returns the plane, and some points of the grid."""
         if self.layout is None:
             # Points along any directions take as long.
             origin = self.on_device(self.problem.origin)
@@ -309,18 +283,7 @@ class Plane(Study):
         return self._derivatives.extra_cost(1, self.problem.origin, clock, seconds)
 
     def run(self, execution: Execution = ALONE) -> Result[PlaneSummary]:
-        """Evaluates the checkpoints, each loaded plainly, and the grid by a sweep.
-
-        Args:
-            execution: How its tasks are executed. Progress counts points.
-
-        Returns:
-            The result.
-
-        Raises:
-            LosscliError: The model or the loss fails on the data, gives two answers for one
-                point, or does not fit into the memory.
-        """
+        """Evaluates the checkpoints, each loaded plainly, and the grid by a sweep."""
         problem, settings = self.problem, self.problem.settings
         objective = problem.objective
         with float32_precision(tf32=settings.tf32):

@@ -218,24 +218,7 @@ class Sharpness(Study):
         keep_order: bool = False,
         ranks: Ranks | None = None,
     ) -> Sharpness:
-        """Reads and matches everything, and evaluates nothing.
-
-        Args:
-            names: The checkpoints.
-            settings: The settings.
-            rho: The radii.
-            adaptive: Whether perturbations are scaled by abs(θ).
-            samples: The number of random perturbations.
-            direction_split: The split with the gradient that critical steps are along.
-            keep_order: Whether the names stay in the order in which they are given.
-            ranks: The processes that share the run, if there are several.
-
-        Returns:
-            The plan.
-
-        Raises:
-            LosscliError: Something is missing, broken or does not fit.
-        """
+        """Reads and matches everything, evaluates nothing. See `sharpness` for the arguments."""
         begun = time.perf_counter()
         names, notes = order_path(names, keep_order=keep_order)
         if not names:
@@ -309,18 +292,11 @@ class Sharpness(Study):
         return SharpnessTest(self.problem.objective, self.moving, self.adaptive, seed)
 
     def sample(self, number: int) -> tuple[Slice, Sequence[Sequence[float]]]:
-        """Returns a line along a random perturbation, and so many points of it.
-
-        Args:
-            number: How many points are taken at once.
-        """
+        """Returns a line along a random perturbation, and so many points of it."""
         return self._line(self.problem.origin, 0), self._coordinates[:number]
 
     def extra_description(self, description: Description) -> Description:  # noqa: ARG002
         """Returns the work in addition to random perturbations.
-
-        Args:
-            description: What every study describes.
 
         Returns:
             The most gradients, and about the most points along them.
@@ -333,11 +309,6 @@ class Sharpness(Study):
 
     def extra_cost(self, timings: Timings, clock: Clock, seconds: float) -> CostEstimate:
         """Estimates what gradients and points along them take.
-
-        Args:
-            timings: How fast points are evaluated.
-            clock: The clock.
-            seconds: What the evaluation of all random perturbations takes.
 
         Returns:
             ``seconds``, as if every ascent took as many steps as it may.
@@ -360,18 +331,7 @@ class Sharpness(Study):
         return {"seconds": seconds + more}
 
     def run(self, execution: Execution = ALONE) -> Result[SharpnessSummary]:
-        """Evaluates random perturbations, then gradients and points along them.
-
-        Args:
-            execution: How its tasks are executed. Progress counts points.
-
-        Returns:
-            The result.
-
-        Raises:
-            LosscliError: The model or the loss fails on the data or has no derivatives, gives two
-                answers for one point, or does not fit into the memory.
-        """
+        """Evaluates random perturbations, then gradients and points along them."""
         objective, names = self.problem.objective, self.problem.names
         with float32_precision(tf32=self.problem.settings.tf32):
             swept = time.perf_counter()

@@ -133,24 +133,7 @@ class Trajectory(Study):
         keep_order: bool = False,
         ranks: Ranks | None = None,
     ) -> Trajectory:
-        """Reads and matches everything, measures the path, and evaluates nothing.
-
-        Args:
-            names: The checkpoints in the order of training, or a folder of them.
-            settings: The settings.
-            surface: Whether the ribbon will be evaluated.
-            residuals: Values of b at each step.
-            reach: The largest b, as a multiple of the largest residual.
-            random_walk: Whether random walks will be drawn.
-            keep_order: Whether the names stay in the order in which they are given.
-            ranks: The processes that share the run, if there are several.
-
-        Returns:
-            The plan.
-
-        Raises:
-            LosscliError: Something is missing, broken or does not fit.
-        """
+        """Reads everything, measures the path. See `trajectory` for the arguments."""
         begun = time.perf_counter()
         names, notes = order_path(names, keep_order=keep_order)
         if len(names) < 3:
@@ -198,18 +181,7 @@ class Trajectory(Study):
         return len(self.problem.names) * (1 + len(self.offsets))
 
     def run(self, execution: Execution = ALONE) -> Result[TrajectorySummary]:
-        """Evaluates the checkpoints, each loaded plainly, and the ribbon, each step by a sweep.
-
-        Args:
-            execution: How its tasks are executed. Progress counts points.
-
-        Returns:
-            The result.
-
-        Raises:
-            LosscliError: The model or the loss fails on the data, gives two answers for one
-                point, or does not fit into the memory.
-        """
+        """Evaluates the checkpoints, each loaded plainly, and the ribbon, each step by a sweep."""
         objective, settings = self.problem.objective, self.problem.settings
         with float32_precision(tf32=settings.tf32):
             swept = time.perf_counter()
