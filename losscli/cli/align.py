@@ -75,14 +75,7 @@ def align(
 
 
 def report(summary: AlignmentSummary) -> str:
-    """Describes the result of an alignment.
-
-    Args:
-        summary: The summary of an alignment.
-
-    Returns:
-        Lines of text.
-    """
+    """Returns lines of text that describe the result of an alignment."""
     a, b = (printable(c["name"]) for c in summary["checkpoints"])
     before, after = (summary["distance"][when] for when in ("before", "after"))
     products = [format_number(summary["inner_product"][when]) for when in ("before", "after")]

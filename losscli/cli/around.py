@@ -126,14 +126,7 @@ def around(
 
 
 def report(result: Result[AroundSummary]) -> str:
-    """Describes the loss around checkpoints.
-
-    Args:
-        result: The result of around.
-
-    Returns:
-        Lines of text.
-    """
+    """Returns lines of text that describe the loss around checkpoints."""
     summary = result.summary
     low, high = summary["coefficients"][0], summary["coefficients"][-1]
     number = len(summary["directions"])

@@ -70,14 +70,7 @@ def barriers(
 
 
 def report(result: Result[BarriersSummary]) -> str:
-    """Describes the result of barriers.
-
-    Args:
-        result: The result of barriers.
-
-    Returns:
-        Lines of text.
-    """
+    """Returns lines of text that describe the result of barriers."""
     summary = result.summary
     names = [printable(c["name"]) for c in summary["checkpoints"]]
     pairs = math.comb(len(names), 2)

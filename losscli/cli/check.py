@@ -168,14 +168,7 @@ def check(
 
 
 def report(result: Result[CheckSummary]) -> str:
-    """Describes the result of a check for critical points.
-
-    Args:
-        result: The result of a check.
-
-    Returns:
-        Lines of text.
-    """
+    """Returns lines of text that describe the result of a check for critical points."""
     summary = result.summary
     rows: list[dict[str, Any]] = result.table.records()
     moving, tolerance = summary["moving"], summary["tolerance"]

@@ -203,14 +203,7 @@ def export(
 
 
 def report(result: Result[InspectionSummary]) -> str:
-    """Describes the tensors or state dicts of a checkpoint, or the distance of two checkpoints.
-
-    Args:
-        result: The result of an inspection.
-
-    Returns:
-        Lines of text.
-    """
+    """Returns lines of text that describe one checkpoint, or the distance of two."""
     summary, columns, rows = result.summary, result.table.columns, result.table.rows
     lines = []
     several = len(summary.get("state_dicts", ()))

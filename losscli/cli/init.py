@@ -111,9 +111,6 @@ def init(
 def report(summary: ProjectSummary) -> str:
     """Describes the trial of a ``losscli.toml``.
 
-    Args:
-        summary: The summary of a trial.
-
     Returns:
         Lines of text, the last of them the next command.
     """

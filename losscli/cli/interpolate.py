@@ -138,15 +138,9 @@ def interpolate(
 
 
 def report(result: Result[LineSummary]) -> str:
-    """Describes the result of an interpolation.
+    """Returns lines of text that describe the result of an interpolation.
 
     The text calls neither B nor a lower point a minimum, since a line cannot show that.
-
-    Args:
-        result: The result of an interpolation.
-
-    Returns:
-        Lines of text.
     """
     summary = result.summary
     a, b = (printable(c["name"]) for c in summary["checkpoints"])

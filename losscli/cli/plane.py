@@ -108,14 +108,7 @@ def plane(
 
 
 def report(result: Result[PlaneSummary]) -> str:
-    """Describes the result of a plane.
-
-    Args:
-        result: The result of a plane.
-
-    Returns:
-        Lines of text.
-    """
+    """Returns lines of text that describe the result of a plane."""
     summary = result.summary
     projected = sum(path["checkpoints"] for path in summary["paths"])
     spanning = summary["checkpoints"][: len(summary["checkpoints"]) - projected]

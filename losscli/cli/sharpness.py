@@ -112,14 +112,7 @@ def sharpness(
 
 
 def report(result: Result[SharpnessSummary]) -> str:
-    """Describes the sharpness of checkpoints.
-
-    Args:
-        result: The result of sharpness.
-
-    Returns:
-        Lines of text.
-    """
+    """Returns lines of text that describe the sharpness of checkpoints."""
     summary = result.summary
     rows: list[dict[str, Any]] = result.table.records()
     scaled = ", scaled by |θ| elementwise" if summary["adaptive"] else ""

@@ -93,14 +93,7 @@ def soup(
 
 
 def report(result: Result[SoupSummary]) -> str:
-    """Describes the result of a greedy search.
-
-    Args:
-        result: The result.
-
-    Returns:
-        Lines of text.
-    """
+    """Returns lines of text that describe the result of a greedy search."""
     summary = result.summary
     ((name, split),) = summary["splits"].items()
     lines = [

@@ -97,14 +97,7 @@ def trajectory(
 
 
 def report(result: Result[TrajectorySummary]) -> str:
-    """Describes the result of a trajectory.
-
-    Args:
-        result: The result of a trajectory.
-
-    Returns:
-        Lines of text.
-    """
+    """Returns lines of text that describe the result of a trajectory."""
     summary = result.summary
     names = [printable(c["name"]) for c in summary["checkpoints"]]
     path = summary["path"]

@@ -691,12 +691,6 @@ def table_views(runs: Sequence[Run[Summary]]) -> list[View]:
 
     Each table is a view over its positions, its checkpoints or else its first column of floats,
     with each further column of floats as a quantity.
-
-    Args:
-        runs: The runs.
-
-    Returns:
-        The views.
     """
     command = command_of(runs[0].table.columns)
     assert command is not None

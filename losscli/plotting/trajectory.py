@@ -127,10 +127,6 @@ def draw_trajectory(runs: Sequence[Run[TrajectorySummary]], drawing: Drawing = F
     over projection and residual, with the path on them. Otherwise the residuals of all runs over
     the projection, and their losses below. A table ``walk`` adds random walks.
 
-    Args:
-        runs: The runs.
-        drawing: How it is drawn.
-
     Returns:
         The figure, laid out and ready to `render`.
     """
@@ -594,9 +590,6 @@ def trajectory_views(runs: Sequence[Run[TrajectorySummary]]) -> list[View]:
 
     Args:
         runs: The runs; the table ``surface`` is shown of a single run.
-
-    Returns:
-        The views.
     """
     paths = [_Path.read(run.table) for run in runs]
     loss = f"loss{loss_name(runs)}"
