@@ -265,14 +265,7 @@ class Split(Examples):
         return self.map(copy)
 
     def is_on(self, device: torch.device) -> bool:
-        """Returns whether the split is on a device.
-
-        Args:
-            device: The device.
-
-        Returns:
-            Whether it is there.
-        """
+        """Returns whether the split is on a device."""
         current = self._device
         return current.type == device.type and device.index in {None, current.index}
 

@@ -22,7 +22,7 @@ from losscli.evaluation.cost import Clock, Timings
 from losscli.evaluation.device import float32_precision
 from losscli.evaluation.hessian.directions import Along, DerivativeDirections
 from losscli.evaluation.ranks import Arrays, Ranks
-from losscli.evaluation.sampling import Estimate, evaluate_until_precise
+from losscli.evaluation.sampling import Estimate
 from losscli.evaluation.strategy_choice import choose_strategy
 from losscli.evaluation.sweep import check, sweep_each, sweep_plain
 from losscli.evaluation.tasks import ALONE, Execution
@@ -303,12 +303,8 @@ class Around(Study):
                 *spectral_notes(self),
             ]
             del last
-            found = evaluate_until_precise(
-                objective.splits,
-                settings.sampling_error,
-                settings.seed,
-                partial(self._evaluate, derived),
-                execution.after(self._differentiated),
+            found = self.evaluate(
+                partial(self._evaluate, derived), execution.after(self._differentiated)
             )
             seconds = self.seconds(swept)
         examples = {name: estimate.examples for name, estimate in found.items()}
@@ -471,19 +467,14 @@ class Around(Study):
         return int(np.count_nonzero(rounded[:, distances > 0]))
 
     def _table(self, found: Mapping[str, Estimate]) -> Table:
-        metrics = self.problem.objective.columns
-        sampled = [] if self.problem.settings.sampling_error is None else ["examples"]
-        return Table.build(
-            [
-                *("checkpoint", "direction", "coefficient", "distance", "split"),
-                *("loss", "loss_stderr", *metrics, *sampled),
-            ],
+        return self.loss_table(
+            ["checkpoint", "direction", "coefficient", "distance", "split"],
             (
-                [
-                    *(checkpoint, direction, c, abs(c * self.lengths[t]), name),
-                    *estimate.row(int(self._places[t, k, p]), metrics),
-                    *(estimate.examples for _ in sampled),
-                ]
+                (
+                    [checkpoint, direction, c, abs(c * self.lengths[t]), name],
+                    estimate,
+                    int(self._places[t, k, p]),
+                )
                 for t, checkpoint in enumerate(self.problem.names)
                 for k, direction in enumerate(self.directions)
                 for p, c in enumerate(self.coefficients)

@@ -20,7 +20,7 @@ from losscli.errors import UsageError
 from losscli.evaluation.device import float32_precision
 from losscli.evaluation.objective import Evaluation
 from losscli.evaluation.ranks import Ranks
-from losscli.evaluation.sampling import Estimate, evaluate_until_precise
+from losscli.evaluation.sampling import Estimate
 from losscli.evaluation.strategy_choice import choose_strategy
 from losscli.evaluation.sweep import check, sweep_each, sweep_plain
 from losscli.evaluation.tasks import ALONE, Execution
@@ -175,13 +175,7 @@ class Barriers(Study):
             swept = time.perf_counter()
             check(objective, placed[0], placed[-1])
             difference, stays = self._verify(placed)
-            found = evaluate_until_precise(
-                objective.splits,
-                settings.sampling_error,
-                settings.seed,
-                partial(self._evaluate, placed, distances),
-                execution,
-            )
+            found = self.evaluate(partial(self._evaluate, placed, distances), execution)
             seconds = self.seconds(swept)
         examples = {name: measured.examples for name, measured in found.items()}
         heights = {name: self._heights(measured) for name, measured in found.items()}
@@ -379,7 +373,7 @@ class Barriers(Study):
         lengths: Sequence[float],
     ) -> Table:
         names = self.problem.names
-        sampled = [] if self.problem.settings.sampling_error is None else ["examples"]
+        sampled = self.sampled
         own = {split: measured.own.mean.tolist() for split, measured in found.items()}
         return Table.build(
             [
@@ -400,22 +394,17 @@ class Barriers(Study):
         )
 
     def _curves(self, found: Mapping[str, _SplitBarriers]) -> Table:
-        names, metrics = self.problem.names, self.problem.objective.columns
-        sampled = [] if self.problem.settings.sampling_error is None else ["examples"]
-        last = len(self.alphas) - 1
+        names, last = self.problem.names, len(self.alphas) - 1
 
-        def at(measured: _SplitBarriers, p: int, i: int, j: int, k: int) -> list[Any]:
+        def at(measured: _SplitBarriers, p: int, i: int, j: int, k: int) -> tuple[Estimate, int]:
             if k in {0, last}:
-                return measured.own.row(j if k else i, metrics)
-            return measured.lines.row(p * len(self._inner) + k - 1, metrics)
+                return measured.own, j if k else i
+            return measured.lines, p * len(self._inner) + k - 1
 
-        return Table.build(
-            ["a", "b", "alpha", "split", "loss", "loss_stderr", *metrics, *sampled],
+        return self.loss_table(
+            ["a", "b", "alpha", "split"],
             (
-                [
-                    *(names[i], names[j], alpha, split, *at(measured, p, i, j, k)),
-                    *(measured.examples for _ in sampled),
-                ]
+                ([names[i], names[j], alpha, split], *at(measured, p, i, j, k))
                 for p, (i, j) in enumerate(self.pairs)
                 for k, alpha in enumerate(self.alphas)
                 for split, measured in found.items()

@@ -21,7 +21,7 @@ from losscli.evaluation.device import float32_precision
 from losscli.evaluation.memory import halving, points_at_once
 from losscli.evaluation.objective import Evaluation
 from losscli.evaluation.ranks import Ranks
-from losscli.evaluation.sampling import Estimate, evaluate_until_precise
+from losscli.evaluation.sampling import Estimate
 from losscli.evaluation.strategy_choice import choose_strategy
 from losscli.evaluation.sweep import check, sweep, sweep_plain
 from losscli.evaluation.tasks import ALONE, Execution
@@ -291,13 +291,7 @@ class Interpolation(Study):
             ]
             for block in self.blocks:
                 difference = max(difference, self._verify_block(block))
-            split_curves = evaluate_until_precise(
-                objective.splits,
-                settings.sampling_error,
-                settings.seed,
-                partial(self._evaluate, line),
-                execution,
-            )
+            split_curves = self.evaluate(partial(self._evaluate, line), execution)
             curves = {name: parts.whole for name, parts in split_curves.items()}
             beyond = execution.after(self.evaluations)
             closer = Refiner(self.problem, self.start, line, self.derivatives, beyond)
@@ -350,7 +344,7 @@ class Interpolation(Study):
     def _table(self, refined: RefinedCurve) -> Table:
         metrics = self.problem.objective.columns
         derived = ["slope", "curvature"] if refined.slopes else []
-        sampled = ["examples"] if self.problem.settings.sampling_error is not None else []
+        sampled = self.sampled
         estimates = {name: curve.estimate for name, curve in refined.curves.items()}
         return Table.build(
             ["alpha", "split", "loss", "loss_stderr", *metrics, *derived, *sampled],
@@ -402,20 +396,15 @@ class Interpolation(Study):
         }
 
     def _block_table(self, split_curves: Mapping[str, _SplitCurves]) -> Table:
-        metrics = self.problem.objective.columns
-        sampled = ["examples"] if self.problem.settings.sampling_error is not None else []
         estimates = {
             (block.name, name): parts.blocks[block.name].losses
             for block in self.blocks
             for name, parts in split_curves.items()
         }
-        return Table.build(
-            ["block", "alpha", "split", "loss", "loss_stderr", *metrics, *sampled],
+        return self.loss_table(
+            ["block", "alpha", "split"],
             (
-                [
-                    *(block.name, alpha, name, *estimates[block.name, name].row(i, metrics)),
-                    *(estimates[block.name, name].examples for _ in sampled),
-                ]
+                ([block.name, alpha, name], estimates[block.name, name], i)
                 for block in self.blocks
                 for i, alpha in enumerate(self.alphas)
                 for name in split_curves

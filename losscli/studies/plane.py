@@ -19,7 +19,7 @@ from losscli.evaluation.cost import Clock, Timings
 from losscli.evaluation.device import float32_precision
 from losscli.evaluation.hessian.directions import DerivativeDirections
 from losscli.evaluation.ranks import Arrays, Ranks
-from losscli.evaluation.sampling import Estimate, evaluate_until_precise
+from losscli.evaluation.sampling import Estimate
 from losscli.evaluation.strategy_choice import choose_strategy
 from losscli.evaluation.sweep import check, sweep, sweep_plain
 from losscli.evaluation.tasks import ALONE, Execution
@@ -307,10 +307,7 @@ class Plane(Study):
                     lambda: self._at(layout, (middle[0], middle[1])),
                 ),
             ]
-            found = evaluate_until_precise(
-                objective.splits,
-                settings.sampling_error,
-                settings.seed,
+            found = self.evaluate(
                 partial(self._evaluate, here, points),
                 execution.after(self.steps - self.evaluations),
             )
@@ -371,18 +368,11 @@ class Plane(Study):
 
     def _table(self, points: Sequence[tuple[float, float]], found: Mapping[str, Estimate]) -> Table:
         """Tabulates the grid; its points follow the checkpoints in an estimate."""
-        metrics = self.problem.objective.columns
-        sampled = [] if self.problem.settings.sampling_error is None else ["examples"]
         own = len(self.problem.names)
-        return Table.build(
-            ["x", "y", "split", "loss", "loss_stderr", *metrics, *sampled],
+        return self.loss_table(
+            ["x", "y", "split"],
             (
-                [
-                    *point,
-                    name,
-                    *estimate.row(own + i, metrics),
-                    *(estimate.examples for _ in sampled),
-                ]
+                ([*point, name], estimate, own + i)
                 for i, point in enumerate(points)
                 for name, estimate in found.items()
             ),

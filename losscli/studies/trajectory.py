@@ -17,7 +17,7 @@ from losscli.data import Examples
 from losscli.errors import UsageError
 from losscli.evaluation.device import float32_precision
 from losscli.evaluation.ranks import Ranks
-from losscli.evaluation.sampling import Estimate, evaluate_until_precise
+from losscli.evaluation.sampling import Estimate
 from losscli.evaluation.strategy_choice import choose_strategy
 from losscli.evaluation.sweep import check, sweep_each, sweep_plain
 from losscli.evaluation.tasks import ALONE, Execution
@@ -187,13 +187,7 @@ class Trajectory(Study):
             swept = time.perf_counter()
             check(objective, self.problem.origin, self.problem.place(self.problem.last.weights))
             difference, stays = self._verify()
-            found = evaluate_until_precise(
-                objective.splits,
-                settings.sampling_error,
-                settings.seed,
-                self._evaluate,
-                execution,
-            )
+            found = self.evaluate(self._evaluate, execution)
             seconds = self.seconds(swept)
         examples = {name: estimate.examples for name, estimate in found.items()}
         splits = {name: self._split_summary(estimate) for name, estimate in found.items()}
@@ -286,21 +280,16 @@ class Trajectory(Study):
         return Line(self.on_device(line.a), self.on_device(line.b))
 
     def _table(self, found: Mapping[str, Estimate]) -> Table:
-        metrics = self.problem.objective.columns
-        sampled = [] if self.problem.settings.sampling_error is None else ["examples"]
         path = self.path
-        return Table.build(
+        measures = zip(path.projection, path.residual, path.distance, path.turn, strict=True)
+        return self.loss_table(
             [
                 *("step", "checkpoint", "projection", "residual", "distance", "turn_degrees"),
-                *("split", "loss", "loss_stderr", *metrics, *sampled),
+                "split",
             ],
             (
-                [
-                    *(t, name, path.projection[t], path.residual[t], path.distance[t]),
-                    *(path.turn[t], split, *estimate.row(t, metrics)),
-                    *(estimate.examples for _ in sampled),
-                ]
-                for t, name in enumerate(self.problem.names)
+                ([t, name, *measured, split], estimate, t)
+                for t, (name, measured) in enumerate(zip(self.problem.names, measures, strict=True))
                 for split, estimate in found.items()
             ),
         )
