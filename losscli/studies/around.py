@@ -50,8 +50,8 @@ from losscli.studies.notes import (
 )
 from losscli.studies.problem import counted, prepare
 from losscli.studies.verification import (
-    check_differentiable,
     check_gradient_settings,
+    differentiable_parameters,
     verify_fresh_model_near,
     verify_sweep,
 )
@@ -191,10 +191,7 @@ class Around(Study):
         coefficients = _coefficients(points, range_ or _RANGES[along])
         problem = prepare(names, settings, ranks=ranks, independent=True)
         if along:
-            moving = problem.parameters(problem.moving)
-            if not moving:
-                raise UsageError("no parameter is left to differentiate", "Widen --only")
-            check_differentiable(problem, moving, "--along")
+            moving = differentiable_parameters(problem, "--along")
         else:
             still = normalisation_parameters(problem.objective.model).union(problem.buffers)
             first = problem.first.weights

@@ -46,7 +46,7 @@ from losscli.studies.notes import general_notes, spectral_notes
 from losscli.studies.preconditioner import AdamPreconditioner
 from losscli.studies.problem import counted, prepare
 from losscli.studies.spectra import ADAM, Part, ProbedPoint, Spectra, SpectraOptions
-from losscli.studies.verification import check_differentiable, verify_fresh_model
+from losscli.studies.verification import differentiable_parameters, verify_fresh_model
 from losscli.table import Cell, Table
 from losscli.weight_space.vectors import Weights
 
@@ -220,11 +220,7 @@ class Check(Study):
                 "Evaluate fewer with --limit",
             )
         problem = prepare(names, settings, notes, ranks, independent=True)
-        # The loss is a function of the parameters; statistics of BatchNorm are no part of θ here.
-        moving = problem.parameters(problem.moving)
-        if not moving:
-            raise UsageError("no parameter is left to differentiate", "Widen --only")
-        check_differentiable(problem, moving, "check")
+        moving = differentiable_parameters(problem, "check")
         adam = AdamPreconditioner.plan(problem, moving, learning_rate) if optimizer else None
         return cls(
             *(problem, moving, begun, tolerance, eigenvalues, learning_rate, momentum, spectra),

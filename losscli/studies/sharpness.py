@@ -42,7 +42,11 @@ from losscli.settings import Progress, Settings, checked
 from losscli.studies.base import Study
 from losscli.studies.notes import general_notes, spectral_notes, storage_notes
 from losscli.studies.problem import Problem, counted, prepare
-from losscli.studies.verification import check_differentiable, verify_fresh_model_near, verify_sweep
+from losscli.studies.verification import (
+    differentiable_parameters,
+    verify_fresh_model_near,
+    verify_sweep,
+)
 from losscli.table import Cell, Table
 from losscli.weight_space.curve import standard_error
 from losscli.weight_space.slices import Line, Slice, check_point_count
@@ -235,11 +239,7 @@ class Sharpness(Study):
                 f"--direction-split {direction_split} is not evaluated",
                 f"Choose one of {', '.join(splits)}, or add it with --split",
             )
-        # The loss is a function of the parameters; statistics of BatchNorm are no part of θ here.
-        moving = problem.parameters(problem.moving)
-        if not moving:
-            raise UsageError("no parameter is left to differentiate", "Widen --only")
-        check_differentiable(problem, moving, "sharpness")
+        moving = differentiable_parameters(problem, "sharpness")
         return cls(
             *(problem, moving, begun, tuple(sorted(rho)), adaptive, samples, direction_split),
             _learning_rates(problem),
