@@ -340,9 +340,6 @@ class Around(Study):
         }
         return Result(table, summary, COMMANDS[self.command].draw)
 
-    def _placed(self, t: int) -> Weights:
-        return self.problem.place(self.problem.open(t).weights)
-
     def _direction(self, t: int, k: int, placed: Weights, derived: Sequence[Arrays]) -> Weights:
         """Makes a direction of a checkpoint."""
         if self._derivatives is None:
@@ -364,7 +361,7 @@ class Around(Study):
         objective, apart = self.problem.objective, [(c,) for c in self._apart]
         difference = 0.0
         for t, _ in enumerate(self.norms):
-            placed = self._placed(t)
+            placed = self.problem.placed(t)
             line = self._line(placed, self._direction(t, 0, placed, derived))
             objective.load(placed)
             choose_strategy(objective, line, apart)

@@ -492,7 +492,7 @@ class Check(Study):
         if execution.size > 1:
             # The longest first, so that no rank ends with one of these while the others wait.
             pieces.sort(key=lambda piece: -len(splits[piece[1]]) * piece[3])
-        placed = lru_cache(maxsize=1)(self._placed)
+        placed = lru_cache(maxsize=1)(self.problem.placed)
         records: dict[tuple[int, str], Arrays] = {}
         probed: dict[tuple[int, str], dict[Part, Arrays]] = {}
         preconditioned: dict[tuple[str, str], PreconditionedEigenvalue] = {}
@@ -564,9 +564,6 @@ class Check(Study):
             )
         return tables
 
-    def _placed(self, t: int) -> Weights:
-        return self.problem.place(self.problem.open(t).weights)
-
     def _verdicts_to_escape(
         self, t: int, split: str, records: Mapping[tuple[int, str], Arrays]
     ) -> Collection[str]:
@@ -585,7 +582,7 @@ class Check(Study):
         """Evaluates the most negative curvature both ways, as far as the loss falls and beyond."""
         objective = self.problem.objective
         splits = {split: objective.splits[split]}
-        weights = recalibrated(objective, self._placed(t))
+        weights = recalibrated(objective, self.problem.placed(t))
         with objective.frozen_statistics():
             (plain,) = sweep_plain(objective, [weights], splits=splits, execution=execution)
             here = plain[split]

@@ -439,9 +439,7 @@ class Plane(Study):
         problem, points = self.problem, layout.points
         if isinstance(here, Triangle):
             corners = [(0.0, 0.0), (here.corner_b, 0.0), here.corner_c]
-            anchors = [
-                (corner, problem.place(problem.open(t).weights)) for t, corner in enumerate(corners)
-            ]
+            anchors = [(corner, problem.placed(t)) for t, corner in enumerate(corners)]
         else:
             anchors = [((0.0, 0.0), problem.place(problem.last.weights))]
         # Several points of the grid, so that a first layer is shared as in the sweep.

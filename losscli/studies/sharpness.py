@@ -396,12 +396,12 @@ class Sharpness(Study):
         objective = self.problem.objective
         if objective.recalibration is None:
             return {}
-        found = recalibrated(objective, self.problem.place(self.problem.open(t).weights))
+        found = recalibrated(objective, self.problem.placed(t))
         return {name: found[name] for layer in objective.statistics for name in layer.names}
 
     def _point(self, statistics: Sequence[Weights], t: int) -> Weights:
         """Returns all tensors of the model at a checkpoint."""
-        placed = self.problem.place(self.problem.open(t).weights)
+        placed = self.problem.placed(t)
         return widened(self.problem.objective, {**placed, **statistics[t]})
 
     def _line(self, weights: Weights, number: int) -> Line:

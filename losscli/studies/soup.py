@@ -287,11 +287,7 @@ def _expand(names: Sequence[str]) -> list[str]:
 
 def _average(problem: Problem, kept: Iterable[int]) -> Weights:
     """Averages checkpoints under the names of the model; what may not move is the origin's."""
-
-    def read(t: int) -> Weights:
-        return problem.place(problem.open(t).weights)
-
-    points = [partial(read, t) for t in kept]
+    points = [partial(problem.placed, t) for t in kept]
     weights = average(points)
     return weights if len(points) == 1 else {**weights, **normalise_stored(weights)}
 
