@@ -533,14 +533,7 @@ RESERVED_COLUMNS = frozenset(
 
 
 def command_of(columns: Collection[str]) -> Command | None:
-    """Finds the command that a main table is of.
-
-    Args:
-        columns: The columns of the table.
-
-    Returns:
-        The command; None if there is none.
-    """
+    """Finds the command that a main table is of; None if there is none."""
     if further_table_of(columns):
         return None
     return next((c for c in COMMANDS.values() if {*c.table.columns} <= {*columns}), None)

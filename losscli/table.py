@@ -49,15 +49,7 @@ class Table:
 
     @classmethod
     def build(cls, columns: Iterable[str], rows: Iterable[Sequence[Cell]]) -> Table:
-        """Builds a table from any iterables.
-
-        Args:
-            columns: The names of the columns.
-            rows: The rows.
-
-        Returns:
-            The table.
-        """
+        """Builds a table from any iterables."""
         return cls(tuple(columns), tuple(tuple(row) for row in rows))
 
     @property

@@ -47,14 +47,7 @@ class _Tuple(StandIn):
     """torch.Size."""
 
     def __new__(cls, items: Any = ()) -> Any:
-        """Creates a tuple.
-
-        Args:
-            items: The items.
-
-        Returns:
-            The tuple.
-        """
+        """Creates a tuple."""
         return tuple(items)
 
 

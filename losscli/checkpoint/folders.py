@@ -185,14 +185,7 @@ def _no_checkpoint_error(folder: Path) -> CheckpointError:
 
 
 def is_index(path: Path) -> bool:
-    """Whether the name of a file is that of the index of a sharded checkpoint.
-
-    Args:
-        path: The file.
-
-    Returns:
-        Whether it is an index.
-    """
+    """Whether the name of a file is that of the index of a sharded checkpoint."""
     return bool(_INDEX.fullmatch(path.name))
 
 

@@ -90,14 +90,7 @@ class Part:
 
 
 def natural_key(name: str) -> list[tuple[int, int | str]]:
-    """Returns a sort key that compares the numbers in names by value: 2 before 10.
-
-    Args:
-        name: The name.
-
-    Returns:
-        The sort key.
-    """
+    """Returns a sort key that compares the numbers in names by value: 2 before 10."""
     parts = re.split(r"([0-9]+)", name)
     return [(0, int(part)) if i % 2 else (1, part) for i, part in enumerate(parts)]
 

@@ -427,14 +427,7 @@ class CheckpointFile:
             )
 
     def checkpoint(self, weights: Weights) -> Checkpoint:
-        """Creates a checkpoint from tensors of this file.
-
-        Args:
-            weights: The tensors.
-
-        Returns:
-            The checkpoint.
-        """
+        """Creates a checkpoint from tensors of this file."""
         module_state = (
             (weights.versions, weights.extra) if isinstance(weights, StateDict) else ({}, {})
         )

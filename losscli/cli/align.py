@@ -10,7 +10,7 @@ import typer
 
 from losscli.cli.console import Console
 from losscli.cli.imports import importing
-from losscli.cli.options import Force, Json, with_console, with_some_settings
+from losscli.cli.options import Force, Json, argument, with_console, with_some_settings
 from losscli.cli.report import format_count, format_number
 from losscli.errors import printable
 from losscli.results.result import check_writable, to_json
@@ -34,16 +34,9 @@ __all__ = ["align", "report"]
 )
 def align(
     a: Annotated[
-        str,
-        typer.Argument(
-            metavar="A",
-            help="The reference checkpoint: FILE, DIR, FILE#KEY or init:SEED.",
-            show_default=False,
-        ),
+        str, argument("The reference checkpoint: FILE, DIR, FILE#KEY or init:SEED.", metavar="A")
     ],
-    b: Annotated[
-        str, typer.Argument(metavar="B", help="The checkpoint to permute.", show_default=False)
-    ],
+    b: Annotated[str, argument("The checkpoint to permute.", metavar="B")],
     settings: Settings,
     console: Console,
     out: Annotated[
@@ -82,14 +75,7 @@ def align(
 
 
 def report(summary: AlignmentSummary) -> str:
-    """Describes the result of an alignment.
-
-    Args:
-        summary: The summary of an alignment.
-
-    Returns:
-        Lines of text.
-    """
+    """Returns lines of text that describe the result of an alignment."""
     a, b = (printable(c["name"]) for c in summary["checkpoints"])
     before, after = (summary["distance"][when] for when in ("before", "after"))
     products = [format_number(summary["inner_product"][when]) for when in ("before", "after")]

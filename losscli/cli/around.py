@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Annotated, Literal
 
-import typer
-
 from losscli.cli.console import Console
-from losscli.cli.options import Write, with_console, with_output, with_settings
+from losscli.cli.options import Write, argument, option, with_study_options
 from losscli.cli.report import (
     format_count,
     format_examples,
@@ -35,17 +33,12 @@ _DIRECTIONS = "The directions"
 _BASIN = "The basin"
 
 
-@with_console
-@with_output
-@with_settings
+@with_study_options
 def around(
     checkpoints: Annotated[
         list[str],
-        typer.Argument(
-            metavar="CKPT",
-            help="One or more; a folder of them, in natural order; - for names on stdin, one a "
-            "line.",
-            show_default=False,
+        argument(
+            "One or more; a folder of them, in natural order; - for names on stdin, one a line."
         ),
     ],
     settings: Settings,
@@ -53,65 +46,56 @@ def around(
     console: Console,
     directions: Annotated[
         int,
-        typer.Option(
+        option(
+            _DIRECTIONS,
+            "The number of random filter-normalised directions, the same draws for every "
+            "checkpoint.",
             "--directions",
             metavar="N",
-            help="The number of random filter-normalised directions, the same draws for every "
-            "checkpoint.",
-            rich_help_panel=_DIRECTIONS,
         ),
     ] = 20,
     along: Annotated[
         Literal["gradient", "hessian"] | None,
-        typer.Option(
-            "--along",
-            help="Instead of random directions: the gradient, or the Hessian's eigenvectors of the "
+        option(
+            _DIRECTIONS,
+            "Instead of random directions: the gradient, or the Hessian's eigenvectors of the "
             "largest (v1), the second largest (v2) and the smallest eigenvalue (vn), of the first "
             "split. They have length one.",
-            rich_help_panel=_DIRECTIONS,
-            show_default=False,
+            "--along",
         ),
     ] = None,
     range_: Annotated[
         tuple[float, float] | None,
-        typer.Option(
+        option(
+            _DIRECTIONS,
+            "The lowest and the highest coefficient c of θ + c d. Default: 0 1 for random "
+            "directions, which are as long as the weights that move; -0.5 0.5 for others.",
             "--range",
             metavar="LO HI",
-            help="The lowest and the highest coefficient c of θ + c d. Default: 0 1 for random "
-            "directions, which are as long as the weights that move; -0.5 0.5 for others.",
-            rich_help_panel=_DIRECTIONS,
-            show_default=False,
         ),
     ] = None,
     points: Annotated[
         int,
-        typer.Option(
+        option(
+            _DIRECTIONS,
+            "Number of evenly spaced coefficients; 0 is added.",
             "--points",
             metavar="N",
-            help="Number of evenly spaced coefficients; 0 is added.",
-            rich_help_panel=_DIRECTIONS,
         ),
     ] = 21,
     basin: Annotated[
         float | None,
-        typer.Option(
+        option(
+            _BASIN,
+            "The basin radius is the largest distance up to which the mean loss stays below X "
+            "times the loss of the checkpoint. Default: 2.",
             "--basin",
             metavar="X",
-            help="The basin radius is the largest distance up to which the mean loss stays below X "
-            "times the loss of the checkpoint. Default: 2.",
-            rich_help_panel=_BASIN,
-            show_default=False,
         ),
     ] = None,
     basin_loss: Annotated[
         float | None,
-        typer.Option(
-            "--basin-loss",
-            metavar="X",
-            help="The same with the loss X as the threshold.",
-            rich_help_panel=_BASIN,
-            show_default=False,
-        ),
+        option(_BASIN, "The same with the loss X as the threshold.", "--basin-loss", metavar="X"),
     ] = None,
 ) -> None:
     """Loss around checkpoints along many directions, and the radius of the basin.
@@ -142,14 +126,7 @@ def around(
 
 
 def report(result: Result[AroundSummary]) -> str:
-    """Describes the loss around checkpoints.
-
-    Args:
-        result: The result of around.
-
-    Returns:
-        Lines of text.
-    """
+    """Returns lines of text that describe the loss around checkpoints."""
     summary = result.summary
     low, high = summary["coefficients"][0], summary["coefficients"][-1]
     number = len(summary["directions"])

@@ -6,10 +6,8 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated
 
-import typer
-
 from losscli.cli.console import Console
-from losscli.cli.options import Write, with_console, with_output, with_settings
+from losscli.cli.options import Write, argument, option, with_study_options
 from losscli.cli.report import (
     align_columns,
     format_count,
@@ -35,17 +33,12 @@ __all__ = ["barriers", "report"]
 _MATRIX = 10
 
 
-@with_console
-@with_output
-@with_settings
+@with_study_options
 def barriers(
     checkpoints: Annotated[
         list[str],
-        typer.Argument(
-            metavar="CKPT",
-            help="Two or more; a folder of them, in natural order; - for names on stdin, one a "
-            "line.",
-            show_default=False,
+        argument(
+            "Two or more; a folder of them, in natural order; - for names on stdin, one a line."
         ),
     ],
     settings: Settings,
@@ -53,11 +46,11 @@ def barriers(
     console: Console,
     points: Annotated[
         int,
-        typer.Option(
+        option(
+            "The lines",
+            "Evenly spaced values of α on each line, from 0 to 1.",
             "--points",
             metavar="N",
-            help="Evenly spaced values of α on each line, from 0 to 1.",
-            rich_help_panel="The lines",
         ),
     ] = 11,
 ) -> None:
@@ -77,14 +70,7 @@ def barriers(
 
 
 def report(result: Result[BarriersSummary]) -> str:
-    """Describes the result of barriers.
-
-    Args:
-        result: The result of barriers.
-
-    Returns:
-        Lines of text.
-    """
+    """Returns lines of text that describe the result of barriers."""
     summary = result.summary
     names = [printable(c["name"]) for c in summary["checkpoints"]]
     pairs = math.comb(len(names), 2)

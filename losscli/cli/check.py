@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
 from losscli.cli.console import Console
-from losscli.cli.options import KeepOrder, Write, with_console, with_output, with_settings
+from losscli.cli.options import KeepOrder, Write, argument, option, with_study_options
 from losscli.cli.report import (
     align_columns,
     format_count,
@@ -36,119 +34,104 @@ _SPECTRUM = "Spectrum and blocks"
 _LISTED = 5
 
 
-@with_console
-@with_output
-@with_settings
+@with_study_options
 def check(
     checkpoints: Annotated[
         list[str],
-        typer.Argument(
-            metavar="CKPT",
-            help="One or more, in the order of training; a folder of them; - for names on stdin.",
-            show_default=False,
-        ),
+        argument("One or more, in the order of training; a folder of them; - for names on stdin."),
     ],
     settings: Settings,
     write: Write,
     console: Console,
     tolerance: Annotated[
         float,
-        typer.Option(
-            "--tolerance",
-            metavar="X",
-            help="The largest gradient norm of a critical point.",
-            rich_help_panel=_PANEL,
+        option(
+            _PANEL, "The largest gradient norm of a critical point.", "--tolerance", metavar="X"
         ),
     ] = 1e-3,
     eigenvalues: Annotated[
         int,
-        typer.Option(
+        option(
+            _PANEL,
+            "Number of the largest and of the smallest eigenvalues.",
             "--eigenvalues",
             metavar="K",
-            help="Number of the largest and of the smallest eigenvalues.",
-            rich_help_panel=_PANEL,
         ),
     ] = 1,
     learning_rate: Annotated[
         float | None,
-        typer.Option(
+        option(
+            _PANEL,
+            "Compare λ max with 2 / X, the limit of stable full-batch training (with "
+            "--optimizer adam: that of Adam, by default as in the checkpoint).",
             "--learning-rate",
             metavar="X",
-            help="Compare λ max with 2 / X, the limit of stable full-batch training (with "
-            "--optimizer adam: that of Adam, by default as in the checkpoint).",
-            rich_help_panel=_PANEL,
-            show_default=False,
         ),
     ] = None,
     momentum: Annotated[
         float | None,
-        typer.Option(
+        option(
+            _PANEL,
+            "That of training, with --learning-rate η: the limit is (2 + 2X) / η.",
             "--momentum",
             metavar="X",
-            help="That of training, with --learning-rate η: the limit is (2 + 2X) / η.",
-            rich_help_panel=_PANEL,
-            show_default=False,
         ),
     ] = None,
     optimizer: Annotated[
         str | None,
-        typer.Option(
+        option(
+            _PANEL,
+            "Also compute λ max of P⁻¹H, the Hessian preconditioned by Adam, from the moments "
+            "in each checkpoint, and compare it with (2 + 2β₁) / ((1 − β₁) η).",
             "--optimizer",
             metavar="adam",
-            help="Also compute λ max of P⁻¹H, the Hessian preconditioned by Adam, from the moments "
-            "in each checkpoint, and compare it with (2 + 2β₁) / ((1 − β₁) η).",
-            rich_help_panel=_PANEL,
-            show_default=False,
         ),
     ] = None,
     keep_order: KeepOrder = False,
     density: Annotated[
         bool,
-        typer.Option(
-            "--density",
-            help="Also estimate the density of all eigenvalues and the trace (STEM.density.csv), "
+        option(
+            _SPECTRUM,
+            "Also estimate the density of all eigenvalues and the trace (STEM.density.csv), "
             "by stochastic Lanczos quadrature.",
-            rich_help_panel=_SPECTRUM,
+            "--density",
         ),
     ] = False,
     probes: Annotated[
         int | None,
-        typer.Option(
+        option(
+            _SPECTRUM,
+            "Random vectors for the density and the traces (default: 10).",
             "--probes",
             metavar="K",
-            help="Random vectors for the density and the traces (default: 10).",
-            rich_help_panel=_SPECTRUM,
-            show_default=False,
         ),
     ] = None,
     lanczos: Annotated[
         int | None,
-        typer.Option(
+        option(
+            _SPECTRUM,
+            "Lanczos steps with each of them, each a product with the matrix (default: 90).",
             "--lanczos",
             metavar="M",
-            help="Lanczos steps with each of them, each a product with the matrix (default: 90).",
-            rich_help_panel=_SPECTRUM,
-            show_default=False,
         ),
     ] = None,
     operator: Annotated[
         str | None,
-        typer.Option(
+        option(
+            _SPECTRUM,
+            "The matrix of density, trace and blocks: the Hessian, or the generalised "
+            "Gauss-Newton matrix (default: hessian).",
             "--operator",
             metavar="hessian|ggn",
-            help="The matrix of density, trace and blocks: the Hessian, or the generalised "
-            "Gauss-Newton matrix (default: hessian).",
-            rich_help_panel=_SPECTRUM,
-            show_default=False,
         ),
     ] = None,
     blocks: Annotated[
         bool,
-        typer.Option(
-            "--blocks",
-            help="Also compute gradient norm, largest eigenvalue and trace of each block of the "
+        option(
+            _SPECTRUM,
+            "Also compute gradient norm, largest eigenvalue and trace of each block of the "
             "network (STEM.curvature.csv).",
-            rich_help_panel=_SPECTRUM,
+            "--blocks",
         ),
     ] = False,
 ) -> None:
@@ -185,14 +168,7 @@ def check(
 
 
 def report(result: Result[CheckSummary]) -> str:
-    """Describes the result of a check for critical points.
-
-    Args:
-        result: The result of a check.
-
-    Returns:
-        Lines of text.
-    """
+    """Returns lines of text that describe the result of a check for critical points."""
     summary = result.summary
     rows: list[dict[str, Any]] = result.table.records()
     moving, tolerance = summary["moving"], summary["tolerance"]

@@ -11,7 +11,7 @@ import typer
 
 from losscli.cli.console import Console
 from losscli.cli.imports import import_plotting, importing
-from losscli.cli.options import Force, Json, with_console, with_some_settings
+from losscli.cli.options import Force, Json, argument, option, with_console, with_some_settings
 from losscli.cli.report import align_columns, format_count
 from losscli.errors import UsageError, printable
 from losscli.registry import COMMANDS
@@ -24,25 +24,18 @@ __all__ = ["export", "inspect", "report"]
 
 @with_console
 def inspect(
-    checkpoints: Annotated[
-        list[str],
-        typer.Argument(metavar="CKPT", help="FILE, DIR or FILE#KEY.", show_default=False),
-    ],
+    checkpoints: Annotated[list[str], argument("FILE, DIR or FILE#KEY.")],
     console: Console,
     figure: Annotated[
         list[Path] | None,
-        typer.Option(
+        option(
+            "Output",
+            "Repeatable. A picture (.png, .svg, .pdf, .html): a bar for each tensor.",
             "--figure",
             metavar="PATH",
-            help="Repeatable. A picture (.png, .svg, .pdf, .html): a bar for each tensor.",
-            rich_help_panel="Output",
-            show_default=False,
         ),
     ] = None,
-    force: Annotated[
-        bool,
-        typer.Option("--force", help="Overwrite an existing figure.", rich_help_panel="Output"),
-    ] = False,
+    force: Annotated[bool, option("Output", "Overwrite an existing figure.", "--force")] = False,
     json_: Json = False,
 ) -> None:
     """Tensors, shapes, types, norms and metadata of a checkpoint.
@@ -89,11 +82,7 @@ def export(
     ],
     checkpoints: Annotated[
         list[str] | None,
-        typer.Argument(
-            metavar="CKPT",
-            help="A at α = 0 and B at α = 1; with --weights two or more; with --plane none.",
-            show_default=False,
-        ),
+        argument("A at α = 0 and B at α = 1; with --weights two or more; with --plane none."),
     ] = None,
     alpha: Annotated[
         float | None,
@@ -214,14 +203,7 @@ def export(
 
 
 def report(result: Result[InspectionSummary]) -> str:
-    """Describes the tensors or state dicts of a checkpoint, or the distance of two checkpoints.
-
-    Args:
-        result: The result of an inspection.
-
-    Returns:
-        Lines of text.
-    """
+    """Returns lines of text that describe one checkpoint, or the distance of two."""
     summary, columns, rows = result.summary, result.table.columns, result.table.rows
     lines = []
     several = len(summary.get("state_dicts", ()))

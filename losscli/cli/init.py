@@ -5,10 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
 from losscli.cli.console import Console
-from losscli.cli.options import Force, Json, with_console, with_some_settings
+from losscli.cli.options import Force, Json, argument, with_console, with_some_settings
 from losscli.cli.report import format_count, format_number
 from losscli.errors import OutputError, UsageError, printable
 from losscli.results.result import replace_all, to_json
@@ -51,11 +49,9 @@ def init(
     console: Console,
     checkpoint: Annotated[
         str | None,
-        typer.Argument(
-            metavar="CKPT",
-            help="The checkpoint to try it on, or a folder of them. By default init:0, the model "
-            "as its code initialises it.",
-            show_default=False,
+        argument(
+            "The checkpoint to try it on, or a folder of them. By default init:0, the model "
+            "as its code initialises it."
         ),
     ] = None,
     force: Force = False,
@@ -114,9 +110,6 @@ def init(
 
 def report(summary: ProjectSummary) -> str:
     """Describes the trial of a ``losscli.toml``.
-
-    Args:
-        summary: The summary of a trial.
 
     Returns:
         Lines of text, the last of them the next command.

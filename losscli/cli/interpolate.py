@@ -7,10 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
-
 from losscli.cli.console import Console
-from losscli.cli.options import Write, with_console, with_output, with_settings
+from losscli.cli.options import Write, argument, option, with_study_options
 from losscli.cli.report import (
     align_columns,
     format_examples,
@@ -45,79 +43,62 @@ __all__ = ["interpolate", "report"]
 _STATIONARY = 1e-3
 
 
-@with_console
-@with_output
-@with_settings
+@with_study_options
 def interpolate(
     a: Annotated[
         str,
-        typer.Argument(
+        argument(
+            "The checkpoint at α = 0: FILE, DIR, FILE#KEY, init:SEED, or MODULE=FILE+MODULE=FILE.",
             metavar="A",
-            help="The checkpoint at α = 0: FILE, DIR, FILE#KEY, init:SEED, or "
-            "MODULE=FILE+MODULE=FILE.",
-            show_default=False,
         ),
     ],
-    b: Annotated[
-        str, typer.Argument(metavar="B", help="The checkpoint at α = 1.", show_default=False)
-    ],
+    b: Annotated[str, argument("The checkpoint at α = 1.", metavar="B")],
     settings: Settings,
     write: Write,
     console: Console,
     points: Annotated[
         int,
-        typer.Option(
+        option(
+            "The line",
+            "Number of evenly spaced values of α; 0 and 1 are added if they lie in the range.",
             "--points",
             metavar="N",
-            help="Number of evenly spaced values of α; 0 and 1 are added if they lie in the range.",
-            rich_help_panel="The line",
         ),
     ] = 51,
     range_: Annotated[
         tuple[float, float],
-        typer.Option(
-            "--range",
-            metavar="LO HI",
-            help="The lowest and the highest α.",
-            rich_help_panel="The line",
-        ),
+        option("The line", "The lowest and the highest α.", "--range", metavar="LO HI"),
     ] = (-0.5, 2.0),
     refine: Annotated[
         float | None,
-        typer.Option(
-            "--refine",
-            metavar="TOL",
-            help="Add points where the curve bends and around every local minimum and maximum, "
+        option(
+            "The line",
+            "Add points where the curve bends and around every local minimum and maximum, "
             "until cubics through the points are accurate to TOL times the height of the curve. "
             "Straight lines between the points are less accurate.",
-            rich_help_panel="The line",
-            show_default=False,
+            "--refine",
+            metavar="TOL",
         ),
     ] = None,
     derivatives: Annotated[
         bool,
-        typer.Option(
-            "--derivatives",
-            help="Exact columns slope, dL/dα, and curvature, d²L/dα².",
-            rich_help_panel="The line",
-        ),
+        option("The line", "Exact columns slope, dL/dα, and curvature, d²L/dα².", "--derivatives"),
     ] = False,
     layerwise: Annotated[
         bool,
-        typer.Option(
+        option(
+            "The line",
+            "Also move each block of the network on its own, keeping the others at A.",
             "--layerwise",
-            help="Also move each block of the network on its own, keeping the others at A.",
-            rich_help_panel="The line",
         ),
     ] = False,
     context: Annotated[
         Path | None,
-        typer.Option(
+        option(
+            "The line",
+            "The table of the whole line: the picture shows where this part of it lies.",
             "--context",
             metavar="CSV",
-            help="The table of the whole line: the picture shows where this part of it lies.",
-            rich_help_panel="The line",
-            show_default=False,
         ),
     ] = None,
 ) -> None:
@@ -157,15 +138,9 @@ def interpolate(
 
 
 def report(result: Result[LineSummary]) -> str:
-    """Describes the result of an interpolation.
+    """Returns lines of text that describe the result of an interpolation.
 
     The text calls neither B nor a lower point a minimum, since a line cannot show that.
-
-    Args:
-        result: The result of an interpolation.
-
-    Returns:
-        Lines of text.
     """
     summary = result.summary
     a, b = (printable(c["name"]) for c in summary["checkpoints"])

@@ -25,11 +25,12 @@ __all__ = [
     "Json",
     "KeepOrder",
     "Write",
+    "argument",
+    "option",
     "with_console",
     "with_drawing",
-    "with_output",
-    "with_settings",
     "with_some_settings",
+    "with_study_options",
 ]
 
 Command = Callable[..., None]
@@ -42,8 +43,18 @@ _OUTPUT = "Output"
 _PICTURE = "The picture"
 
 
+def argument(help_: str, metavar: str = "CKPT") -> Any:
+    """Declares an argument of a command."""
+    return typer.Argument(metavar=metavar, help=help_, show_default=False)
+
+
+def option(panel: str, help_: str, *names: str, **more: Any) -> Any:
+    """Declares an option of a command, with a default in its help text if that is not None."""
+    return typer.Option(*names, help=help_, rich_help_panel=panel, **more)
+
+
 def _option(panel: str, help_: str, *names: str, **more: Any) -> Any:
-    return typer.Option(*names, help=help_, rich_help_panel=panel, show_default=False, **more)
+    return option(panel, help_, *names, show_default=False, **more)
 
 
 _SETTINGS: dict[str, Any] = {
@@ -457,18 +468,6 @@ class Write:
         return Output.plan(stem, figures, draw=not self.no_figure, force=self.force)
 
 
-def with_settings(command: Command) -> Command:
-    """Replaces the parameter ``settings`` of a command by options for all its fields.
-
-    Args:
-        command: A function with a parameter ``settings``, a `Settings`.
-
-    Returns:
-        The function with an option per field instead.
-    """
-    return with_some_settings(*_SETTINGS)(command)
-
-
 def with_some_settings(*names: str) -> Callable[[Command], Command]:
     """Replaces the parameter ``settings`` of a command by options for some of its fields.
 
@@ -488,7 +487,7 @@ def with_some_settings(*names: str) -> Callable[[Command], Command]:
     return lambda command: _expand(command, "settings", options, gather)
 
 
-def with_output(command: Command) -> Command:
+def _with_output(command: Command) -> Command:
     """Replaces the parameter ``write`` of a command by the output options.
 
     Args:
@@ -505,6 +504,18 @@ def with_output(command: Command) -> Command:
         return {"write": Write(**values, drawing=drawing)}
 
     return _expand(command, "write", _OUTPUT_OPTIONS | _DRAWING, gather)
+
+
+def with_study_options(command: Command) -> Command:
+    """Replaces the parameters ``settings``, ``write`` and ``console`` of the command of a study.
+
+    Args:
+        command: A function with these parameters.
+
+    Returns:
+        The function with an option per field of `Settings`, and those of output and console.
+    """
+    return with_console(_with_output(with_some_settings(*_SETTINGS)(command)))
 
 
 def with_drawing(command: Command) -> Command:

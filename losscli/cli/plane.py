@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Literal
 
-import typer
-
 from losscli.cli.console import Console
-from losscli.cli.options import KeepOrder, Write, with_console, with_output, with_settings
+from losscli.cli.options import KeepOrder, Write, argument, option, with_study_options
 from losscli.cli.report import (
     format_count,
     format_examples,
@@ -30,74 +28,56 @@ __all__ = ["plane", "report"]
 _PANEL = "The plane"
 
 
-@with_console
-@with_output
-@with_settings
+@with_study_options
 def plane(
     checkpoints: Annotated[
         list[str],
-        typer.Argument(
-            metavar="CKPT",
-            help="One checkpoint: random directions. Three: the plane through them. With --pca a "
-            "path: its checkpoints, a folder of them, or - for names on stdin.",
-            show_default=False,
+        argument(
+            "One checkpoint: random directions. Three: the plane through them. With --pca a "
+            "path: its checkpoints, a folder of them, or - for names on stdin."
         ),
     ],
     settings: Settings,
     write: Write,
     console: Console,
     pca: Annotated[
-        bool,
-        typer.Option(
-            "--pca",
-            help="The plane of a path's first two principal components.",
-            rich_help_panel=_PANEL,
-        ),
+        bool, option(_PANEL, "The plane of a path's first two principal components.", "--pca")
     ] = False,
     axes: Annotated[
         Literal["hessian"] | None,
-        typer.Option(
-            "--axes",
-            help="Instead of random directions: the unit eigenvectors of the largest and of the "
+        option(
+            _PANEL,
+            "Instead of random directions: the unit eigenvectors of the largest and of the "
             "smallest eigenvalue of the Hessian at the checkpoint, of the first split.",
-            rich_help_panel=_PANEL,
-            show_default=False,
+            "--axes",
         ),
     ] = None,
     path: Annotated[
         list[str] | None,
-        typer.Option(
+        option(
+            _PANEL,
+            "Repeatable. Project these checkpoints onto the plane. Each folder is a path; all "
+            "other checkpoints are one more.",
             "--path",
             metavar="CKPT|DIR",
-            help="Repeatable. Project these checkpoints onto the plane. Each folder is a path; all "
-            "other checkpoints are one more.",
-            rich_help_panel=_PANEL,
-            show_default=False,
         ),
     ] = None,
     points: Annotated[
-        int,
-        typer.Option(
-            "--points", metavar="N", help="Values of each coordinate.", rich_help_panel=_PANEL
-        ),
+        int, option(_PANEL, "Values of each coordinate.", "--points", metavar="N")
     ] = 31,
     range_: Annotated[
         tuple[float, float] | None,
-        typer.Option(
-            "--range",
-            metavar="LO HI",
-            help="The lowest and the highest value of both coordinates. Default: a box around the "
+        option(
+            _PANEL,
+            "The lowest and the highest value of both coordinates. Default: a box around the "
             "checkpoints and paths. One checkpoint alone: -1 1 for random directions; for "
             "eigenvectors as far as the curvature alone changes the loss by a tenth.",
-            rich_help_panel=_PANEL,
-            show_default=False,
+            "--range",
+            metavar="LO HI",
         ),
     ] = None,
     surface: Annotated[
-        bool,
-        typer.Option(
-            "--surface", help="Draw the surface in 3-D beside the contours.", rich_help_panel=_PANEL
-        ),
+        bool, option(_PANEL, "Draw the surface in 3-D beside the contours.", "--surface")
     ] = False,
     keep_order: KeepOrder = False,
 ) -> None:
@@ -128,14 +108,7 @@ def plane(
 
 
 def report(result: Result[PlaneSummary]) -> str:
-    """Describes the result of a plane.
-
-    Args:
-        result: The result of a plane.
-
-    Returns:
-        Lines of text.
-    """
+    """Returns lines of text that describe the result of a plane."""
     summary = result.summary
     projected = sum(path["checkpoints"] for path in summary["paths"])
     spanning = summary["checkpoints"][: len(summary["checkpoints"]) - projected]

@@ -14,7 +14,7 @@ import typer
 
 from losscli.cli.console import Console, stdin
 from losscli.cli.imports import import_plotting
-from losscli.cli.options import with_console, with_drawing
+from losscli.cli.options import argument, with_console, with_drawing
 from losscli.errors import UsageError
 from losscli.registry import COMMANDS, command_of
 from losscli.results.figures import has_panels
@@ -39,12 +39,7 @@ _WIDEST = 1000
 @with_console
 @with_drawing
 def plot(
-    csvs: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="CSV", help="Tables that losscli wrote; - for stdin.", show_default=False
-        ),
-    ],
+    csvs: Annotated[list[str], argument("Tables that losscli wrote; - for stdin.", metavar="CSV")],
     console: Console,
     drawing: Mapping[str, Any],
     title: Annotated[

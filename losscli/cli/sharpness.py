@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
 from losscli.cli.console import Console
-from losscli.cli.options import KeepOrder, Write, with_console, with_output, with_settings
+from losscli.cli.options import KeepOrder, Write, argument, option, with_study_options
 from losscli.cli.report import (
     format_count,
     format_examples,
@@ -32,59 +30,51 @@ __all__ = ["report", "sharpness"]
 _PANEL = "What is measured"
 
 
-@with_console
-@with_output
-@with_settings
+@with_study_options
 def sharpness(
     checkpoints: Annotated[
         list[str],
-        typer.Argument(
-            metavar="CKPT",
-            help="One or more, in the order of training; a folder of them; - for names on stdin.",
-            show_default=False,
-        ),
+        argument("One or more, in the order of training; a folder of them; - for names on stdin."),
     ],
     settings: Settings,
     write: Write,
     console: Console,
     rho: Annotated[
         list[float] | None,
-        typer.Option(
+        option(
+            _PANEL,
+            "Repeatable. The radius of the perturbations. Default: 0.05.",
             "--rho",
             metavar="X",
-            help="Repeatable. The radius of the perturbations. Default: 0.05.",
-            rich_help_panel=_PANEL,
-            show_default=False,
         ),
     ] = None,
     adaptive: Annotated[
         bool,
-        typer.Option(
-            "--adaptive",
-            help="Scale perturbations by |θ| elementwise: adaptive average and worst-case "
+        option(
+            _PANEL,
+            "Scale perturbations by |θ| elementwise: adaptive average and worst-case "
             "sharpness, and ASAM. Critical sharpness stays the same.",
-            rich_help_panel=_PANEL,
+            "--adaptive",
         ),
     ] = False,
     samples: Annotated[
         int,
-        typer.Option(
+        option(
+            _PANEL,
+            "The number of random perturbations of average sharpness, the same draws for "
+            "every checkpoint.",
             "--samples",
             metavar="N",
-            help="The number of random perturbations of average sharpness, the same draws for "
-            "every checkpoint.",
-            rich_help_panel=_PANEL,
         ),
     ] = 20,
     direction_split: Annotated[
         list[str] | None,
-        typer.Option(
+        option(
+            _PANEL,
+            "Take critical steps along the gradient of this split for all splits: relative "
+            "critical sharpness.",
             "--direction-split",
             metavar="NAME",
-            help="Take critical steps along the gradient of this split for all splits: relative "
-            "critical sharpness.",
-            rich_help_panel=_PANEL,
-            show_default=False,
         ),
     ] = None,
     keep_order: KeepOrder = False,
@@ -122,14 +112,7 @@ def sharpness(
 
 
 def report(result: Result[SharpnessSummary]) -> str:
-    """Describes the sharpness of checkpoints.
-
-    Args:
-        result: The result of sharpness.
-
-    Returns:
-        Lines of text.
-    """
+    """Returns lines of text that describe the sharpness of checkpoints."""
     summary = result.summary
     rows: list[dict[str, Any]] = result.table.records()
     scaled = ", scaled by |θ| elementwise" if summary["adaptive"] else ""

@@ -6,11 +6,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
-
 from losscli.cli.console import Console
 from losscli.cli.imports import importing
-from losscli.cli.options import Write, with_console, with_output, with_settings
+from losscli.cli.options import Write, argument, option, with_study_options
 from losscli.cli.report import (
     align_columns,
     format_count,
@@ -31,29 +29,21 @@ if TYPE_CHECKING:
 __all__ = ["report", "soup"]
 
 
-@with_console
-@with_output
-@with_settings
+@with_study_options
 def soup(
-    checkpoints: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="CKPT", help="Two or more, or a folder of them.", show_default=False
-        ),
-    ],
+    checkpoints: Annotated[list[str], argument("Two or more, or a folder of them.")],
     settings: Settings,
     write: Write,
     console: Console,
     greedy: Annotated[
         str | None,
-        typer.Option(
-            "--greedy",
-            metavar="SPLIT",
-            help="Add the checkpoints in the order of their scores on this split, and keep those "
+        option(
+            "The search",
+            "Add the checkpoints in the order of their scores on this split, and keep those "
             "with which the score of the average does not fall. The score is the first --metric, "
             "of which more is better, else -loss.",
-            rich_help_panel="The search",
-            show_default=False,
+            "--greedy",
+            metavar="SPLIT",
         ),
     ] = None,
 ) -> None:
@@ -103,14 +93,7 @@ def soup(
 
 
 def report(result: Result[SoupSummary]) -> str:
-    """Describes the result of a greedy search.
-
-    Args:
-        result: The result.
-
-    Returns:
-        Lines of text.
-    """
+    """Returns lines of text that describe the result of a greedy search."""
     summary = result.summary
     ((name, split),) = summary["splits"].items()
     lines = [

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated
 
-import typer
-
 from losscli.cli.console import Console
-from losscli.cli.options import KeepOrder, Write, with_console, with_output, with_settings
+from losscli.cli.options import KeepOrder, Write, argument, option, with_study_options
 from losscli.cli.report import (
     format_count,
     format_examples,
@@ -30,17 +28,13 @@ __all__ = ["report", "trajectory"]
 _PANEL = "The path"
 
 
-@with_console
-@with_output
-@with_settings
+@with_study_options
 def trajectory(
     checkpoints: Annotated[
         list[str],
-        typer.Argument(
-            metavar="CKPT",
-            help="Three or more in the order of training; a folder of them, in natural order; - "
-            "for names on stdin, one per line.",
-            show_default=False,
+        argument(
+            "Three or more in the order of training; a folder of them, in natural order; - "
+            "for names on stdin, one per line."
         ),
     ],
     settings: Settings,
@@ -48,32 +42,31 @@ def trajectory(
     console: Console,
     residuals: Annotated[
         int,
-        typer.Option(
+        option(
+            _PANEL,
+            "Values of the residual at each step of the surface.",
             "--residuals",
             metavar="N",
-            help="Values of the residual at each step of the surface.",
-            rich_help_panel=_PANEL,
         ),
     ] = 21,
     reach: Annotated[
         float,
-        typer.Option(
+        option(
+            _PANEL,
+            "How far the surface reaches, as a multiple of the largest residual.",
             "--reach",
             metavar="X",
-            help="How far the surface reaches, as a multiple of the largest residual.",
-            rich_help_panel=_PANEL,
         ),
     ] = 1.25,
     no_surface: Annotated[
-        bool,
-        typer.Option("--no-surface", help="Only the path, no surface.", rich_help_panel=_PANEL),
+        bool, option(_PANEL, "Only the path, no surface.", "--no-surface")
     ] = False,
     random_walk: Annotated[
         bool,
-        typer.Option(
+        option(
+            _PANEL,
+            "Random walks with the same step lengths, to see how unlike chance training is.",
             "--random-walk",
-            help="Random walks with the same step lengths, to see how unlike chance training is.",
-            rich_help_panel=_PANEL,
         ),
     ] = False,
     keep_order: KeepOrder = False,
@@ -104,14 +97,7 @@ def trajectory(
 
 
 def report(result: Result[TrajectorySummary]) -> str:
-    """Describes the result of a trajectory.
-
-    Args:
-        result: The result of a trajectory.
-
-    Returns:
-        Lines of text.
-    """
+    """Returns lines of text that describe the result of a trajectory."""
     summary = result.summary
     names = [printable(c["name"]) for c in summary["checkpoints"]]
     path = summary["path"]

@@ -104,14 +104,7 @@ class Images(Dataset[tuple[Tensor, Tensor]]):
 
     @abstractmethod
     def name(self, index: int) -> str:
-        """Returns the name of an image in error messages.
-
-        Args:
-            index: Index of the image.
-
-        Returns:
-            The name.
-        """
+        """Returns the name of an image in error messages."""
 
     @abstractmethod
     def state(self, positions: list[int]) -> str:

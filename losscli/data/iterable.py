@@ -270,40 +270,18 @@ class IterableStream(Examples):
         )
 
     def order(self, generator: torch.Generator) -> Tensor:  # noqa: ARG002
-        """Returns the sequential order, since an iterable has no random access.
-
-        Args:
-            generator: Not used.
-
-        Returns:
-            Indices, ``[N]``, ascending.
-        """
+        """Returns the sequential order, since an iterable has no random access."""
         return torch.arange(len(self))
 
     def draw(self, number: int, generator: torch.Generator) -> IterableStream:  # noqa: ARG002
-        """Selects the first examples, since an iterable has no random access.
-
-        Args:
-            number: Number of examples; all if there are fewer.
-            generator: Not used.
-
-        Returns:
-            Those examples, not counted yet.
-        """
+        """Selects the first examples, since an iterable has no random access."""
         stop = self._start + number
         if self._stop is not None:
             stop = min(stop, self._stop)
         return IterableStream(self._source, self._start, stop)
 
     def take(self, index: Tensor | slice) -> IterableStream:
-        """Selects consecutive examples.
-
-        Args:
-            index: Consecutive indices ``[n]``, or a slice.
-
-        Returns:
-            Those examples.
-        """
+        """Selects consecutive examples."""
         if isinstance(index, Tensor):
             index = slice(int(index[0]), int(index[-1]) + 1)
         start, stop, _ = index.indices(len(self))
@@ -347,14 +325,7 @@ class IterableStream(Examples):
             yield join(pending, self._source.where)
 
     def first(self, number: int) -> Split:
-        """Loads the first examples into memory and caches them.
-
-        Args:
-            number: Number of examples; all if there are fewer.
-
-        Returns:
-            Those examples.
-        """
+        """Loads the first examples into memory and caches them."""
         if number not in self._firsts:
             # An empty iterable raises in `batches`.
             part = self.draw(number, torch.Generator())

@@ -60,14 +60,7 @@ class Build:
     then: tuple[Callable[[Tensor], Tensor], ...] = ()
 
     def __call__(self, rows: list[Any]) -> Any:
-        """Makes the value of examples.
-
-        Args:
-            rows: The examples.
-
-        Returns:
-            The value.
-        """
+        """Makes the value of examples."""
         value = self.collate(rows)
         for key in self.path:
             value = value[key] if is_container(value) else getattr(value, key)
@@ -101,14 +94,7 @@ class Ragged:
 
 
 def is_container(value: object) -> bool:
-    """Whether a value is a mapping, a list or a tuple.
-
-    Args:
-        value: The value.
-
-    Returns:
-        Whether it is.
-    """
+    """Whether a value is a mapping, a list or a tuple."""
     return isinstance(value, Mapping | list | tuple)
 
 
@@ -187,14 +173,7 @@ def realise(nest: Nest) -> Nest:
 
 
 def length(nest: Nest) -> int:
-    """Returns the number of examples of a nest.
-
-    Args:
-        nest: The nest.
-
-    Returns:
-        The number.
-    """
+    """Returns the number of examples of a nest."""
     if isinstance(nest, Tensor | Ragged):
         return len(nest)
     return length(_children(nest)[0])

@@ -18,11 +18,7 @@ State = tuple[Any, Any, Tensor]
 
 
 def capture() -> State:
-    """Returns the states of the global CPU generators.
-
-    Returns:
-        The states.
-    """
+    """Returns the states of the global CPU generators."""
     return random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
 
 

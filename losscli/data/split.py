@@ -179,39 +179,17 @@ class Split(Examples):
         return digest({"structure": structure, **{str(i): c for i, c in enumerate(columns)}})
 
     def take(self, index: Tensor | slice) -> Split:
-        """Selects examples.
-
-        Args:
-            index: Indices ``[n]`` or a slice.
-
-        Returns:
-            Those examples; views if ``index`` is a slice.
-        """
+        """Selects examples; views if ``index`` is a slice."""
         return Split(take(self.inputs, index), take(self.targets, index))
 
     def batches(self, size: int, order: Tensor | None = None) -> Iterator[Split]:
-        """Iterates over the examples once, batch by batch.
-
-        Args:
-            size: Examples per batch; the last batch may have fewer.
-            order: Indices ``[n]``; all examples in order if None.
-
-        Yields:
-            The batches.
-        """
+        """Iterates over the examples once, batch by batch."""
         for start in range(0, len(self) if order is None else len(order), size):
             part = slice(start, start + size)
             yield self.take(part if order is None else order[part])
 
     def first(self, number: int) -> Split:
-        """Returns the first examples.
-
-        Args:
-            number: Number of examples; all if there are fewer.
-
-        Returns:
-            Those examples.
-        """
+        """Returns the first examples."""
         return self.take(slice(0, number))
 
     def spread(self, number: int) -> tuple[Split, Tensor]:
@@ -287,14 +265,7 @@ class Split(Examples):
         return self.map(copy)
 
     def is_on(self, device: torch.device) -> bool:
-        """Returns whether the split is on a device.
-
-        Args:
-            device: The device.
-
-        Returns:
-            Whether it is there.
-        """
+        """Returns whether the split is on a device."""
         current = self._device
         return current.type == device.type and device.index in {None, current.index}
 
@@ -349,14 +320,7 @@ class Batches(Split):
         return batch_size_remarks(self.sizes)
 
     def take(self, index: Tensor | slice) -> Batches:
-        """Selects batches.
-
-        Args:
-            index: Indices ``[n]`` or a slice.
-
-        Returns:
-            Those batches; views if ``index`` is a slice.
-        """
+        """Selects batches; views if ``index`` is a slice."""
         starts = [0, *itertools.accumulate(self.sizes)]
         if isinstance(index, slice):
             first, last, _ = index.indices(len(self))

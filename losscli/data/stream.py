@@ -228,17 +228,7 @@ class BatchDecoder(Decoder):
         return Batches.of(self.parsed(positions))
 
     def collated(self, positions: list[int]) -> tuple[list[Any], Any]:
-        """Decodes one batch without interpreting it.
-
-        Args:
-            positions: A list with the position of the batch.
-
-        Returns:
-            The examples, and the output of the collate function.
-
-        Raises:
-            DataError: An example cannot be decoded.
-        """
+        """Decodes one batch without interpreting it."""
         (position,) = positions
         return super().collated(self.parts[position])
 
@@ -689,49 +679,20 @@ class Stream(Examples):
         return max(1, self._workers.useful_number(len(self), 1, self.first(1).nbytes))
 
     def position(self, index: int) -> int:
-        """Returns the position of an example in the data set.
-
-        Args:
-            index: Index of the example in this split.
-
-        Returns:
-            Its position in the data set.
-        """
+        """Returns the position of an example in the data set."""
         return int(self._index[index])
 
     def take(self, index: Tensor | slice) -> Stream:
-        """Selects examples.
-
-        Args:
-            index: Indices ``[n]`` or a slice.
-
-        Returns:
-            Those examples, not decoded yet.
-        """
+        """Selects examples, not decoded yet."""
         return Stream(self._workers, self._index[index])
 
     def batches(self, size: int, order: Tensor | None = None) -> Iterator[Split]:
-        """Decodes the examples once, batch by batch.
-
-        Args:
-            size: Examples per batch; the last batch may have fewer.
-            order: Indices ``[n]``; all examples in order if None.
-
-        Returns:
-            The batches.
-        """
+        """Decodes the examples once, batch by batch."""
         index = self._index if order is None else self._index[order]
         return self._workers.decode(index, size, self.first(1).nbytes)
 
     def first(self, number: int) -> Split:
-        """Decodes the first examples and caches them.
-
-        Args:
-            number: Number of examples; all if there are fewer.
-
-        Returns:
-            Those examples.
-        """
+        """Decodes the first examples and caches them."""
         number = 1 if self.in_batches else min(number, len(self))
         if number not in self._firsts:
             self._firsts[number] = self._workers.decoder(self._index[:number].tolist())

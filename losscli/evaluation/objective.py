@@ -270,11 +270,7 @@ class Objective(ScoredModel):
         return self._recalibrating(self.recalibration and self.recalibration.first_batch())
 
     def frozen_statistics(self) -> AbstractContextManager[None]:
-        """Keeps BatchNorm's statistics as loaded.
-
-        Returns:
-            A context.
-        """
+        """Keeps BatchNorm's statistics as loaded."""
         return self._recalibrating(None)
 
     @contextmanager

@@ -75,11 +75,7 @@ class Recalibration:
         return cls(name, split, size, order[: size * number])
 
     def batches(self) -> Iterator[Split]:
-        """Iterates over the batches.
-
-        Returns:
-            The batches.
-        """
+        """Iterates over the batches."""
         return self.split.batches(self.size, self.order)
 
     def first_batch(self) -> Self:

@@ -19,7 +19,7 @@ from losscli.evaluation.tasks import ALONE, Execution
 from losscli.table import Cell
 from losscli.weight_space.curve import relative
 
-__all__ = ["Estimate", "combine_metrics", "evaluate_until_precise", "sample_order"]
+__all__ = ["Estimate", "Sampled", "combine_metrics", "evaluate_until_precise", "sample_order"]
 
 # The first sample: from fewer examples the standard error itself would be too uncertain.
 _FIRST_BLOCK = 512
@@ -284,7 +284,7 @@ class _Extendable(Protocol):
     def is_known_to(self, tolerance: float) -> bool: ...
 
 
-_T = TypeVar("_T", bound=_Extendable)
+Sampled = TypeVar("Sampled", bound=_Extendable)
 
 
 def sample_order(splits: Mapping[str, Examples], seed: int) -> dict[str, torch.Tensor]:
@@ -305,9 +305,9 @@ def evaluate_until_precise(
     splits: Mapping[str, Examples],
     tolerance: float | None,
     seed: int,
-    evaluate: Callable[[Mapping[str, Examples], Execution], Mapping[str, _T]],
+    evaluate: Callable[[Mapping[str, Examples], Execution], Mapping[str, Sampled]],
     execution: Execution = ALONE,
-) -> dict[str, _T]:
+) -> dict[str, Sampled]:
     """Evaluates whole splits, or as many of their examples as a standard error needs.
 
     Args:
@@ -323,7 +323,7 @@ def evaluate_until_precise(
     """
     if tolerance is None:
         return dict(evaluate(splits, execution))
-    results: dict[str, _T] = {}
+    results: dict[str, Sampled] = {}
     order = sample_order(splits, seed)
     in_batches = any(split.in_batches for split in splits.values())
     size, remaining, done_before = _FIRST_BATCHES if in_batches else _FIRST_BLOCK, dict(splits), 0.0

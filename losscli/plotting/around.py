@@ -138,10 +138,6 @@ def draw_around(runs: Sequence[Run[AroundSummary]], drawing: Drawing = FULL) -> 
     band between their 10 % and 90 % quantiles; other directions have line styles, with a band of
     one standard error. A diamond marks the radius of a basin.
 
-    Args:
-        runs: The runs.
-        drawing: How it is drawn.
-
     Returns:
         The figure, laid out and ready to `render`.
     """
@@ -334,14 +330,7 @@ def _scale_distance(
 
 
 def around_views(runs: Sequence[Run[AroundSummary]]) -> list[View]:
-    """Returns the views of an interactive page: the loss along directions from checkpoints.
-
-    Args:
-        runs: The runs.
-
-    Returns:
-        The views.
-    """
+    """Returns the views of an interactive page: the loss along directions from checkpoints."""
     splits = [str(s) for s in dict.fromkeys(s for r in runs for s in r.table.unique("split"))]
     groups, notes = _read(runs, FULL)
     quantities = {"loss": f"loss{loss_name(runs)}"}

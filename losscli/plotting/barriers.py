@@ -84,10 +84,6 @@ def draw_barriers(run: Run[BarriersSummary], drawing: Drawing = FULL) -> Figure:
     All splits have the same scale. A barrier of 0 is white on any scale. A barrier that is unknown,
     since a loss on its line is not finite, is hatched.
 
-    Args:
-        run: The run.
-        drawing: How it is drawn.
-
     Returns:
         The figure, laid out and ready to `render`.
     """
@@ -303,14 +299,7 @@ def _notes(run: Run[BarriersSummary], squares: Sequence[_Square], shared: str) -
 
 
 def barriers_views(run: Run[BarriersSummary]) -> list[View]:
-    """Returns the views of an interactive page: the matrix of all pairs of checkpoints.
-
-    Args:
-        run: The run.
-
-    Returns:
-        The views.
-    """
+    """Returns the views of an interactive page: the matrix of all pairs of checkpoints."""
     names = [str(name) for name in run.table.unique("a", "b")]
     labels, shared = distinct_checkpoints(run, names, FULL)
     quantities = {

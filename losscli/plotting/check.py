@@ -114,10 +114,6 @@ def draw_check(run: Run[CheckSummary], drawing: Drawing = FULL) -> Figure:
     loss along the most negative curvature, a table ``spectrum`` further eigenvalues, ``density``
     the spectral density and ``curvature`` the blocks.
 
-    Args:
-        run: The run.
-        drawing: How it is drawn.
-
     Returns:
         The figure, laid out and ready to `render`.
     """
@@ -936,14 +932,7 @@ def _draw_escape(
 
 
 def check_views(run: Run[CheckSummary]) -> list[View]:
-    """Renders the numbers of each checkpoint, its eigenvalues and the escape as a page.
-
-    Args:
-        run: The run.
-
-    Returns:
-        The views.
-    """
+    """Renders the numbers of each checkpoint, its eigenvalues and the escape as a page."""
     loss = f"loss{loss_name([run])}"
     quantities = {
         "loss": loss,

@@ -311,12 +311,6 @@ def transparent(colour: str, opacity: float) -> str:
     return f"rgba({red},{green},{blue},{opacity})"
 
 
-def error_column(table: Table, column: str) -> str:
-    """Returns the column of the standard errors or bounds of a column; empty if it has none."""
-    names = (f"{column}_stderr", f"{column}_error", "error" if column == "eigenvalue" else "")
-    return next((name for name in names if name in table.columns), "")
-
-
 def table_view(
     name: str,
     tables: Sequence[tuple[str, Table]],
@@ -691,12 +685,6 @@ def table_views(runs: Sequence[Run[Summary]]) -> list[View]:
 
     Each table is a view over its positions, its checkpoints or else its first column of floats,
     with each further column of floats as a quantity.
-
-    Args:
-        runs: The runs.
-
-    Returns:
-        The views.
     """
     command = command_of(runs[0].table.columns)
     assert command is not None

@@ -299,12 +299,6 @@ def _write_names(axes: Axes, names: Sequence[str]) -> Text:
 def inspection_views(run: Run[InspectionSummary]) -> list[View]:
     """Returns the views of an interactive page: the numbers of each tensor.
 
-    Args:
-        run: The run.
-
-    Returns:
-        The views.
-
     Raises:
         UsageError: The checkpoint has several state dicts.
     """

@@ -70,10 +70,6 @@ def draw_interpolation(runs: Sequence[Run[LineSummary]], drawing: Drawing = FULL
     Slopes, curvatures and metrics have a panel each. One run with a table ``blocks`` is drawn by
     `draw_layerwise`, one with a table ``context`` with an overview of the whole line.
 
-    Args:
-        runs: The runs.
-        drawing: How it is drawn.
-
     Returns:
         The figure, laid out and ready to `render`.
     """
@@ -148,14 +144,7 @@ def draw_interpolation(runs: Sequence[Run[LineSummary]], drawing: Drawing = FULL
 
 
 def interpolation_views(runs: Sequence[Run[LineSummary]]) -> list[View]:
-    """Returns the views of an interactive page: losses and metrics over the line.
-
-    Args:
-        runs: The runs.
-
-    Returns:
-        The views.
-    """
+    """Returns the views of an interactive page: losses and metrics over the line."""
     quantities = {"loss": f"loss{loss_name(runs)}"}
     quantities |= {name: f"{name} {label}" for name, label in _DERIVATIVES.items()}
     quantities |= {metric: metric for run in runs for metric in run.table.metrics}

@@ -59,14 +59,7 @@ _DASHES: tuple[Any, ...] = ("solid", (0, (4, 1.6)), (0, (1, 1.3)))
 
 
 def block_colours(number: int) -> list[str]:
-    """Returns a sequence of colours from dark to light, safe for colour-blind and grey print.
-
-    Args:
-        number: The number of colours.
-
-    Returns:
-        The colours.
-    """
+    """Returns a sequence of colours from dark to light, safe for colour-blind and grey print."""
     return [to_hex(c) for c in mpl.colormaps["plasma"](np.linspace(0.0, 0.84, number))]
 
 

@@ -172,10 +172,6 @@ def draw_plane(run: Run[PlaneSummary], drawing: Drawing = FULL) -> Figure:
     plane, the plane shows the loss at the checkpoint correctly. If the summary has ``surface``, a
     3D surface stands beside each panel.
 
-    Args:
-        run: The run.
-        drawing: How it is drawn.
-
     Returns:
         The figure, laid out and ready to `render`.
     """
@@ -661,14 +657,7 @@ def animate_plane(run: Run[PlaneSummary], drawing: Drawing = FULL) -> Animation:
 
 
 def plane_views(run: Run[PlaneSummary]) -> list[View]:
-    """Returns the views of an interactive page: the loss on a plane, with its checkpoints.
-
-    Args:
-        run: The run.
-
-    Returns:
-        The views.
-    """
+    """Returns the views of an interactive page: the loss on a plane, with its checkpoints."""
     groups = _Checkpoints.read_all(run, FULL)
     kind = run.summary.get("plane", "")
     grids = _read_all(run)

@@ -374,14 +374,7 @@ def _legend(
 
 
 def sharpness_views(run: Run[SharpnessSummary]) -> list[View]:
-    """Returns the views of an interactive page: sharpness over ρ and over checkpoints.
-
-    Args:
-        run: The run.
-
-    Returns:
-        The views.
-    """
+    """Returns the views of an interactive page: sharpness over ρ and over checkpoints."""
     names = [str(name) for name in run.table.unique("checkpoint")]
     labels = {name: plain(run.label_of(name) or name) for name in names}
     if len(set(labels.values())) < len(names):

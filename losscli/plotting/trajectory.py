@@ -127,23 +127,13 @@ def draw_trajectory(runs: Sequence[Run[TrajectorySummary]], drawing: Drawing = F
     over projection and residual, with the path on them. Otherwise the residuals of all runs over
     the projection, and their losses below. A table ``walk`` adds random walks.
 
-    Args:
-        runs: The runs.
-        drawing: How it is drawn.
-
     Returns:
         The figure, laid out and ready to `render`.
     """
     with house_style(drawing):
-        paths = [_Path.read(run.table) for run in runs]
-        left_out = sum(path.left_out for path in paths)
-        notes = [f"{_steps(left_out)} no finite coordinates: not drawn"] if left_out else []
-        if len(runs) == 1 and "surface" in runs[0].more:
-            splits = [str(split) for split in runs[0].table.unique("split")]
-            surfaces, more = _read_surfaces(runs[0].more["surface"], splits)
-            notes += more
-            if surfaces:
-                return _draw_surfaces(runs[0], paths[0], surfaces, notes, drawing)
+        paths, surfaces, notes = _read(runs)
+        if surfaces:
+            return _draw_surfaces(runs[0], paths[0], surfaces, notes, drawing)
         return _draw_paths(runs, paths, notes, drawing)
 
 
@@ -356,6 +346,19 @@ def _scale_residual(axes: Axes, values: Sequence[Floats]) -> None:
 # --- With a surface ------------------------------------------------------------------------------
 
 
+def _read(runs: Sequence[Run[TrajectorySummary]]) -> tuple[list[_Path], list[Grid], list[str]]:
+    """Reads the path of each run, the surface of a single one for each split, and notes."""
+    paths = [_Path.read(run.table) for run in runs]
+    left_out = sum(path.left_out for path in paths)
+    notes = [f"{_steps(left_out)} no finite coordinates: not drawn"] if left_out else []
+    surfaces: list[Grid] = []
+    if len(runs) == 1 and "surface" in runs[0].more:
+        splits = [str(split) for split in runs[0].table.unique("split")]
+        surfaces, more = _read_surfaces(runs[0].more["surface"], splits)
+        notes += more
+    return paths, surfaces, notes
+
+
 def _read_surfaces(
     table: Table, splits: Sequence[str], values: str = "loss"
 ) -> tuple[list[Grid], list[str]]:
@@ -508,20 +511,14 @@ def animate_trajectory(
         UsageError: No checkpoint has finite coordinates.
     """
     with house_style(drawing):
-        paths = [_Path.read(run.table) for run in runs]
+        paths, surfaces, notes = _read(runs)
         if not any(path.steps for path in paths):
             COMMANDS["trajectory"].check_format(".gif", has_path=False)
-        left_out = sum(path.left_out for path in paths)
-        notes = [f"{_steps(left_out)} no finite coordinates: not drawn"] if left_out else []
         figure, panel, beside = new_panels(drawing)
         contours = None
-        if len(runs) == 1 and "surface" in runs[0].more:
-            splits = [str(split) for split in runs[0].table.unique("split")]
-            surfaces, more = _read_surfaces(runs[0].more["surface"], splits)
-            notes += more
-            if surfaces:
-                contours = _draw_first_split(figure, panel, runs[0], paths[0], surfaces[0], drawing)
-                notes += limit_notes(drawing)
+        if surfaces:
+            contours = _draw_first_split(figure, panel, runs[0], paths[0], surfaces[0], drawing)
+            notes += limit_notes(drawing)
         colours = [PATH] if contours else run_colours(len(runs), drawing)
         what = drawing.words(f"path of the {len(paths[0].steps)} checkpoints", "path")
         names = _end_names(runs, drawing)
@@ -594,9 +591,6 @@ def trajectory_views(runs: Sequence[Run[TrajectorySummary]]) -> list[View]:
 
     Args:
         runs: The runs; the table ``surface`` is shown of a single run.
-
-    Returns:
-        The views.
     """
     paths = [_Path.read(run.table) for run in runs]
     loss = f"loss{loss_name(runs)}"

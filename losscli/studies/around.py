@@ -22,7 +22,7 @@ from losscli.evaluation.cost import Clock, Timings
 from losscli.evaluation.device import float32_precision
 from losscli.evaluation.hessian.directions import Along, DerivativeDirections
 from losscli.evaluation.ranks import Arrays, Ranks
-from losscli.evaluation.sampling import Estimate, evaluate_until_precise
+from losscli.evaluation.sampling import Estimate
 from losscli.evaluation.strategy_choice import choose_strategy
 from losscli.evaluation.sweep import check, sweep_each, sweep_plain
 from losscli.evaluation.tasks import ALONE, Execution
@@ -50,8 +50,8 @@ from losscli.studies.notes import (
 )
 from losscli.studies.problem import counted, prepare
 from losscli.studies.verification import (
-    check_differentiable,
     check_gradient_settings,
+    differentiable_parameters,
     verify_fresh_model_near,
     verify_sweep,
 )
@@ -174,25 +174,7 @@ class Around(Study):
         basin_loss: float | None = None,
         ranks: Ranks | None = None,
     ) -> Around:
-        """Reads and matches everything, and evaluates nothing.
-
-        Args:
-            names: The checkpoints.
-            settings: The settings.
-            directions: The number of random directions.
-            along: What the directions are instead, if not random.
-            range_: The lowest and the highest coefficient.
-            points: Evenly spaced coefficients.
-            basin: The threshold of the basin as a multiple of the loss.
-            basin_loss: The threshold as a loss.
-            ranks: The processes that share the run, if there are several.
-
-        Returns:
-            The plan.
-
-        Raises:
-            LosscliError: Something is missing, broken or does not fit.
-        """
+        """Reads and matches everything, evaluates nothing. See `around` for the arguments."""
         begun = time.perf_counter()
         names = expand_folders(names)
         if not names:
@@ -209,10 +191,7 @@ class Around(Study):
         coefficients = _coefficients(points, range_ or _RANGES[along])
         problem = prepare(names, settings, ranks=ranks, independent=True)
         if along:
-            moving = problem.parameters(problem.moving)
-            if not moving:
-                raise UsageError("no parameter is left to differentiate", "Widen --only")
-            check_differentiable(problem, moving, "--along")
+            moving = differentiable_parameters(problem, "--along")
         else:
             still = normalisation_parameters(problem.objective.model).union(problem.buffers)
             first = problem.first.weights
@@ -286,14 +265,7 @@ class Around(Study):
         return DerivativeDirections(objective, self.moving, split, self.along, seed)
 
     def sample(self, number: int) -> tuple[Slice, Sequence[Sequence[float]]]:
-        """Takes a part of a line.
-
-        Args:
-            number: How many points are taken at once.
-
-        Returns:
-            A line from the first checkpoint, and so many points of it.
-        """
+        """Returns a line from the first checkpoint, and some points of it."""
         origin = self.problem.origin
         # Points along any direction take as long.
         return self._line(origin, origin), [(c,) for c in self._apart[:number]]
@@ -311,18 +283,7 @@ class Around(Study):
         return self._derivatives.extra_cost(len(self.norms), self.problem.origin, clock, seconds)
 
     def run(self, execution: Execution = ALONE) -> Result[AroundSummary]:
-        """Evaluates each checkpoint once, loaded plainly, and each line from it by a sweep.
-
-        Args:
-            execution: How its tasks are executed. Progress counts points.
-
-        Returns:
-            The result.
-
-        Raises:
-            LosscliError: The model or the loss fails on the data, has no derivatives along which
-                to go, gives two answers for one point, or does not fit into the memory.
-        """
+        """Evaluates each checkpoint once, loaded plainly, and each line from it by a sweep."""
         objective, settings = self.problem.objective, self.problem.settings
         with float32_precision(tf32=settings.tf32):
             swept = time.perf_counter()
@@ -339,12 +300,8 @@ class Around(Study):
                 *spectral_notes(self),
             ]
             del last
-            found = evaluate_until_precise(
-                objective.splits,
-                settings.sampling_error,
-                settings.seed,
-                partial(self._evaluate, derived),
-                execution.after(self._differentiated),
+            found = self.evaluate(
+                partial(self._evaluate, derived), execution.after(self._differentiated)
             )
             seconds = self.seconds(swept)
         examples = {name: estimate.examples for name, estimate in found.items()}
@@ -383,9 +340,6 @@ class Around(Study):
         }
         return Result(table, summary, COMMANDS[self.command].draw)
 
-    def _placed(self, t: int) -> Weights:
-        return self.problem.place(self.problem.open(t).weights)
-
     def _direction(self, t: int, k: int, placed: Weights, derived: Sequence[Arrays]) -> Weights:
         """Makes a direction of a checkpoint."""
         if self._derivatives is None:
@@ -407,7 +361,7 @@ class Around(Study):
         objective, apart = self.problem.objective, [(c,) for c in self._apart]
         difference = 0.0
         for t, _ in enumerate(self.norms):
-            placed = self._placed(t)
+            placed = self.problem.placed(t)
             line = self._line(placed, self._direction(t, 0, placed, derived))
             objective.load(placed)
             choose_strategy(objective, line, apart)
@@ -507,19 +461,14 @@ class Around(Study):
         return int(np.count_nonzero(rounded[:, distances > 0]))
 
     def _table(self, found: Mapping[str, Estimate]) -> Table:
-        metrics = self.problem.objective.columns
-        sampled = [] if self.problem.settings.sampling_error is None else ["examples"]
-        return Table.build(
-            [
-                *("checkpoint", "direction", "coefficient", "distance", "split"),
-                *("loss", "loss_stderr", *metrics, *sampled),
-            ],
+        return self.loss_table(
+            ["checkpoint", "direction", "coefficient", "distance", "split"],
             (
-                [
-                    *(checkpoint, direction, c, abs(c * self.lengths[t]), name),
-                    *estimate.row(int(self._places[t, k, p]), metrics),
-                    *(estimate.examples for _ in sampled),
-                ]
+                (
+                    [checkpoint, direction, c, abs(c * self.lengths[t]), name],
+                    estimate,
+                    int(self._places[t, k, p]),
+                )
                 for t, checkpoint in enumerate(self.problem.names)
                 for k, direction in enumerate(self.directions)
                 for p, c in enumerate(self.coefficients)

@@ -20,7 +20,7 @@ from losscli.errors import UsageError
 from losscli.evaluation.device import float32_precision
 from losscli.evaluation.objective import Evaluation
 from losscli.evaluation.ranks import Ranks
-from losscli.evaluation.sampling import Estimate, evaluate_until_precise
+from losscli.evaluation.sampling import Estimate
 from losscli.evaluation.strategy_choice import choose_strategy
 from losscli.evaluation.sweep import check, sweep_each, sweep_plain
 from losscli.evaluation.tasks import ALONE, Execution
@@ -105,20 +105,7 @@ class Barriers(Study):
         points: int,
         ranks: Ranks | None = None,
     ) -> Barriers:
-        """Reads and matches everything, and evaluates nothing.
-
-        Args:
-            names: The checkpoints.
-            settings: The settings.
-            points: Evenly spaced values of α.
-            ranks: The processes that share the run, if there are several.
-
-        Returns:
-            The plan.
-
-        Raises:
-            LosscliError: Something is missing, broken or does not fit.
-        """
+        """Reads and matches everything, evaluates nothing. See `barriers` for the arguments."""
         begun = time.perf_counter()
         names = expand_folders(names)
         if len(names) < 2:
@@ -176,29 +163,11 @@ class Barriers(Study):
         return {"pairs": self.slices[0]}
 
     def weights(self, t: int) -> Weights:
-        """Reads a checkpoint, which this study has done once and for all.
-
-        Args:
-            t: Its place among the names.
-
-        Returns:
-            All its tensors.
-        """
+        """Reads a checkpoint, which this study has done once and for all."""
         return self.states[t]
 
     def run(self, execution: Execution = ALONE) -> Result[BarriersSummary]:
-        """Evaluates each checkpoint once, loaded plainly, and each line between two by a sweep.
-
-        Args:
-            execution: How its tasks are executed. Progress counts points.
-
-        Returns:
-            The result.
-
-        Raises:
-            LosscliError: The model or the loss fails on the data, gives two answers for one
-                point, or does not fit into the memory.
-        """
+        """Evaluates each checkpoint once, loaded plainly, and each line between two by a sweep."""
         objective, settings = self.problem.objective, self.problem.settings
         placed = [self.problem.place(weights) for weights in self.states]
         distances: dict[tuple[int, int], float] = {}
@@ -206,13 +175,7 @@ class Barriers(Study):
             swept = time.perf_counter()
             check(objective, placed[0], placed[-1])
             difference, stays = self._verify(placed)
-            found = evaluate_until_precise(
-                objective.splits,
-                settings.sampling_error,
-                settings.seed,
-                partial(self._evaluate, placed, distances),
-                execution,
-            )
+            found = self.evaluate(partial(self._evaluate, placed, distances), execution)
             seconds = self.seconds(swept)
         examples = {name: measured.examples for name, measured in found.items()}
         heights = {name: self._heights(measured) for name, measured in found.items()}
@@ -410,7 +373,7 @@ class Barriers(Study):
         lengths: Sequence[float],
     ) -> Table:
         names = self.problem.names
-        sampled = [] if self.problem.settings.sampling_error is None else ["examples"]
+        sampled = self.sampled
         own = {split: measured.own.mean.tolist() for split, measured in found.items()}
         return Table.build(
             [
@@ -431,22 +394,17 @@ class Barriers(Study):
         )
 
     def _curves(self, found: Mapping[str, _SplitBarriers]) -> Table:
-        names, metrics = self.problem.names, self.problem.objective.columns
-        sampled = [] if self.problem.settings.sampling_error is None else ["examples"]
-        last = len(self.alphas) - 1
+        names, last = self.problem.names, len(self.alphas) - 1
 
-        def at(measured: _SplitBarriers, p: int, i: int, j: int, k: int) -> list[Any]:
+        def at(measured: _SplitBarriers, p: int, i: int, j: int, k: int) -> tuple[Estimate, int]:
             if k in {0, last}:
-                return measured.own.row(j if k else i, metrics)
-            return measured.lines.row(p * len(self._inner) + k - 1, metrics)
+                return measured.own, j if k else i
+            return measured.lines, p * len(self._inner) + k - 1
 
-        return Table.build(
-            ["a", "b", "alpha", "split", "loss", "loss_stderr", *metrics, *sampled],
+        return self.loss_table(
+            ["a", "b", "alpha", "split"],
             (
-                [
-                    *(names[i], names[j], alpha, split, *at(measured, p, i, j, k)),
-                    *(measured.examples for _ in sampled),
-                ]
+                ([names[i], names[j], alpha, split], *at(measured, p, i, j, k))
                 for p, (i, j) in enumerate(self.pairs)
                 for k, alpha in enumerate(self.alphas)
                 for split, measured in found.items()

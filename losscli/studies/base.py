@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar
 
-from losscli.data import placing
+from losscli.data import Examples, placing
 from losscli.evaluation.cost import Clock, Timings
+from losscli.evaluation.sampling import Estimate, Sampled, evaluate_until_precise
 from losscli.evaluation.tasks import ALONE, Execution
 from losscli.progress import report_to
 from losscli.results.result import Result
@@ -18,6 +19,7 @@ from losscli.results.summaries import CostEstimate, Description, Origin, Seconds
 from losscli.settings import Progress
 from losscli.studies.fingerprint import Fingerprint, fingerprint_of, identity_of
 from losscli.studies.problem import Problem
+from losscli.table import Cell, Table
 from losscli.weight_space.slices import Line, Slice
 from losscli.weight_space.vectors import Weights, dimension, to_device
 
@@ -27,6 +29,10 @@ __all__ = ["Study", "count"]
 @dataclass(frozen=True)
 class Study(ABC):
     """A study that is ready to run: everything is loaded and checked, nothing is evaluated.
+
+    The class method ``plan`` of each study takes the names of the checkpoints, the settings, the
+    arguments of its public function, and ``ranks``: the processes that share the run, if there are
+    several. It raises `LosscliError` if something is missing, broken or does not fit.
 
     Attributes:
         problem: The checkpoints, the model and the data.
@@ -105,6 +111,50 @@ class Study(ABC):
             LosscliError: The model or the loss fails on the data, gives two answers for one
                 point, or does not fit into the memory.
         """
+
+    def evaluate(
+        self,
+        evaluate: Callable[[Mapping[str, Examples], Execution], Mapping[str, Sampled]],
+        execution: Execution,
+    ) -> dict[str, Sampled]:
+        """Evaluates whole splits, or as many of their examples as ``--sampling-error`` needs.
+
+        Args:
+            evaluate: Evaluates the given splits.
+            execution: How that is executed.
+
+        Returns:
+            The result on each split.
+        """
+        splits, settings = self.problem.objective.splits, self.problem.settings
+        tolerance, seed = settings.sampling_error, settings.seed
+        return evaluate_until_precise(splits, tolerance, seed, evaluate, execution)
+
+    @property
+    def sampled(self) -> list[str]:
+        """The column of the number of examples, which depends on ``--sampling-error``."""
+        return [] if self.problem.settings.sampling_error is None else ["examples"]
+
+    def loss_table(
+        self, columns: Sequence[str], rows: Iterable[tuple[Sequence[Cell], Estimate, int]]
+    ) -> Table:
+        """Makes a table of losses, with their standard errors and metrics.
+
+        Args:
+            columns: The columns that say which loss it is.
+            rows: For each loss the cells of these, the losses and its index among them.
+
+        Returns:
+            The table.
+        """
+        metrics, sampled = self.problem.objective.columns, self.sampled
+        return Table.build(
+            [*columns, "loss", "loss_stderr", *metrics, *sampled],
+            (
+                [*cells, *losses.row(i, metrics), *(losses.examples for _ in sampled)]
+                for cells, losses, i in rows
+            ),
+        )
 
     def run_alone(self, progress: Progress) -> Result[Any]:
         """Evaluates in this process, without a journal.

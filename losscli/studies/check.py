@@ -46,7 +46,7 @@ from losscli.studies.notes import general_notes, spectral_notes
 from losscli.studies.preconditioner import AdamPreconditioner
 from losscli.studies.problem import counted, prepare
 from losscli.studies.spectra import ADAM, Part, ProbedPoint, Spectra, SpectraOptions
-from losscli.studies.verification import check_differentiable, verify_fresh_model
+from losscli.studies.verification import differentiable_parameters, verify_fresh_model
 from losscli.table import Cell, Table
 from losscli.weight_space.vectors import Weights
 
@@ -175,30 +175,7 @@ class Check(Study):
         optimizer: str | None = None,
         ranks: Ranks | None = None,
     ) -> Check:
-        """Reads and matches everything, and evaluates nothing.
-
-        Args:
-            names: The checkpoints.
-            settings: The settings.
-            tolerance: The largest gradient norm of a critical point.
-            eigenvalues: How many of either end will be found.
-            learning_rate: That of training.
-            keep_order: Whether the names stay in the order in which they are given.
-            momentum: Likewise.
-            density: Whether the spectral density will be estimated.
-            probes: The number of random vectors; None for the default.
-            lanczos: The number of Lanczos steps; None for the default.
-            operator: The matrix; None for the Hessian.
-            blocks: Whether the curvature of blocks will be computed.
-            optimizer: ``adam`` or None.
-            ranks: The processes that share the run, if there are several.
-
-        Returns:
-            The plan.
-
-        Raises:
-            LosscliError: Something is missing, broken or does not fit.
-        """
+        """Reads and matches everything, evaluates nothing. See `check` for the arguments."""
         begun = time.perf_counter()
         names, notes = order_path(names, keep_order=keep_order)
         if not names:
@@ -243,11 +220,7 @@ class Check(Study):
                 "Evaluate fewer with --limit",
             )
         problem = prepare(names, settings, notes, ranks, independent=True)
-        # The loss is a function of the parameters; statistics of BatchNorm are no part of θ here.
-        moving = problem.parameters(problem.moving)
-        if not moving:
-            raise UsageError("no parameter is left to differentiate", "Widen --only")
-        check_differentiable(problem, moving, "check")
+        moving = differentiable_parameters(problem, "check")
         adam = AdamPreconditioner.plan(problem, moving, learning_rate) if optimizer else None
         return cls(
             *(problem, moving, begun, tolerance, eigenvalues, learning_rate, momentum, spectra),
@@ -278,9 +251,6 @@ class Check(Study):
 
     def extra_description(self, description: Description) -> Description:
         """Returns the work in addition to evaluating the checkpoints.
-
-        Args:
-            description: What every study describes.
 
         Returns:
             The most Hessian-vector products, each of which costs a few passes over the data; the
@@ -314,11 +284,6 @@ class Check(Study):
 
     def extra_cost(self, timings: Timings, clock: Clock, seconds: float) -> CostEstimate:
         """Tells what gradients and products with the Hessian take; their number is not known.
-
-        Args:
-            timings: How fast points are evaluated.
-            clock: The clock.
-            seconds: What their evaluation takes.
 
         Returns:
             ``seconds`` for the fewest products, ``seconds_at_most`` for the most, and what a
@@ -364,18 +329,7 @@ class Check(Study):
         return "checkpoints"
 
     def run(self, execution: Execution = ALONE) -> Result[CheckSummary]:
-        """Computes gradients and eigenvalues, and decides what each checkpoint is.
-
-        Args:
-            execution: How its tasks are executed. Progress counts checkpoints.
-
-        Returns:
-            The result.
-
-        Raises:
-            LosscliError: The model or the loss fails on the data or has no derivatives, gives two
-                answers for one point, or does not fit into the memory.
-        """
+        """Computes gradients and eigenvalues, and decides what each checkpoint is."""
         objective = self.problem.objective
         names, splits = self.problem.names, list(objective.splits)
         with float32_precision(tf32=self.problem.settings.tf32):
@@ -538,7 +492,7 @@ class Check(Study):
         if execution.size > 1:
             # The longest first, so that no rank ends with one of these while the others wait.
             pieces.sort(key=lambda piece: -len(splits[piece[1]]) * piece[3])
-        placed = lru_cache(maxsize=1)(self._placed)
+        placed = lru_cache(maxsize=1)(self.problem.placed)
         records: dict[tuple[int, str], Arrays] = {}
         probed: dict[tuple[int, str], dict[Part, Arrays]] = {}
         preconditioned: dict[tuple[str, str], PreconditionedEigenvalue] = {}
@@ -610,9 +564,6 @@ class Check(Study):
             )
         return tables
 
-    def _placed(self, t: int) -> Weights:
-        return self.problem.place(self.problem.open(t).weights)
-
     def _verdicts_to_escape(
         self, t: int, split: str, records: Mapping[tuple[int, str], Arrays]
     ) -> Collection[str]:
@@ -631,7 +582,7 @@ class Check(Study):
         """Evaluates the most negative curvature both ways, as far as the loss falls and beyond."""
         objective = self.problem.objective
         splits = {split: objective.splits[split]}
-        weights = recalibrated(objective, self._placed(t))
+        weights = recalibrated(objective, self.problem.placed(t))
         with objective.frozen_statistics():
             (plain,) = sweep_plain(objective, [weights], splits=splits, execution=execution)
             here = plain[split]

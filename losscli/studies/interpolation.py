@@ -21,7 +21,7 @@ from losscli.evaluation.device import float32_precision
 from losscli.evaluation.memory import halving, points_at_once
 from losscli.evaluation.objective import Evaluation
 from losscli.evaluation.ranks import Ranks
-from losscli.evaluation.sampling import Estimate, evaluate_until_precise
+from losscli.evaluation.sampling import Estimate
 from losscli.evaluation.strategy_choice import choose_strategy
 from losscli.evaluation.sweep import check, sweep, sweep_plain
 from losscli.evaluation.tasks import ALONE, Execution
@@ -153,26 +153,7 @@ class Interpolation(Study):
         layerwise: bool = False,
         ranks: Ranks | None = None,
     ) -> Interpolation:
-        """Reads and matches everything, and evaluates nothing.
-
-        Args:
-            a: The checkpoint at α = 0.
-            b: The checkpoint at α = 1.
-            settings: The settings.
-            points: Evenly spaced values of α.
-            range_: The lowest and the highest α.
-            derivatives: Whether slopes and curvatures will be computed.
-            refine: The error to refine to, if any.
-            context: The table of the whole line, if it is to be drawn.
-            layerwise: Whether each block moves alone, too.
-            ranks: The processes that share the run, if there are several.
-
-        Returns:
-            The plan.
-
-        Raises:
-            LosscliError: Something is missing, broken or does not fit.
-        """
+        """Reads and matches everything, evaluates nothing. See `interpolate` for the arguments."""
         begun = time.perf_counter()
         if refine is not None and not 0 < refine < 1:
             raise UsageError(f"--refine must be between 0 and 1, not {refine}", "Give 0.001")
@@ -251,9 +232,6 @@ class Interpolation(Study):
     def extra_description(self, description: Description) -> Description:
         """Returns the blocks that move alone, and the passes that they and derivatives add.
 
-        Args:
-            description: What every study describes.
-
         Returns:
             The blocks, if any, and all passes over the data: a derivative takes one for each point.
         """
@@ -274,11 +252,6 @@ class Interpolation(Study):
     def extra_cost(self, timings: Timings, clock: Clock, seconds: float) -> CostEstimate:  # noqa: ARG002
         """Returns the cost of derivatives, and that refining adds points.
 
-        Args:
-            timings: How fast points are evaluated.
-            clock: The clock.
-            seconds: What their evaluation takes.
-
         Returns:
             Entries of the estimate.
         """
@@ -297,21 +270,7 @@ class Interpolation(Study):
         return estimate
 
     def run(self, execution: Execution = ALONE) -> Result[LineSummary]:
-        """Evaluates the line.
-
-        The ends are evaluated plainly, by ``load_state_dict``. The strategy of the other points is
-        verified against them on a first batch.
-
-        Args:
-            execution: How its tasks are executed. Progress counts points.
-
-        Returns:
-            The result.
-
-        Raises:
-            LosscliError: The model or the loss fails on the data, gives two answers for one
-                point, or does not fit into the memory.
-        """
+        """Evaluates both ends, loaded plainly, and the other points by a verified sweep."""
         objective, settings = self.problem.objective, self.problem.settings
         with float32_precision(tf32=settings.tf32):
             swept = time.perf_counter()
@@ -332,13 +291,7 @@ class Interpolation(Study):
             ]
             for block in self.blocks:
                 difference = max(difference, self._verify_block(block))
-            split_curves = evaluate_until_precise(
-                objective.splits,
-                settings.sampling_error,
-                settings.seed,
-                partial(self._evaluate, line),
-                execution,
-            )
+            split_curves = self.evaluate(partial(self._evaluate, line), execution)
             curves = {name: parts.whole for name, parts in split_curves.items()}
             beyond = execution.after(self.evaluations)
             closer = Refiner(self.problem, self.start, line, self.derivatives, beyond)
@@ -391,7 +344,7 @@ class Interpolation(Study):
     def _table(self, refined: RefinedCurve) -> Table:
         metrics = self.problem.objective.columns
         derived = ["slope", "curvature"] if refined.slopes else []
-        sampled = ["examples"] if self.problem.settings.sampling_error is not None else []
+        sampled = self.sampled
         estimates = {name: curve.estimate for name, curve in refined.curves.items()}
         return Table.build(
             ["alpha", "split", "loss", "loss_stderr", *metrics, *derived, *sampled],
@@ -443,20 +396,15 @@ class Interpolation(Study):
         }
 
     def _block_table(self, split_curves: Mapping[str, _SplitCurves]) -> Table:
-        metrics = self.problem.objective.columns
-        sampled = ["examples"] if self.problem.settings.sampling_error is not None else []
         estimates = {
             (block.name, name): parts.blocks[block.name].losses
             for block in self.blocks
             for name, parts in split_curves.items()
         }
-        return Table.build(
-            ["block", "alpha", "split", "loss", "loss_stderr", *metrics, *sampled],
+        return self.loss_table(
+            ["block", "alpha", "split"],
             (
-                [
-                    *(block.name, alpha, name, *estimates[block.name, name].row(i, metrics)),
-                    *(estimates[block.name, name].examples for _ in sampled),
-                ]
+                ([block.name, alpha, name], estimates[block.name, name], i)
                 for block in self.blocks
                 for i, alpha in enumerate(self.alphas)
                 for name in split_curves
@@ -560,9 +508,6 @@ class Interpolation(Study):
 
     def kept_values(self, end: str) -> tuple[str, str]:
         """Describes values that stay at one end.
-
-        Args:
-            end: ``first`` or ``last``.
 
         Returns:
             The checkpoint of which they are, and the consequence.

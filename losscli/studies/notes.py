@@ -312,14 +312,7 @@ def variance_notes(study: Study, extremes: Iterable[Weights]) -> list[str]:
 
 
 def storage_notes(study: Study) -> list[str]:
-    """Notes on the types that tensors are stored in.
-
-    Args:
-        study: The study.
-
-    Returns:
-        The notes.
-    """
+    """Notes on the types that tensors are stored in."""
     stored = set[str]()
     for t, _ in enumerate(study.problem.names):
         weights = study.weights(t)

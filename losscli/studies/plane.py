@@ -19,7 +19,7 @@ from losscli.evaluation.cost import Clock, Timings
 from losscli.evaluation.device import float32_precision
 from losscli.evaluation.hessian.directions import DerivativeDirections
 from losscli.evaluation.ranks import Arrays, Ranks
-from losscli.evaluation.sampling import Estimate, evaluate_until_precise
+from losscli.evaluation.sampling import Estimate
 from losscli.evaluation.strategy_choice import choose_strategy
 from losscli.evaluation.sweep import check, sweep, sweep_plain
 from losscli.evaluation.tasks import ALONE, Execution
@@ -170,26 +170,7 @@ class Plane(Study):
         keep_order: bool = False,
         ranks: Ranks | None = None,
     ) -> Plane:
-        """Reads and matches everything, lays the plane, and evaluates nothing.
-
-        Args:
-            names: The checkpoints.
-            settings: The settings.
-            pca: Whether they are a path.
-            points: Values of each coordinate.
-            range_: The lowest and the highest value of both coordinates.
-            surface: Whether the picture will show the surface.
-            axes: What the axes are instead of random directions.
-            path: Checkpoints and folders of them that will be projected.
-            keep_order: Whether the names of a path stay in the order in which they are given.
-            ranks: The processes that share the run, if there are several.
-
-        Returns:
-            The plan.
-
-        Raises:
-            LosscliError: Something is missing, broken or does not fit.
-        """
+        """Reads everything, lays the plane, evaluates nothing. See `plane` for the arguments."""
         begun = time.perf_counter()
         notes: list[str] = []
         if axes is not None and axes not in get_args(PlaneAxes):
@@ -282,14 +263,7 @@ class Plane(Study):
         return DerivativeDirections(objective, self.moving, split, "hessian", seed)
 
     def sample(self, number: int) -> tuple[Slice, Sequence[Sequence[float]]]:
-        """Takes a part of the grid.
-
-        Args:
-            number: How many points are taken at once.
-
-        Returns:
-            The plane, and so many points of it.
-        """
+        """Returns the plane, and some points of the grid."""
         if self.layout is None:
             # Points along any directions take as long.
             origin = self.on_device(self.problem.origin)
@@ -309,18 +283,7 @@ class Plane(Study):
         return self._derivatives.extra_cost(1, self.problem.origin, clock, seconds)
 
     def run(self, execution: Execution = ALONE) -> Result[PlaneSummary]:
-        """Evaluates the checkpoints, each loaded plainly, and the grid by a sweep.
-
-        Args:
-            execution: How its tasks are executed. Progress counts points.
-
-        Returns:
-            The result.
-
-        Raises:
-            LosscliError: The model or the loss fails on the data, gives two answers for one
-                point, or does not fit into the memory.
-        """
+        """Evaluates the checkpoints, each loaded plainly, and the grid by a sweep."""
         problem, settings = self.problem, self.problem.settings
         objective = problem.objective
         with float32_precision(tf32=settings.tf32):
@@ -344,10 +307,7 @@ class Plane(Study):
                     lambda: self._at(layout, (middle[0], middle[1])),
                 ),
             ]
-            found = evaluate_until_precise(
-                objective.splits,
-                settings.sampling_error,
-                settings.seed,
+            found = self.evaluate(
                 partial(self._evaluate, here, points),
                 execution.after(self.steps - self.evaluations),
             )
@@ -408,18 +368,11 @@ class Plane(Study):
 
     def _table(self, points: Sequence[tuple[float, float]], found: Mapping[str, Estimate]) -> Table:
         """Tabulates the grid; its points follow the checkpoints in an estimate."""
-        metrics = self.problem.objective.columns
-        sampled = [] if self.problem.settings.sampling_error is None else ["examples"]
         own = len(self.problem.names)
-        return Table.build(
-            ["x", "y", "split", "loss", "loss_stderr", *metrics, *sampled],
+        return self.loss_table(
+            ["x", "y", "split"],
             (
-                [
-                    *point,
-                    name,
-                    *estimate.row(own + i, metrics),
-                    *(estimate.examples for _ in sampled),
-                ]
+                ([*point, name], estimate, own + i)
                 for i, point in enumerate(points)
                 for name, estimate in found.items()
             ),
@@ -486,9 +439,7 @@ class Plane(Study):
         problem, points = self.problem, layout.points
         if isinstance(here, Triangle):
             corners = [(0.0, 0.0), (here.corner_b, 0.0), here.corner_c]
-            anchors = [
-                (corner, problem.place(problem.open(t).weights)) for t, corner in enumerate(corners)
-            ]
+            anchors = [(corner, problem.placed(t)) for t, corner in enumerate(corners)]
         else:
             anchors = [((0.0, 0.0), problem.place(problem.last.weights))]
         # Several points of the grid, so that a first layer is shared as in the sweep.

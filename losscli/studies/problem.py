@@ -152,6 +152,10 @@ class Problem:
             return {**weights, **{name: self.origin[name] for name in shared}}
         return {**self.origin, **{name: weights[name] for name in self.moving}}
 
+    def placed(self, t: int) -> Weights:
+        """Reads and places the checkpoint with the number ``t`` in the order of the names."""
+        return self.place(self.open(t).weights)
+
     def places(self, steps: Sequence[int]) -> Sequence[Weights]:
         """Places checkpoints lazily; none is kept in memory.
 
@@ -181,7 +185,7 @@ class _Places(Sequence[Weights]):
     def __getitem__(self, at: int | slice) -> Weights | Sequence[Weights]:
         if isinstance(at, slice):
             return _Places(self._problem, self._steps[at])
-        return self._problem.place(self._problem.open(self._steps[at]).weights)
+        return self._problem.placed(self._steps[at])
 
 
 def prepare(

@@ -42,7 +42,11 @@ from losscli.settings import Progress, Settings, checked
 from losscli.studies.base import Study
 from losscli.studies.notes import general_notes, spectral_notes, storage_notes
 from losscli.studies.problem import Problem, counted, prepare
-from losscli.studies.verification import check_differentiable, verify_fresh_model_near, verify_sweep
+from losscli.studies.verification import (
+    differentiable_parameters,
+    verify_fresh_model_near,
+    verify_sweep,
+)
 from losscli.table import Cell, Table
 from losscli.weight_space.curve import standard_error
 from losscli.weight_space.slices import Line, Slice, check_point_count
@@ -218,24 +222,7 @@ class Sharpness(Study):
         keep_order: bool = False,
         ranks: Ranks | None = None,
     ) -> Sharpness:
-        """Reads and matches everything, and evaluates nothing.
-
-        Args:
-            names: The checkpoints.
-            settings: The settings.
-            rho: The radii.
-            adaptive: Whether perturbations are scaled by abs(θ).
-            samples: The number of random perturbations.
-            direction_split: The split with the gradient that critical steps are along.
-            keep_order: Whether the names stay in the order in which they are given.
-            ranks: The processes that share the run, if there are several.
-
-        Returns:
-            The plan.
-
-        Raises:
-            LosscliError: Something is missing, broken or does not fit.
-        """
+        """Reads and matches everything, evaluates nothing. See `sharpness` for the arguments."""
         begun = time.perf_counter()
         names, notes = order_path(names, keep_order=keep_order)
         if not names:
@@ -252,11 +239,7 @@ class Sharpness(Study):
                 f"--direction-split {direction_split} is not evaluated",
                 f"Choose one of {', '.join(splits)}, or add it with --split",
             )
-        # The loss is a function of the parameters; statistics of BatchNorm are no part of θ here.
-        moving = problem.parameters(problem.moving)
-        if not moving:
-            raise UsageError("no parameter is left to differentiate", "Widen --only")
-        check_differentiable(problem, moving, "sharpness")
+        moving = differentiable_parameters(problem, "sharpness")
         return cls(
             *(problem, moving, begun, tuple(sorted(rho)), adaptive, samples, direction_split),
             _learning_rates(problem),
@@ -309,18 +292,11 @@ class Sharpness(Study):
         return SharpnessTest(self.problem.objective, self.moving, self.adaptive, seed)
 
     def sample(self, number: int) -> tuple[Slice, Sequence[Sequence[float]]]:
-        """Returns a line along a random perturbation, and so many points of it.
-
-        Args:
-            number: How many points are taken at once.
-        """
+        """Returns a line along a random perturbation, and so many points of it."""
         return self._line(self.problem.origin, 0), self._coordinates[:number]
 
     def extra_description(self, description: Description) -> Description:  # noqa: ARG002
         """Returns the work in addition to random perturbations.
-
-        Args:
-            description: What every study describes.
 
         Returns:
             The most gradients, and about the most points along them.
@@ -333,11 +309,6 @@ class Sharpness(Study):
 
     def extra_cost(self, timings: Timings, clock: Clock, seconds: float) -> CostEstimate:
         """Estimates what gradients and points along them take.
-
-        Args:
-            timings: How fast points are evaluated.
-            clock: The clock.
-            seconds: What the evaluation of all random perturbations takes.
 
         Returns:
             ``seconds``, as if every ascent took as many steps as it may.
@@ -360,18 +331,7 @@ class Sharpness(Study):
         return {"seconds": seconds + more}
 
     def run(self, execution: Execution = ALONE) -> Result[SharpnessSummary]:
-        """Evaluates random perturbations, then gradients and points along them.
-
-        Args:
-            execution: How its tasks are executed. Progress counts points.
-
-        Returns:
-            The result.
-
-        Raises:
-            LosscliError: The model or the loss fails on the data or has no derivatives, gives two
-                answers for one point, or does not fit into the memory.
-        """
+        """Evaluates random perturbations, then gradients and points along them."""
         objective, names = self.problem.objective, self.problem.names
         with float32_precision(tf32=self.problem.settings.tf32):
             swept = time.perf_counter()
@@ -436,12 +396,12 @@ class Sharpness(Study):
         objective = self.problem.objective
         if objective.recalibration is None:
             return {}
-        found = recalibrated(objective, self.problem.place(self.problem.open(t).weights))
+        found = recalibrated(objective, self.problem.placed(t))
         return {name: found[name] for layer in objective.statistics for name in layer.names}
 
     def _point(self, statistics: Sequence[Weights], t: int) -> Weights:
         """Returns all tensors of the model at a checkpoint."""
-        placed = self.problem.place(self.problem.open(t).weights)
+        placed = self.problem.placed(t)
         return widened(self.problem.objective, {**placed, **statistics[t]})
 
     def _line(self, weights: Weights, number: int) -> Line:

@@ -145,19 +145,7 @@ class Soup(Study):
 
     @classmethod
     def plan(cls, names: Sequence[str], settings: Settings, *, greedy: str) -> Soup:
-        """Reads and matches everything, and evaluates nothing.
-
-        Args:
-            names: The checkpoints.
-            settings: The settings.
-            greedy: The split with the scores.
-
-        Returns:
-            The plan.
-
-        Raises:
-            LosscliError: Something is missing, broken or does not fit.
-        """
+        """Reads and matches everything, evaluates nothing. See `soup` for the arguments."""
         begun = time.perf_counter()
         for option, value in (
             ("split", settings.split),
@@ -205,18 +193,7 @@ class Soup(Study):
         return 2 * len(self.problem.names) - 1
 
     def run(self, execution: Execution = ALONE) -> SoupResult:
-        """Evaluates the checkpoints, then an average for each of them.
-
-        Args:
-            execution: How its tasks are executed. Progress counts points.
-
-        Returns:
-            The result.
-
-        Raises:
-            LosscliError: The model or the loss fails on the data, gives two answers for one
-                point, or does not fit into the memory.
-        """
+        """Evaluates the checkpoints, then an average for each of them."""
         problem, objective = self.problem, self.problem.objective
         number = len(problem.names)
         placed = problem.places(range(number))
@@ -310,11 +287,7 @@ def _expand(names: Sequence[str]) -> list[str]:
 
 def _average(problem: Problem, kept: Iterable[int]) -> Weights:
     """Averages checkpoints under the names of the model; what may not move is the origin's."""
-
-    def read(t: int) -> Weights:
-        return problem.place(problem.open(t).weights)
-
-    points = [partial(read, t) for t in kept]
+    points = [partial(problem.placed, t) for t in kept]
     weights = average(points)
     return weights if len(points) == 1 else {**weights, **normalise_stored(weights)}
 

@@ -17,7 +17,7 @@ from losscli.data import Examples
 from losscli.errors import UsageError
 from losscli.evaluation.device import float32_precision
 from losscli.evaluation.ranks import Ranks
-from losscli.evaluation.sampling import Estimate, evaluate_until_precise
+from losscli.evaluation.sampling import Estimate
 from losscli.evaluation.strategy_choice import choose_strategy
 from losscli.evaluation.sweep import check, sweep_each, sweep_plain
 from losscli.evaluation.tasks import ALONE, Execution
@@ -133,24 +133,7 @@ class Trajectory(Study):
         keep_order: bool = False,
         ranks: Ranks | None = None,
     ) -> Trajectory:
-        """Reads and matches everything, measures the path, and evaluates nothing.
-
-        Args:
-            names: The checkpoints in the order of training, or a folder of them.
-            settings: The settings.
-            surface: Whether the ribbon will be evaluated.
-            residuals: Values of b at each step.
-            reach: The largest b, as a multiple of the largest residual.
-            random_walk: Whether random walks will be drawn.
-            keep_order: Whether the names stay in the order in which they are given.
-            ranks: The processes that share the run, if there are several.
-
-        Returns:
-            The plan.
-
-        Raises:
-            LosscliError: Something is missing, broken or does not fit.
-        """
+        """Reads everything, measures the path. See `trajectory` for the arguments."""
         begun = time.perf_counter()
         names, notes = order_path(names, keep_order=keep_order)
         if len(names) < 3:
@@ -198,30 +181,13 @@ class Trajectory(Study):
         return len(self.problem.names) * (1 + len(self.offsets))
 
     def run(self, execution: Execution = ALONE) -> Result[TrajectorySummary]:
-        """Evaluates the checkpoints, each loaded plainly, and the ribbon, each step by a sweep.
-
-        Args:
-            execution: How its tasks are executed. Progress counts points.
-
-        Returns:
-            The result.
-
-        Raises:
-            LosscliError: The model or the loss fails on the data, gives two answers for one
-                point, or does not fit into the memory.
-        """
+        """Evaluates the checkpoints, each loaded plainly, and the ribbon, each step by a sweep."""
         objective, settings = self.problem.objective, self.problem.settings
         with float32_precision(tf32=settings.tf32):
             swept = time.perf_counter()
             check(objective, self.problem.origin, self.problem.place(self.problem.last.weights))
             difference, stays = self._verify()
-            found = evaluate_until_precise(
-                objective.splits,
-                settings.sampling_error,
-                settings.seed,
-                self._evaluate,
-                execution,
-            )
+            found = self.evaluate(self._evaluate, execution)
             seconds = self.seconds(swept)
         examples = {name: estimate.examples for name, estimate in found.items()}
         splits = {name: self._split_summary(estimate) for name, estimate in found.items()}
@@ -314,21 +280,16 @@ class Trajectory(Study):
         return Line(self.on_device(line.a), self.on_device(line.b))
 
     def _table(self, found: Mapping[str, Estimate]) -> Table:
-        metrics = self.problem.objective.columns
-        sampled = [] if self.problem.settings.sampling_error is None else ["examples"]
         path = self.path
-        return Table.build(
+        measures = zip(path.projection, path.residual, path.distance, path.turn, strict=True)
+        return self.loss_table(
             [
                 *("step", "checkpoint", "projection", "residual", "distance", "turn_degrees"),
-                *("split", "loss", "loss_stderr", *metrics, *sampled),
+                "split",
             ],
             (
-                [
-                    *(t, name, path.projection[t], path.residual[t], path.distance[t]),
-                    *(path.turn[t], split, *estimate.row(t, metrics)),
-                    *(estimate.examples for _ in sampled),
-                ]
-                for t, name in enumerate(self.problem.names)
+                ([t, name, *measured, split], estimate, t)
+                for t, (name, measured) in enumerate(zip(self.problem.names, measures, strict=True))
                 for split, estimate in found.items()
             ),
         )

@@ -23,6 +23,7 @@ __all__ = [
     "FRESH_BYTES",
     "check_differentiable",
     "check_gradient_settings",
+    "differentiable_parameters",
     "needed_versions",
     "verify_fresh_model",
     "verify_fresh_model_near",
@@ -195,6 +196,23 @@ def check_gradient_settings(settings: Settings, option: str) -> None:
             "examples",
             "Give random directions, or fewer examples with --limit",
         )
+
+
+def differentiable_parameters(problem: Problem, option: str) -> tuple[str, ...]:
+    """Returns the parameters that move; statistics of BatchNorm are not differentiated.
+
+    Args:
+        problem: What is evaluated.
+        option: What needs derivatives.
+
+    Raises:
+        UsageError: There are none, or `check_differentiable` refuses one.
+    """
+    moving = problem.parameters(problem.moving)
+    if not moving:
+        raise UsageError("no parameter is left to differentiate", "Widen --only")
+    check_differentiable(problem, moving, option)
+    return moving
 
 
 def check_differentiable(problem: Problem, moving: Iterable[str], option: str) -> None:

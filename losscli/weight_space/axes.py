@@ -72,11 +72,7 @@ def concatenate(axes: Sequence[Axis]) -> Axis:
 
 
 def pin(axis: Axis) -> None:
-    """Excludes everything on an axis from permutations.
-
-    Args:
-        axis: The axis.
-    """
+    """Excludes everything on an axis from permutations."""
     axis = _find(axis)
     parts = axis._factors or axis._terms
     if not parts:

@@ -43,14 +43,7 @@ _PIECE = 1 << 20
 
 
 def normalisation_parameters(model: nn.Module) -> set[str]:
-    """Lists the parameters of normalisation layers, which have no filters.
-
-    Args:
-        model: The model.
-
-    Returns:
-        Their names.
-    """
+    """Lists the parameters of normalisation layers, which have no filters."""
     return {
         f"{prefix}.{name}" if prefix else name
         for prefix, module in model.named_modules()
@@ -60,14 +53,7 @@ def normalisation_parameters(model: nn.Module) -> set[str]:
 
 
 def has_filters(tensor: Tensor) -> bool:
-    """Returns whether a tensor has the shape of one with filters: two dimensions or more.
-
-    Args:
-        tensor: The tensor.
-
-    Returns:
-        Whether it has.
-    """
+    """Returns whether a tensor has the shape of one with filters: two dimensions or more."""
     return tensor.ndim > 1 and tensor.numel() > 0
 
 

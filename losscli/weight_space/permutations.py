@@ -130,27 +130,14 @@ class Labels(dict[Node, Any]):
         self.constants: dict[str, None] = {}
 
     def pin(self, node: Node, axes: Iterable[Axis]) -> None:
-        """Pins axes because an operator may depend on the order along them.
-
-        Args:
-            node: The operator.
-            axes: The axes.
-        """
+        """Pins axes because an operator may depend on the order along them."""
         for axis in axes:
             if any(units(axis)):
                 self.order_sensitive[_operator(node)] = None
             pin(axis)
 
     def constant(self, node: Node, name: str) -> Any:
-        """Labels a constant tensor.
-
-        Args:
-            node: The node of the constant.
-            name: Name of the constant.
-
-        Returns:
-            Its labels.
-        """
+        """Labels a constant tensor."""
         value = node.meta.get("val")
         if not isinstance(value, Tensor) or value.numel() < 2:
             return _pinned_like(node)

@@ -155,20 +155,12 @@ else:
 
 
 def sync(file: FileIO) -> None:
-    """Flushes a file to the disk, so that it survives a loss of power.
-
-    Args:
-        file: The file.
-    """
+    """Flushes a file to the disk, so that it survives a loss of power."""
     os.fsync(file.fileno())
 
 
 def sync_folder(folder: Path) -> None:
-    """Flushes a folder to the disk, so that a rename in it survives a loss of power.
-
-    Args:
-        folder: The folder.
-    """
+    """Flushes a folder to the disk, so that a rename in it survives a loss of power."""
     number = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(number)

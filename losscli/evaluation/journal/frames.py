@@ -149,11 +149,7 @@ def is_of_another_version(file: FileIO, size: int) -> bool:
 
 
 def write_header(file: FileIO) -> None:
-    """Writes the magic bytes and the process that holds the journal.
-
-    Args:
-        file: The journal.
-    """
+    """Writes the magic bytes and the process that holds the journal."""
     text = f"{os.getpid()} {socket.gethostname()}".encode("ascii", "replace")
     file.seek(0)
     _put(file, memoryview(_MAGIC + text[: _HOLDER - 1].ljust(_HOLDER - 1) + b"\n"))
@@ -182,11 +178,7 @@ def holder(file: FileIO) -> str:
 
 
 def first_seal() -> bytes:
-    """Returns the seal that precedes the first frame.
-
-    Returns:
-        The seal.
-    """
+    """Returns the seal that precedes the first frame."""
     return hashlib.sha256(_MAGIC).digest()
 
 

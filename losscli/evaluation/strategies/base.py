@@ -72,11 +72,7 @@ class Network(Protocol):
         """The BatchNorm layers with statistics that are re-estimated at every point."""
 
     def load(self, weights: Weights) -> None:
-        """Loads tensors as ``load_state_dict`` does.
-
-        Args:
-            weights: The tensors.
-        """
+        """Loads tensors as ``load_state_dict`` does."""
 
     def forward(self, model: Callable[..., Any], inputs: Nest) -> Any:
         """Runs the model, or a function in its place.

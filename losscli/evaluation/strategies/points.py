@@ -463,15 +463,7 @@ class StackedPoints(BoundPoints):
         super().__init__(network, slice_, coordinates, Strategy.STACKED, proving=proving)
 
     def evaluate(self, inputs: Nest, recorder: OutputRecorder) -> Iterator[int]:
-        """Evaluates a batch at all points.
-
-        Args:
-            inputs: The batch, prepared.
-            recorder: Records the outputs.
-
-        Returns:
-            The points, all done.
-        """
+        """Evaluates a batch at all points."""
 
         def take(p: int, replica: Replica, mode: AbstractContextManager[Any]) -> None:
             # Not recorded: point 0 is evaluated again with the others.
