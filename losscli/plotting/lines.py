@@ -165,7 +165,8 @@ def _noise(series: Series, column: str) -> float:
 
     An axis that shows less would draw chance as a cliff. The errors are binomial: √(p(1 − p)/n).
     """
-    p, n = series[column], series.examples
+    # A table that was edited may hold anything.
+    p, n = np.clip(series[column], 0, 1), series.examples
     spread = np.sqrt(np.nanmax(p * (1 - p), initial=0.0) / n)
     return float(np.nan_to_num(min(10 * max(spread, 1 / n), 0.5)))
 
