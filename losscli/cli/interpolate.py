@@ -225,14 +225,13 @@ def _slope_at_b(at: Slope, length: float) -> str:
     """Describes whether B is stationary along the line, which does not imply a critical point."""
     slope = at["slope"] / length if length else 0.0
     text = f"{format_number(at['slope'])}, curvature {format_number(at['curvature'])}; "
+    unit = "per unit of length"
     if not math.isfinite(slope):
         return f"{text}whether B is stationary along the line is not known"
     if abs(slope) <= _STATIONARY:
-        return f"{text}stationary along the line, to {_STATIONARY:g} per unit of length"
+        return f"{text}stationary along the line, to {_STATIONARY:g} {unit}"
     verb = "falls" if slope < 0 else "rises"
-    return (
-        f"{text}not stationary: the loss {verb} by {format_number(abs(slope))} per unit of length"
-    )
+    return f"{text}not stationary: the loss {verb} by {format_number(abs(slope))} {unit}"
 
 
 def _extrema(which: str, extrema: Sequence[Extremum], low: float, high: float) -> tuple[str, str]:

@@ -26,6 +26,7 @@ __all__ = [
     "float32_precision",
     "half_precision_note",
     "widened",
+    "without_cudnn",
 ]
 
 # Rows and columns of the matrices that are multiplied to compare types, and the repetitions.
@@ -154,6 +155,21 @@ def float32_precision(*, tf32: bool) -> Iterator[None]:
         for setting, value in zip(settings, before, strict=True):
             if value is not None:
                 setting.write(value)
+
+
+@contextmanager
+def without_cudnn() -> Iterator[None]:
+    """Disables cuDNN; unlike `torch.backends.cudnn.flags` it leaves the precision as it is.
+
+    Yields:
+        Nothing.
+    """
+    enabled = torch.backends.cudnn.enabled
+    torch.backends.cudnn.enabled = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.enabled = enabled
 
 
 @dataclass(frozen=True)

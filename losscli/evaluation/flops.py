@@ -17,6 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from losscli.evaluation.device import without_cudnn
+
 __all__ = ["Trace", "addresses", "operations"]
 
 
@@ -140,7 +142,7 @@ def _without_fused_kernels() -> Iterator[None]:
             warnings.simplefilter("ignore")
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
             stack.enter_context(torch.backends.mkldnn.flags(enabled=False))
-            stack.enter_context(torch.backends.cudnn.flags(enabled=False))
+            stack.enter_context(without_cudnn())
             if "torch._dynamo" in sys.modules:
                 # Do not compile the model again for a few examples.
                 stack.enter_context(torch.compiler.set_stance("force_eager"))

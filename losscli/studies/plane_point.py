@@ -17,8 +17,9 @@ from losscli.results.result import read_summary
 from losscli.settings import PathLike, Settings, checked
 from losscli.studies.plane_layout import span_plane
 from losscli.studies.problem import prepare
-from losscli.studies.verification import needed_versions
+from losscli.studies.verification import made_checkpoint
 from losscli.table import Table
+from losscli.weight_space.vectors import equal
 
 __all__ = ["point_of_plane"]
 
@@ -43,7 +44,8 @@ def point_of_plane(csv: PathLike, at: tuple[float, float], **settings: Any) -> C
             them. No code is taken from the summary.
 
     Returns:
-        The checkpoint, with the metadata of the first.
+        The checkpoint, with the metadata of the first. Its tensors have the widest of the types
+        that the checkpoints store them in.
 
     Raises:
         TableError: There is no summary, or it is of another command.
@@ -88,21 +90,19 @@ def point_of_plane(csv: PathLike, at: tuple[float, float], **settings: Any) -> C
     slice_ = span_plane(problem, pca=summary["plane"] == "pca").slice_
     exact = torch.float64 if problem.settings.dtype == "float64" else torch.float32
     first = problem.first.weights
+    stored = {name: first[name].dtype for name in slice_.ends[0]}
+    for t in range(1, len(problem.names)):
+        weights = problem.open(t).weights
+        stored = {n: torch.promote_types(x, weights[n].dtype) for n, x in stored.items()}
     moved = {
         name: slice_.combine(
             [end[name].to(torch.promote_types(end[name].dtype, exact)) for end in slice_.ends], at
-        ).to(first[name].dtype)
-        for name in slice_.ends[0]
+        ).to(dtype)
+        for name, dtype in stored.items()
     }
-    weights = {**problem.place(problem.last.weights), **moved}
-    if not all(torch.equal(tensor, first[name]) for name, tensor in moved.items()):
-        weights |= normalise_stored(weights)
-    weights = dict(recalibrated(problem.objective, weights))
+    point = {**problem.place(problem.last.weights), **moved}
+    if not all(equal(tensor, first[name]) for name, tensor in moved.items()):
+        point |= normalise_stored(point)
+    point = dict(recalibrated(problem.objective, point))
     problem.unchanged()
-    return Checkpoint(
-        f"{path} at {at[0]}, {at[1]}",
-        {name: tensor.cpu() for name, tensor in weights.items()},
-        problem.first.metadata,
-        versions=needed_versions(problem, weights),
-        extra=problem.first.extra,
-    )
+    return made_checkpoint(problem, f"{path} at {at[0]}, {at[1]}", point)

@@ -30,7 +30,7 @@ from losscli.studies.base import Study
 from losscli.studies.export import average_checkpoints
 from losscli.studies.notes import general_notes, integer_notes, storage_notes
 from losscli.studies.problem import Problem, counted, prepare
-from losscli.studies.verification import needed_versions, verify_fresh_model
+from losscli.studies.verification import made_checkpoint, verify_fresh_model
 from losscli.table import Table
 from losscli.weight_space.averages import average
 from losscli.weight_space.curve import standard_error
@@ -296,13 +296,7 @@ def _checkpoint(problem: Problem, kept: Sequence[int]) -> Checkpoint:
     """Makes the checkpoint of an average, with BatchNorm's statistics by ``--buffers``."""
     weights = recalibrated(problem.objective, _average(problem, kept))
     problem.unchanged()
-    return Checkpoint(
-        f"average of {len(kept)} checkpoints",
-        {name: tensor.cpu() for name, tensor in weights.items()},
-        problem.first.metadata,
-        versions=needed_versions(problem, weights),
-        extra=problem.first.extra,
-    )
+    return made_checkpoint(problem, f"average of {len(kept)} checkpoints", weights)
 
 
 def _batchnorm_notes(problem: Problem) -> list[str]:

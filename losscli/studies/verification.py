@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from losscli.checkpoint import Versions, has_custom_loading, loadable
+from losscli.checkpoint import Checkpoint, Versions, has_custom_loading, loadable
 from losscli.data import Examples
 from losscli.errors import ModelError, UsageError
 from losscli.evaluation.loading import named_tensors
@@ -24,6 +24,7 @@ __all__ = [
     "check_differentiable",
     "check_gradient_settings",
     "differentiable_parameters",
+    "made_checkpoint",
     "needed_versions",
     "verify_fresh_model",
     "verify_fresh_model_near",
@@ -263,3 +264,28 @@ def needed_versions(problem: Problem, weights: Weights) -> Versions:
     if all(torch.equal(own[name], tensor.to(own[name])) for name, tensor in weights.items()):
         return {}
     return problem.objective.versions
+
+
+def made_checkpoint(problem: Problem, name: str, weights: Weights) -> Checkpoint:
+    """Makes a checkpoint of a point that was computed.
+
+    Args:
+        problem: The model and the first checkpoint, whose metadata and extra state it has.
+        name: What to call it.
+        weights: All tensors of the point. Of a tied tensor the last name counts, under which it
+            moves.
+
+    Returns:
+        The checkpoint, in the memory of the CPU: one tensor for all names of a tied tensor.
+    """
+    own = problem.objective.tensors
+    last = {id(tensor): key for key, tensor in own.items()}
+    found = {key: weights[key].cpu() for key in last.values()}
+    whole = {key: found[last[id(own[key])]] for key in weights}
+    return Checkpoint(
+        name,
+        whole,
+        problem.first.metadata,
+        versions=needed_versions(problem, whole),
+        extra=problem.first.extra,
+    )

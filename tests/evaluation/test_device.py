@@ -6,7 +6,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from torch import Tensor, nn
 
+import losscli
 from losscli.errors import DeviceError
 from losscli.evaluation import device
 from losscli.evaluation.device import choose_device, float32_precision, half_precision_note
@@ -39,6 +41,32 @@ def test_other_types_and_devices_are_not_measured(
 
 def test_the_products_of_every_type_are_measured() -> None:
     assert all(device._product_seconds(t) > 0 for t in (torch.float32, torch.bfloat16))
+
+
+@pytest.mark.skipif(
+    not hasattr(torch.backends.cuda.matmul, "fp32_precision"), reason="an older PyTorch"
+)
+def test_no_part_of_a_run_changes_the_precision_of_float32() -> None:
+    seen: set[str] = set()
+
+    class Recording(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rnn, self.head = nn.GRU(2, 3, batch_first=True), nn.Linear(3, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            seen.add(f"{_states()}")
+            outputs: Tensor = self.head(self.rnn(x)[0][:, -1])
+            return outputs
+
+    data = {"x": (torch.rand(4, 3, 2), torch.arange(4) % 2)}
+    files = [Recording().state_dict() for _ in range(2)]
+    before, exact = f"{_states()}", f"{['ieee'] * 6}"
+    losscli.interpolate(*files, model=Recording(), data=data, points=3, derivatives=True)
+    losscli.check(files[0], model=Recording(), data=data)
+    # While a run is planned the model is only tried.
+    assert exact in seen <= {before, exact}
+    assert f"{_states()}" == before
 
 
 @pytest.mark.usefixtures("folder")

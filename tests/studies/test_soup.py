@@ -21,6 +21,7 @@ from losscli.errors import ChangedError, OutputError, UsageError
 from losscli.models import CNN, MLP
 from losscli.results.result import Output, to_json
 from losscli.studies.export import parse_weights
+from losscli.studies.plane_point import point_of_plane
 from losscli.table import Table
 from tests.benchmarks.__main__ import peak
 from tests.checkpoint.test_adapters import adapt, mlp
@@ -481,6 +482,52 @@ def test_a_killed_search_goes_on(
         assert Path(f"s{suffix}").read_bytes() == Path(f"whole{suffix}").read_bytes()
 
 
+# --- tied tensors --------------------------------------------------------------------------------
+
+
+class Shared(nn.Module):
+    """A tied weight, and one BatchNorm under two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(6, 6, bias=False)
+        self.norm = nn.BatchNorm1d(6)
+        self.again = self.norm
+        self.second = nn.Linear(6, 6, bias=False)
+        self.second.weight = self.first.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        outputs: Tensor = self.again(self.second(self.norm(self.first(x)).tanh()))
+        return outputs
+
+
+@pytest.mark.parametrize("buffers", ["interpolate", "recalibrate"])
+@pytest.mark.parametrize("which", ["soup", "greedy", "plane"])
+def test_all_names_of_a_tied_tensor_are_written(which: str, buffers: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    names = [str(tmp_path / f"{k}.pt") for k in range(3)]
+    for name in names:
+        torch.save({"state_dict": Shared().state_dict()}, name)
+    data = {"train": (torch.rand(12, 6), torch.arange(12) % 6)}
+    options: dict[str, Any] = {"model": Shared(), "data": data, "buffers": buffers}
+    if which == "plane":
+        library.plane(names, points=2, **options).save(tmp_path / "p", no_figure=True)
+        point = point_of_plane(tmp_path / "p.csv", (0.5, 0.5), model=Shared(), data=data)
+    elif which == "greedy":
+        point = library.soup([*names, state(names[0])], greedy="train", **options).checkpoint
+    else:
+        point = library.soup(names, **options)
+    weights, first = point.weights, state(names[0])
+    assert weights.keys() == first.keys()
+    if which != "greedy":
+        assert not torch.equal(weights["first.weight"], first["first.weight"])
+    pairs = [("first.weight", "second.weight")]
+    pairs += [(name, f"again.{name[5:]}") for name in first if name.startswith("norm.")]
+    assert all(torch.equal(weights[a], weights[b]) for a, b in pairs)
+    point.save(tmp_path / "x.safetensors")
+    assert library.interpolate(tmp_path / "x.safetensors", names[1], points=2, **options).table.rows
+
+
 # --- export --plane ------------------------------------------------------------------------------
 
 
@@ -524,6 +571,18 @@ def test_the_corners_of_a_plane_are_its_checkpoints(losscli: Losscli, three: lis
         assert losscli("export", "--plane", "p.csv", *line).status == 0
         point = load_file("x.safetensors")
         assert all(bits(point[n]) == bits(tensor) for n, tensor in state(name).items())
+
+
+def test_a_point_of_a_plane_has_the_widest_type(losscli: Losscli, three: list[str]) -> None:
+    half = {name: tensor.bfloat16() for name, tensor in state("a.pt").items()}
+    torch.save({"state_dict": half, "losscli.model": "mlp:6-5-3"}, "a.pt")
+    assert losscli("plane", *three, "--points", "2", "-o", "p", "--no-figure").status == 0
+    row = Table.read(Path("p.csv")).where("split", "test").records()[-1]
+    at = ["--at", str(row["x"]), str(row["y"]), "-o", "x.safetensors"]
+    assert losscli("export", "--plane", "p.csv", *at).status == 0
+    found = load_file("x.safetensors")
+    assert {tensor.dtype for tensor in found.values()} == {torch.float32}
+    assert loss_by_hand(found) == pytest.approx(row["loss"], rel=1e-5)
 
 
 OFF_PLANE = {

@@ -20,6 +20,7 @@ from losscli.data import Split
 from losscli.errors import LosscliError, ModelError, one_line
 from losscli.evaluation.decompositions import Decomposed
 from losscli.evaluation.derivatives.taylor import TaylorTensor, apply, values
+from losscli.evaluation.device import without_cudnn
 from losscli.evaluation.objective import Objective
 from losscli.evaluation.strategies.first_layer import FirstLayer, FirstLayerFound, FirstLayerWatcher
 from losscli.evaluation.strategies.point_weights import combining_type
@@ -64,7 +65,7 @@ class Method(enum.Enum):
                 stack.enter_context(sdpa_kernel(SDPBackend.MATH))
                 if not self.fused:
                     stack.enter_context(torch.backends.mkldnn.flags(enabled=False))
-                    stack.enter_context(torch.backends.cudnn.flags(enabled=False))
+                    stack.enter_context(without_cudnn())
                 stack.enter_context(Decomposed())
                 yield
         finally:

@@ -15,6 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from losscli.data import Examples, Nest, Split, allocations, leaves
 from losscli.errors import ModelError, UsageError, one_line
 from losscli.evaluation.decompositions import Decomposed
+from losscli.evaluation.device import without_cudnn
 from losscli.evaluation.hessian.eigenvalues import DenseHessian, Extremes, eigenpairs
 from losscli.evaluation.hessian.gradient_graphs import (
     GradientGraphs,
@@ -525,5 +526,5 @@ class Curvature:
             stack.enter_context(self.objective.computing())
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
             if self._recurrent:
-                stack.enter_context(torch.backends.cudnn.flags(enabled=False))
+                stack.enter_context(without_cudnn())
             yield
