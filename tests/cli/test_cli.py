@@ -935,7 +935,7 @@ def test_a_run_of_too_many_panels_is_refused_before_it_is_evaluated(
     metrics = [word for k in range(25) for word in ("--metric", f"m.py:m{k}")]
     done = losscli("interpolate", "a.pt", "b.pt", "--points", 3, *metrics)
     assert done.status == 2
-    assert "panels for 24 metrics, and not 25" in done.stderr
+    assert "at most 24 metrics, not 25" in done.stderr
     assert {path for path in folder.iterdir() if path.suffix != ".py"} - {
         folder / "__pycache__"
     } == before

@@ -525,5 +525,5 @@ def test_a_page_has_no_limit_of_panels(losscli: Losscli, folder: Path) -> None:
     rows = [(alpha, "train", alpha, 0.1, *[1.0] * 30) for alpha in (0.0, 1.0)]
     table = Table.build(("alpha", "split", "loss", "loss_stderr", *metrics), rows)
     Path("many.csv").write_text(table.to_csv(), newline="")
-    assert "a picture has panels for 24 metrics" in losscli("plot", "many.csv").stderr
+    assert "a figure can have at most 24 metrics" in losscli("plot", "many.csv").stderr
     assert losscli("plot", "many.csv", "-o", "many.html").status == 0

@@ -303,7 +303,7 @@ def test_models_of_every_kind_read_their_own_parameters(case: Case, tmp_path: Pa
 
 def test_a_module_that_remembers_its_first_weights_is_refused(tmp_path: Path) -> None:
     model = foreign.Remembering()
-    with pytest.raises(ModelError, match="another loss at a point"):
+    with pytest.raises(ModelError, match="after the model was at another point"):
         losscli.interpolate(*ends(model, tmp_path), model=model, data=data(4))
 
 

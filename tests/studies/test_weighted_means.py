@@ -468,7 +468,7 @@ def test_a_stream_is_weighed_as_it_comes(monkeypatch: pytest.MonkeyPatch) -> Non
             return x[i], int(y[i])
 
     found = line("cross_entropy,weight=0.2-1-5", {"all": Rows()}, derivatives=True, batch_size=7)
-    assert "decoded anew" in " ".join(found.summary["notes"])
+    assert "decoded again" in " ".join(found.summary["notes"])
     for column in ("loss", "loss_stderr", "accuracy", "slope", "curvature"):
         expected = in_memory.table.floats(column)
         assert found.table.floats(column) == pytest.approx(expected, rel=1e-12)
