@@ -882,7 +882,9 @@ def test_every_option_takes_the_same_examples_streamed_and_from_memory(
         monkeypatch.setattr(objects_, "host_budget", lambda budget=budget: budget)
         done = interpolate(losscli, "plain", *words, "-o", str(budget), "--json")
         assert done.status == 0, done.stderr
-        assert any("in each pass" in note for note in json.loads(done.stdout)["notes"]) == (budget == 1000)
+        assert any("in each pass" in note for note in json.loads(done.stdout)["notes"]) == (
+            budget == 1000
+        )
         found = sorted(code.glob(f"{budget}*.csv"))
         tables.append([list(csv.DictReader(file.read_text().splitlines())) for file in found])
     for streamed, held in zip(*tables, strict=True):
