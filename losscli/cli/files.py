@@ -122,8 +122,8 @@ def export(
         typer.Option(
             "--plane",
             metavar="CSV",
-            help="A table of plane, whose checkpoints and choice of tensors are in the JSON beside "
-            "it. Give the --model and --data of the run again, unless metadata or losscli.toml "
+            help="A table of plane; the JSON beside it names the checkpoints and the tensors that "
+            "move. Give the --model and --data of the run again, unless metadata or losscli.toml "
             "name them.",
             show_default=False,
         ),
