@@ -26,6 +26,9 @@ __all__ = [
     "CheckSummary",
     "CheckedPoint",
     "CheckpointEntry",
+    "ConnectPlane",
+    "ConnectSplit",
+    "ConnectSummary",
     "CostEstimate",
     "Counts",
     "Density",
@@ -235,6 +238,7 @@ class Description(Origin, total=False):
     steps_at_most: int
     gradients_at_most: int
     points_along_gradients: int
+    training_steps: int
     estimate: CostEstimate
 
 
@@ -751,6 +755,63 @@ class SoupSummary(Summary, total=False):
     """The summary of ``soup --greedy``."""
 
     splits: dict[str, SoupSplit]
+
+
+# --- connect -------------------------------------------------------------------------------------
+
+
+class ConnectPath(TypedDict, total=False):
+    """A path between two checkpoints; ``chord`` is ‖B − A‖."""
+
+    kind: str
+    bends: int
+    length: float
+    chord: float
+
+
+class PathTrainingSummary(TypedDict, total=False):
+    """How a path was trained; ``loss`` is the mean over the last tenth of the steps."""
+
+    split: str
+    examples: int
+    steps: int
+    learning_rate: float
+    minibatch: int
+    loss: float
+
+
+class ConnectPlane(TypedDict, total=False):
+    """The plane through A, the bend and B: where these corners and the points of the curve lie."""
+
+    corners: list[list[float]]
+    curve: list[list[float]]
+    x_range: list[float]
+    y_range: list[float]
+
+
+class HighestOnCurve(TypedDict, total=False):
+    """The highest loss on a curve."""
+
+    t: float
+    loss: float
+
+
+class ConnectSplit(TypedDict, total=False):
+    """One split on the curve and on the line, where α is t."""
+
+    curve: LineSplit
+    line: LineSplit
+    highest: HighestOnCurve | None
+
+
+class ConnectSummary(Summary, total=False):
+    """The summary of ``connect``."""
+
+    path: ConnectPath
+    training: PathTrainingSummary
+    plane: ConnectPlane | None
+    splits: dict[str, ConnectSplit]
+    endpoint_difference: float
 
 
 # --- inspect -------------------------------------------------------------------------------------

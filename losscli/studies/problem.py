@@ -14,6 +14,7 @@ from torch import nn
 
 from losscli import __version__
 from losscli.checkpoint import Checkpoint, InMemoryCheckpoint, find_base, read
+from losscli.data import Examples
 from losscli.errors import CheckpointError, MismatchError, ModelError, UsageError
 from losscli.evaluation.device import choose_device, describe_device
 from losscli.evaluation.objective import Objective
@@ -27,7 +28,14 @@ from losscli.studies.checkpoints import Checkpoints, is_same
 from losscli.studies.config import NO_CONFIG, Config
 from losscli.studies.model import build, check_copy
 from losscli.studies.specs import find_specs
-from losscli.studies.task import data_of, loss_of, metrics_of, objective_of, recalibration_of
+from losscli.studies.task import (
+    data_of,
+    loss_of,
+    metrics_of,
+    objective_of,
+    recalibration_of,
+    training_split,
+)
 from losscli.weight_space.vectors import Weights, can_move, equal, select_names
 
 __all__ = ["Problem", "counted", "differing_tensors", "prepare", "require_finite"]
@@ -57,6 +65,7 @@ class Problem:
             span; none of them is the ``last``.
         independent: Whether checkpoints are evaluated each by itself, so that the tensors that may
             not move are its own.
+        training: The name of the split of training examples, and these, if they are needed.
     """
 
     objective: Objective
@@ -73,6 +82,7 @@ class Problem:
     notes: tuple[str, ...] = ()
     projected: int = 0
     independent: bool = False
+    training: tuple[str, Examples] | None = None
 
     @property
     def spanning(self) -> tuple[str, ...]:
@@ -197,6 +207,7 @@ def prepare(
     projected: Sequence[str] = (),
     planned: Config = NO_CONFIG,
     independent: bool = False,
+    trained: str = "",
 ) -> Problem:
     """Reads the checkpoints, builds the model, loads the data and makes sure that all fit.
 
@@ -208,6 +219,7 @@ def prepare(
         projected: Further checkpoints, which are only projected onto what the others span.
         planned: A losscli.toml that is taken to exist.
         independent: Whether each checkpoint is evaluated by itself, see `Problem`.
+        trained: What needs training examples, for errors; empty if nothing does.
 
     Returns:
         The problem, ready to be evaluated.
@@ -244,8 +256,9 @@ def prepare(
         # Plain names, so that checkpoints given as objects are not kept in memory.
         names = [str(name) for name in names]
         entries, first, found_notes = checkpoints.survey(names)
-        whole, data_name = data_of(settings, specs.data)
+        whole, data_name = data_of(settings, specs.data, training=bool(trained))
         data = whole.select(settings.split, None, settings.seed)
+        training = training_split(whole, data, settings.seed, trained) if trained else None
         function = None
         if specs.objective is None:
             loss, loss_name, loss_source = loss_of(specs.loss, data, model)
@@ -298,6 +311,7 @@ def prepare(
         tuple(notes),
         len(projected),
         independent,
+        training,
     )
 
 
