@@ -107,15 +107,12 @@ def report(result: Result[ConnectSummary]) -> str:
     path, training = summary["path"], summary["training"]
     what = "Bézier curve" if path["kind"] == "bezier" else "chain of lines"
     longer = path["length"] / path["chord"]
+    trained = f"{format_count(training['steps'], 'step')} on {printable(training['split'])}"
     lines = [
         *task_lines(summary, 9),
         *(f"{letter}        {name}" for letter, name in zip("AB", names, strict=True)),
-        f"path     {what} over {format_count(path['bends'], 'bend')}, length "
-        f"{format_number(path['length'])}: {longer:.3g} times the straight line",
-        printable(
-            f"trained  {training['steps']:,} steps on {training['split']}, mean loss of the last "
-            f"ones {format_number(training['loss'])}"
-        ),
+        f"path     {what} over {format_count(path['bends'], 'bend')}, {longer:.3g} × ‖B − A‖ long",
+        f"trained  {trained}, loss {format_number(training['loss'])}",
         f"moving   {format_moving(summary)}",
     ]
     for name, split in summary["splits"].items():

@@ -18,7 +18,6 @@ from losscli.plotting.style import (
     DASHES,
     INK,
     PALE,
-    PALETTE,
     add_foot,
     add_title,
     columns,
@@ -51,7 +50,7 @@ from losscli.results.summaries import ConnectSummary
 
 __all__ = ["draw_connect"]
 
-_COLOURS = {"curve": PALETTE[0], "line": PALE}
+_COLOURS = {"curve": PATH, "line": PALE}
 _HEIGHTS = {"loss": 2.6, "metric": 1.35, "plane": 3.0}  # inches
 
 
@@ -164,7 +163,7 @@ def _draw_planes(
         panel.set_aspect("equal")
         outline = [Stroke(linewidth=3.2, foreground="white"), Normal()]
         panel.plot(*corners[[0, 2]].T, color=PALE, lw=1.4, path_effects=outline, zorder=4)
-        panel.plot(*curve.T, color=PATH, lw=1.8, path_effects=outline, zorder=4)
+        panel.plot(*curve.T, color=_COLOURS["curve"], lw=1.8, path_effects=outline, zorder=4)
         draw_dots(
             panel,
             *corners.T,
