@@ -54,6 +54,9 @@ __all__ = ["Connect", "ConnectResult", "connect"]
 # Values of each coordinate of the plane, as `losscli plane` has them.
 _PLANE_POINTS = 31
 
+# Weights that are moved by more leave the range of float32.
+_LARGEST_RATE = 1e30
+
 # The training loss is the mean over this share of the steps, the last ones.
 _LAST = 0.1
 
@@ -206,8 +209,11 @@ class Connect(Study):
         for option, value in (("bends", bends), ("steps", steps), ("minibatch", minibatch)):
             if value < 1:
                 raise UsageError(f"--{option} {value} trains nothing", "Give 1 or more")
-        if not 0 < learning_rate < math.inf:
-            raise UsageError(f"--learning-rate must be above 0, not {learning_rate:g}", "Give 0.01")
+        if not 0 < learning_rate < _LARGEST_RATE:
+            raise UsageError(
+                f"--learning-rate {learning_rate:g} is not above 0 and below {_LARGEST_RATE:g}",
+                "Give 0.01",
+            )
         check_gradient_settings(settings, "connect")
         ts = tuple(grid(points, 0.0, 1.0, include=(0.0, 1.0)))
         problem = prepare((a, b), settings, ranks=ranks, trained="connect")
