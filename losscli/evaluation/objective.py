@@ -237,6 +237,7 @@ class Objective(ScoredModel):
         self.proving = False
         self._shared: dict[frozenset[str], bool] = {}
         self._operations: int | None = None
+        self._activations = 0
         self.traced = False
         self.unchecked: set[str] = set()
         self.unused: tuple[str, ...] = ()
@@ -246,6 +247,11 @@ class Objective(ScoredModel):
     def columns(self) -> Mapping[str, PerExample]:
         """What is evaluated in addition to the loss, by the name of its column."""
         return self.metrics | ({SEED_ERROR: loss_seed_stderr} if len(self.seeds) > 1 else {})
+
+    @property
+    def loss_type(self) -> torch.dtype:
+        """The type of the losses: float64 for a forward pass in float64, else float32."""
+        return torch.float64 if self.dtype == torch.float64 else torch.float32
 
     @property
     def factor_type(self) -> torch.dtype:
@@ -399,6 +405,16 @@ class Objective(ScoredModel):
         """The floating-point operations of one example's forward pass: at least two per weight."""
         return self.count_operations() if self._operations is None else self._operations
 
+    @property
+    def activations(self) -> int:
+        """The bytes of one example's activations that one operator reads and writes, at most.
+
+        0 for a model that cannot be traced.
+        """
+        if self._operations is None:
+            self.count_operations()
+        return self._activations
+
     def count_operations(self, trace: Trace | None = None) -> int:
         """Counts the operations of a forward pass on a few examples.
 
@@ -408,6 +424,7 @@ class Objective(ScoredModel):
         Returns:
             The floating-point operations of one example: at least two per weight.
         """
+        trace = trace or Trace()
         self._operations = max(1, 2 * sum(p.numel() for p in self.model.parameters()))
         split = next(iter(self.splits.values()))
         # Some models accept only whole batches, and some cannot be traced.
@@ -417,6 +434,7 @@ class Objective(ScoredModel):
             with contextlib.suppress(ModelError):
                 count = operations(self.model, partial(self.forward, self.model, inputs), trace)
                 self._operations = max(self._operations, count // len(few))
+                self._activations = trace.largest // len(few)
                 break
         return self._operations
 
@@ -471,7 +489,7 @@ class Objective(ScoredModel):
         Returns:
             Whether `SequentialPoints` evaluate them.
         """
-        strategy = self._strategy_for(names)
+        strategy = self.strategy_for(names)
         splits = self.splits if splits is None else splits
         examples = [*splits.values(), *([self.recalibration.split] if self.recalibration else [])]
         return (
@@ -496,14 +514,18 @@ class Objective(ScoredModel):
             self._shared[key] = watcher.layer is not None or watcher.prefix is not None
         return self._shared[key]
 
-    def _strategy_for(self, names: Iterable[str]) -> Strategy:
+    def strategy_for(self, names: Iterable[str]) -> Strategy:
+        """Returns how points are evaluated.
+
+        Args:
+            names: The tensors that move.
+
+        Returns:
+            The strategy.
+        """
         if self.is_large(names):
             return Strategy.BOUND
         return self.strategy or self.provisional or Strategy.LOADED
-
-    def strategy_for(self, slice_: Slice) -> Strategy:
-        """Returns how points of a slice are evaluated."""
-        return self._strategy_for(slice_.ends[0])
 
     @torch.no_grad()
     def at(
@@ -525,7 +547,7 @@ class Objective(ScoredModel):
         Returns:
             For each split the evaluation at the P points.
         """
-        strategy = self.strategy_for(slice_)
+        strategy = self.strategy_for(slice_.ends[0])
         if strategy is Strategy.LOADED:
             return self.evaluate(LoadedPoints(self, slice_, coordinates), splits, progress)
         points: BoundPoints | SequentialPoints
@@ -607,8 +629,7 @@ class Objective(ScoredModel):
         self.idle = [layer for layer in self.batchnorm if layer.mean not in updated]
 
     def _zeros(self, points: int, examples: int) -> _Sums:
-        exact = torch.float64 if self.dtype == torch.float64 else torch.float32
-        losses = torch.empty(points, examples, dtype=exact, device=self.device)
+        losses = torch.empty(points, examples, dtype=self.loss_type, device=self.device)
         zeros = torch.zeros(points, dtype=self.sum_type, device=self.device)
         totals: dict[str | None, Tensor] = {name: zeros.clone() for name in self.metrics}
         if SEED_ERROR in self.columns:
@@ -708,12 +729,12 @@ def _placed_recalibration(
     placed: Mapping[str, Examples],
     device: torch.device,
 ) -> Recalibration:
-    """Moves training examples to the device, reusing a split that is already there."""
+    """Moves training examples to the device if they fit, or takes a split that is already there."""
     for name, split in splits.items():
         if split is recalibration.split:
             return replace(recalibration, split=placed[name])
-    split = recalibration.split
-    if isinstance(split, Split):
+    split, budget = recalibration.split, device_budget(device)
+    if isinstance(split, Split) and (budget is None or split.nbytes <= budget):
         with placing(f"the examples of {recalibration.name}", device, "--limit"):
             split = split.to(device)
     return replace(recalibration, split=split)

@@ -66,7 +66,7 @@ def strategy_of(objective: Objective, slice_: Slice) -> StrategyChoice:
     Returns:
         Its name, and the difference of its losses from those of loaded points.
     """
-    strategy = objective.strategy_for(slice_)
+    strategy = objective.strategy_for(slice_.ends[0])
     compared = not objective.is_large(slice_.ends[0])
     difference = objective.difference if compared else None
     return {"name": strategy.name.lower(), "difference": difference}
