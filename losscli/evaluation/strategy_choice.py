@@ -69,7 +69,10 @@ def strategy_of(objective: Objective, slice_: Slice) -> StrategyChoice:
     strategy = objective.strategy_for(slice_.ends[0])
     compared = not objective.is_large(slice_.ends[0])
     difference = objective.difference if compared else None
-    return {"name": strategy.name.lower(), "difference": difference}
+    choice: StrategyChoice = {"name": strategy.name.lower(), "difference": difference}
+    if compared and objective.graph is not None:
+        choice["graph"] = objective.graph
+    return choice
 
 
 @torch.no_grad()
@@ -137,7 +140,7 @@ def find_strategy(
     try:
         for strategy in candidates(objective):
             objective.strategy, objective.provisional = strategy, None
-            objective.difference = None
+            objective.difference = objective.graph = None
             if all(map(agrees, range(len(comparisons)))):
                 return
     except BaseException:
@@ -147,7 +150,7 @@ def find_strategy(
     finally:
         objective.proving = False
     objective.strategy, objective.provisional = Strategy.LOADED, None
-    objective.difference = 0.0
+    objective.difference, objective.graph = 0.0, None
 
 
 def candidates(objective: Objective) -> list[Strategy]:

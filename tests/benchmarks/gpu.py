@@ -226,7 +226,7 @@ def strategies(scale: Scale) -> Rows:
                 choice = strategy_of(objective, line)
                 rows[row] = {
                     "seconds": ours, "times_by_hand": by_hand / ours, "strategy": choice["name"],
-                    "difference": choice["difference"],
+                    "difference": choice["difference"], "graph": choice.get("graph"),
                 }  # fmt: skip
     return rows
 
