@@ -35,7 +35,7 @@ from losscli.evaluation.device import float32_precision
 from losscli.evaluation.losses import built_in
 from losscli.evaluation.losses.built_in import cross_entropy, token_cross_entropy
 from losscli.evaluation.objective import Objective
-from losscli.evaluation.strategy_choice import choose_strategy, strategy_of
+from losscli.evaluation.strategy_choice import choose_strategy
 from losscli.evaluation.sweep import check, sweep
 from losscli.models import MLP
 from losscli.weight_space.slices import Line
@@ -223,7 +223,7 @@ def strategies(scale: Scale) -> Rows:
                     choose_strategy(objective, line, points)
                     ours = seconds_of(partial(sweep, objective, line, points), 1)
                     by_hand = seconds_of(partial(contenders.by_hand, own), 1)
-                choice = strategy_of(objective, line)
+                choice = objective.first_choice or {}
                 rows[row] = {
                     "seconds": ours, "times_by_hand": by_hand / ours, "strategy": choice["name"],
                     "difference": choice["difference"], "graph": choice.get("graph"),

@@ -368,9 +368,10 @@ class BoundPoints(_OnePass):
     ) -> Iterator[None]:
         """Replaces what is shared in a forward pass at a point."""
         shares = layer is not None and p not in (self._unshared or ())
-        fill = partial(self._fill_lazy, p)
+        fill: Callable[[], None] | None = partial(self._fill_lazy, p)
         if layer is None or not shares or layer.weight != self._lazy:
-            fill()
+            self._fill_lazy(p)
+            fill = None
         with ExitStack() as stack:
             if layer is not None and shares:
                 replay = layer.replay_at(self._coordinates[p], replica.tensors, fill)

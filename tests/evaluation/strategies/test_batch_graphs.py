@@ -23,7 +23,7 @@ from losscli.evaluation.objective import Evaluation, Objective
 from losscli.evaluation.recalibration import Recalibration
 from losscli.evaluation.strategies.base import Strategy
 from losscli.evaluation.strategies.batch_graphs import CudaCapture, graph_capture
-from losscli.evaluation.strategy_choice import choose_strategy, strategy_of
+from losscli.evaluation.strategy_choice import choose_strategy
 from losscli.evaluation.sweep import check
 from losscli.models import CNN, MLP
 from losscli.weight_space.slices import Line
@@ -185,7 +185,7 @@ def test_the_summary_says_whether_graphs_are_used(
     objective.strategy = None
     monkeypatch.setattr("losscli.evaluation.strategy_choice.candidates", lambda _: [Strategy.BOUND])
     choose_strategy(objective, line, POINTS)
-    assert strategy_of(objective, line) == {"name": "bound", "difference": 0.0, "graph": graph}
+    assert objective.first_choice == {"name": "bound", "difference": 0.0, "graph": graph}
 
 
 def test_code_of_the_user_is_not_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
