@@ -54,6 +54,7 @@ from losscli.evaluation.objective_functions import ObjectiveFunction
 from losscli.evaluation.output_collector import OutputCollector, join_weights
 from losscli.evaluation.recalibration import BatchNormLayer, Recalibration, batchnorm_layers
 from losscli.evaluation.strategies.base import Strategy
+from losscli.evaluation.strategies.batch_graphs import LEAST_REPLAYS, BatchGraphs, graph_capture
 from losscli.evaluation.strategies.first_layer import FirstLayerFound, FirstLayerWatcher
 from losscli.evaluation.strategies.points import (
     BoundPoints,
@@ -185,6 +186,8 @@ class Objective(ScoredModel):
         provisional: The strategy for points at which none could be tested.
         difference: The largest relative difference of the losses of the strategy from those of
             loaded points, as far as it was measured.
+        graph: Whether batches are evaluated as graphs of the device, ``used`` or the reason why
+            not; None where the device has none, or no strategy has been tested yet.
         first_choice: The first strategy of a run, for its summary.
         proving: Whether a strategy is being tested.
         traced: Whether a forward pass has been traced.
@@ -233,6 +236,7 @@ class Objective(ScoredModel):
         self.strategy: Strategy | None = None
         self.provisional: Strategy | None = None
         self.difference: float | None = None
+        self.graph: str | None = None
         self.first_choice: StrategyChoice | None = None
         self.proving = False
         self._shared: dict[frozenset[str], bool] = {}
@@ -587,10 +591,16 @@ class Objective(ScoredModel):
 
         with allocations(), RandomnessDetector(self.device) as draws:
             sums = {name: self._zeros(len(points), len(split)) for name, split in splits.items()}
+            graphs = self._graphs_for(points, splits.values())
             for indices in points.passes():
                 self.recalibrate(points, report)
                 for name, split in splits.items():
-                    self._add_split(points, split, sums[name], indices, report)
+                    if graphs is not None and indices.start:
+                        self._replay_split(graphs, split, sums[name], indices.start, report)
+                    else:
+                        self._add_split(points, split, sums[name], indices, report)
+            if graphs is not None and self.proving:
+                self.graph = graphs.reason or "used"
             evaluations = {name: self._means(sums[name], len(splits[name])) for name in splits}
         if draws.names:
             raise NondeterministicModelError(
@@ -662,6 +672,47 @@ class Objective(ScoredModel):
             self._add(*previous, sums.totals, report)
             previous = done, len(batch), own
         self._add(*previous, sums.totals, report)
+
+    def _graphs_for(self, points: Points, splits: Iterable[Examples]) -> BatchGraphs | None:
+        """Returns graphs for batches at points that take all batches in turn, if they pay."""
+        capture = graph_capture(self.device)
+        if capture is None or not isinstance(points, SequentialPoints):
+            return None
+        functions = [self.loss, *self.metrics.values()]
+        if self.seeds or not (is_stateless(self) and all(map(is_registered, functions))):
+            self.graph = "the model or the loss has code of its own"
+            return None
+        # The first point is evaluated without.
+        replays = (len(points) - 1) * sum(math.ceil(len(s) / self.batch_size) for s in splits)
+        if replays < LEAST_REPLAYS and not self.proving:
+            return None
+        return BatchGraphs(capture, self._evaluate_bound)
+
+    def _evaluate_bound(
+        self, batch: Split, losses: Tensor, sums: Mapping[str | None, Tensor]
+    ) -> None:
+        """Evaluates a batch with the weights that the model is bound to."""
+        collector = OutputCollector(self, batch.targets, losses, sums, weighs=False)
+        for _ in LoadedPoint(self).evaluate(self.prepare(batch), collector):
+            pass
+
+    def _replay_split(
+        self,
+        graphs: BatchGraphs,
+        split: Examples,
+        sums: _Sums,
+        p: int,
+        report: Callable[[int], None],
+    ) -> None:
+        """Evaluates a point after the first batch by batch, as graphs."""
+        start = 0
+        for batch in self.batches(split):
+            own = {name: torch.zeros_like(total[:1]) for name, total in sums.totals.items()}
+            graphs.evaluate(batch, sums.losses[p : p + 1, start : start + len(batch)], own)
+            for name, values in own.items():
+                sums.totals[name][p : p + 1].add_(values)
+            start += len(batch)
+            report(len(batch))
 
     def _means(self, sums: _Sums, examples: int) -> Evaluation:
         """Moves losses and the means of the metrics to the CPU."""

@@ -14,6 +14,7 @@ from losscli.evaluation.objective import AGREEMENT, Objective, relative_differen
 from losscli.evaluation.strategies.base import NothingSharedError, Strategy
 from losscli.evaluation.strategies.points import LoadedPoints
 from losscli.evaluation.strategies.replicas import is_stateless
+from losscli.results.summaries import StrategyChoice
 from losscli.weight_space.slices import Slice
 
 __all__ = ["candidates", "choose_strategy", "find_strategy", "record_choice"]
@@ -67,7 +68,10 @@ def record_choice(objective: Objective, slice_: Slice) -> None:
     strategy = objective.strategy_for(slice_.ends[0])
     compared = not objective.is_large(slice_.ends[0])
     difference = objective.difference if compared else None
-    objective.first_choice = {"name": strategy.name.lower(), "difference": difference}
+    choice: StrategyChoice = {"name": strategy.name.lower(), "difference": difference}
+    if compared and objective.graph is not None:
+        choice["graph"] = objective.graph
+    objective.first_choice = choice
     fastest = next(iter(candidates(objective)), strategy)
     if compared and strategy is not fastest:
         objective.add_note(
@@ -141,7 +145,7 @@ def find_strategy(
     try:
         for strategy in candidates(objective):
             objective.strategy, objective.provisional = strategy, None
-            objective.difference = None
+            objective.difference = objective.graph = None
             if all(map(agrees, range(len(comparisons)))):
                 return
     except BaseException:
@@ -151,7 +155,7 @@ def find_strategy(
     finally:
         objective.proving = False
     objective.strategy, objective.provisional = Strategy.LOADED, None
-    objective.difference = 0.0
+    objective.difference, objective.graph = 0.0, None
 
 
 def candidates(objective: Objective) -> list[Strategy]:

@@ -11,7 +11,7 @@ import math
 import sys
 import types
 from functools import cache
-from typing import Any, TypedDict, get_args, get_origin, get_type_hints, is_typeddict
+from typing import Any, NotRequired, TypedDict, get_args, get_origin, get_type_hints, is_typeddict
 
 __all__ = [
     "AlignmentSummary",
@@ -157,10 +157,13 @@ class StrategyChoice(TypedDict):
 
     ``difference`` is ‖l − t‖ / ‖t‖ with the losses l of the strategy and t of loaded points on a
     part of a batch; None if it was not measured, as a second copy of a large model would be needed.
+    ``graph`` is ``used`` if batches are evaluated as CUDA graphs, or the reason why not; missing
+    where there are none.
     """
 
     name: str
     difference: float | None
+    graph: NotRequired[str]
 
 
 class DrawingSummary(TypedDict, total=False):
