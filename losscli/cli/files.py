@@ -138,7 +138,7 @@ def export(
         typer.Option(
             "--plane",
             metavar="CSV",
-            help="A table of plane; the JSON beside it names the checkpoints and the tensors that "
+            help="A table of plane; the JSON next to it names the checkpoints and the tensors that "
             "move. Give the --model and --data of the run again, unless metadata or losscli.toml "
             "name them.",
             show_default=False,
@@ -219,7 +219,7 @@ def export(
         console.note(f"α = {alpha}, of the lowest loss on {best} in {csv}: {low}")
         if summary is None:
             console.note(
-                f"{csv} has no summary beside it: A and B are not compared with it, and every "
+                f"{csv} has no summary next to it: A and B are not compared with it, and every "
                 "floating-point tensor moves"
             )
 

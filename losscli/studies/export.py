@@ -104,7 +104,7 @@ def _summary_beside(csv: Path) -> dict[str, Any] | None:
     path = csv.with_suffix(".json")
     summary = read_summary(path, COMMANDS["interpolate"])
     if not summary and path.exists():
-        raise TableError(f"{path} is no summary of {csv}", "Give both as written by one run")
+        raise TableError(f"{path} is not the summary of {csv}", "Give both as written by one run")
     return summary or None
 
 
@@ -236,7 +236,7 @@ def _check_weights(weights: Sequence[float], number: int) -> None:
 
 def _point_of_line(a: str, b: str, alpha: float, summary: Mapping[str, Any] | None) -> Checkpoint:
     if not abs(alpha) <= 1e30:
-        raise UsageError(f"--alpha {alpha} is no point of the line", "Give a number")
+        raise UsageError(f"--alpha {alpha} is not a point on the line", "Give a number")
     if not (summary is None or _is_line_summary(summary)):
         raise UsageError("summary is not that of interpolate", "Give result.summary")
     files, name = [read(a), read(b)], find_base([a, b])
@@ -314,7 +314,7 @@ def _interpolate(a: Tensor, b: Tensor, alpha: float) -> Tensor:
     if not can_move(a):
         return a.clone()
     dtype = torch.promote_types(a.dtype, b.dtype)
-    # Of infinities there is no difference, and 0 and −0 are equal and not the same.
+    # Infinities have no difference, and 0 and −0 are equal but have different bits.
     if alpha in {0.0, 1.0} or torch.equal(a, b):
         return (b if alpha > 0.5 else a).to(dtype, copy=True)
     wide = working_type(a, b)

@@ -41,7 +41,7 @@ _CHANGE = 0.1
 # The least reach of a plane along eigenvectors, as a share of the norm of the parameters.
 _NEAREST = 1e-3
 
-# The least height of that box as a share of its width, so that a picture is no thread.
+# Minimum ratio of the height of that box to its width, so that no picture becomes a thin strip.
 _THINNEST = 0.2
 
 
