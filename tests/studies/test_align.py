@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import textwrap
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -298,7 +299,7 @@ def test_another_function_is_refused_and_not_written(
     column = torch.arange(5).unsqueeze(1)
     # The weights behind the units are left out.
     wrong = Group(5, (Member("layers.0.weight", 0, column), Member("layers.0.bias", 0, column)))
-    monkeypatch.setattr(module, "permutation_groups", lambda *a: (wrong,))
+    monkeypatch.setattr(module, "hidden_units", lambda *a: SimpleNamespace(groups=(wrong,)))
     before = there(folder)
     done = losscli(*ALIGN)
     assert done.status == 1

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from losscli.models import MLP
 from losscli.weight_space.matching import Matching, inner_product, match
-from losscli.weight_space.permutations import Group, Member, permutation_groups, permute
+from losscli.weight_space.permutations import Group, Member, hidden_units, permute
+from losscli.weight_space.tracing import trace
 from losscli.weight_space.vectors import Weights, distance, norm
 from tests.cases import sample
 from tests.networks import NETWORKS, Network
@@ -33,7 +34,7 @@ def shuffled(network: Network, state: Weights, seed: int) -> tuple[Weights, list
 
 @functools.cache
 def groups_of(sizes: str) -> tuple[Group, ...]:
-    return permutation_groups(MLP(sizes).eval(), (torch.randn(2, 4),))
+    return hidden_units(trace(MLP(sizes).eval(), (torch.randn(2, 4),))).groups
 
 
 def check(matching: Matching, a: Weights, b: Weights, groups: tuple[Group, ...], names: list[str]):
