@@ -143,12 +143,13 @@ def _align_each(names: Sequence[str], settings: Settings, by: By) -> Iterator[Al
     groups = _groups(problem)
     reached = {name for group in groups for name in group.names}
     _require_finite(problem.names[0], first, reached)
-    traces = Traces(objective, _fresh(problem).to(objective.device))
+    model = None if problem.training is None else _fresh(problem).to(objective.device)
+    traces = None if model is None else Traces(objective, model)
     for t, (before, dtype) in enumerate(runs, start=1):
         name, other = problem.names[t], problem.open(t)
         _require_finite(name, other.weights, reached)
         matched: AlignmentSummary
-        if problem.training is None:
+        if traces is None:
             matching = match(first, other.weights, groups, names, seed=problem.settings.seed)
             permutations, matched = list(matching.permutations), {"sweeps": matching.sweeps}
         else:

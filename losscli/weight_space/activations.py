@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 from torch.fx import Node
 
@@ -98,6 +97,10 @@ def _activations(node: Node, hidden: HiddenUnits) -> Iterator[Activation]:
     places = hidden.on(node)
     for place in places:
         averaged = {other.axis for other in places} - {place.axis}
-        own = [other for other in places if other.axis == place.axis and other is not place]
-        mixed = any(torch.isin(other.positions, place.positions).any() for other in own)
-        yield Activation(node, place, tuple(sorted(averaged)), bool(mixed))
+        own = set(place.positions.flatten().tolist())
+        mixed = any(
+            not own.isdisjoint(other.positions.flatten().tolist())
+            for other in places
+            if other.axis == place.axis and other is not place
+        )
+        yield Activation(node, place, tuple(sorted(averaged)), mixed)

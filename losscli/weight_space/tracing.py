@@ -103,7 +103,9 @@ class TracedModel:
                 )
             elif node.op == "call_function":
                 given, named = map_arg((node.args, node.kwargs), env.__getitem__)
-                value = node.target(*given, **named)
+                # A tensor may have other strides than that of the trace.
+                is_view = node.target is torch.ops.aten.view.default
+                value = (torch.reshape if is_view else node.target)(*given, **named)
                 env[node] = value if visit is None else visit(node, value)
             elif node.op == "output":
                 values = map_arg(node.args[0], env.__getitem__)
