@@ -43,6 +43,7 @@ __all__ = [
     "LineSummary",
     "LowestOnLine",
     "LowestOnPath",
+    "MatchedActivations",
     "Moving",
     "Origin",
     "PairBarrier",
@@ -869,6 +870,26 @@ class FunctionCheck(TypedDict, total=False):
     largest_difference: float
 
 
+class OfBoth(TypedDict):
+    """A number of units of A, and of B."""
+
+    a: int
+    b: int
+
+
+class MatchedActivations(TypedDict):
+    """The examples that units were matched on, and what was found.
+
+    ``without_variance`` counts the units that are matched apart; ``correlation`` is the mean over
+    A's other units.
+    """
+
+    split: str
+    examples: int
+    without_variance: OfBoth
+    correlation: BeforeAfter
+
+
 class AlignmentSummary(TypedDict, total=False):
     """The summary of ``align``."""
 
@@ -881,16 +902,19 @@ class AlignmentSummary(TypedDict, total=False):
     model: str
     data: str
     seed: int
+    by: str
     checkpoints: list[CheckpointEntry]
     groups: list[AlignedGroup]
     units: int
     moved: int
     sweeps: int
+    activations: MatchedActivations
     values: int
     tensors: int
     distance: BeforeAfter
     inner_product: BeforeAfter
     check: FunctionCheck
+    notes: list[str]
     seconds: Seconds
 
 

@@ -216,7 +216,7 @@ class Connect(Study):
             )
         check_gradient_settings(settings, "connect")
         ts = tuple(grid(points, 0.0, 1.0, include=(0.0, 1.0)))
-        problem = prepare((a, b), settings, ranks=ranks, trained="connect")
+        problem = prepare((a, b), settings, ranks=ranks, training="connect")
         if problem.objective.batchnorm and settings.buffers != "recalibrate":
             if settings.buffers != "interpolate":
                 raise UsageError(
@@ -225,7 +225,7 @@ class Connect(Study):
                     "Leave it out: they are re-estimated at every point",
                 )
             settings = replace(settings, buffers="recalibrate")
-            problem = prepare((a, b), settings, ranks=ranks, trained="connect")
+            problem = prepare((a, b), settings, ranks=ranks, training="connect")
         start, end = problem.origin, problem.place(problem.last.weights)
         names = differentiable_parameters(problem, "connect")
         for name, weights in ((a, start), (b, end)):
@@ -236,7 +236,7 @@ class Connect(Study):
                 "Give two different checkpoints",
             )
         assert problem.training is not None
-        training = len(problem.training[1])
+        training = len(problem.training.examples)
         return cls(
             *(problem, problem.moving, begun, start, end, kind, bends, steps, learning_rate),
             1 if problem.objective.batch_loss else min(minibatch, training),
@@ -301,11 +301,7 @@ class Connect(Study):
     def _training(self) -> PathTraining:
         problem = self.problem
         assert problem.training is not None
-        name, split = problem.training
-        counted_, splits = self.counted, problem.objective.splits
-        # A split that losses are evaluated on may already be on the device.
-        if problem.objective.data.splits.get(name) is split:
-            split = splits[name]
+        counted_ = self.counted
         return PathTraining(
             problem.objective,
             self.start,
@@ -314,7 +310,7 @@ class Connect(Study):
             buffers=[name for name in self.moving if name not in set(counted_)],
             kind=self.kind,
             bends=self.bends,
-            examples=(name, split),
+            examples=tuple(problem.training),
             steps=self.training_steps,
             learning_rate=self.learning_rate,
             minibatch=self.minibatch,

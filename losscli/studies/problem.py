@@ -7,7 +7,7 @@ import platform
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, get_args, overload
+from typing import Any, NamedTuple, get_args, overload
 
 import torch
 from torch import nn
@@ -38,10 +38,36 @@ from losscli.studies.task import (
 )
 from losscli.weight_space.vectors import Weights, can_move, equal, select_names
 
-__all__ = ["Problem", "counted", "differing_tensors", "prepare", "require_finite"]
+__all__ = [
+    "Problem",
+    "TrainingExamples",
+    "counted",
+    "differing_tensors",
+    "prepare",
+    "require_finite",
+]
 
 
 _MAX_SEEDS = 10_000
+
+
+class TrainingExamples(NamedTuple):
+    """The training examples.
+
+    Attributes:
+        name: The name of their split.
+        examples: The examples, on the device if they are evaluated, too.
+    """
+
+    name: str
+    examples: Examples
+
+    @property
+    def notes(self) -> list[str]:
+        """A note if the split has another name."""
+        if self.name == "train":
+            return []
+        return [f"the data have no split train: statistics are those of {self.name}, the only one"]
 
 
 @dataclass(frozen=True)
@@ -65,7 +91,7 @@ class Problem:
             span; none of them is the ``last``.
         independent: Whether checkpoints are evaluated each by itself, so that the tensors that may
             not move are its own.
-        training: The name of the split of training examples, and these, if they are needed.
+        training: The training examples, if an option of the command needs them.
     """
 
     objective: Objective
@@ -82,7 +108,7 @@ class Problem:
     notes: tuple[str, ...] = ()
     projected: int = 0
     independent: bool = False
-    training: tuple[str, Examples] | None = None
+    training: TrainingExamples | None = None
 
     @property
     def spanning(self) -> tuple[str, ...]:
@@ -207,7 +233,7 @@ def prepare(
     projected: Sequence[str] = (),
     planned: Config = NO_CONFIG,
     independent: bool = False,
-    trained: str = "",
+    training: str = "",
 ) -> Problem:
     """Reads the checkpoints, builds the model, loads the data and makes sure that all fit.
 
@@ -219,7 +245,7 @@ def prepare(
         projected: Further checkpoints, which are only projected onto what the others span.
         planned: A losscli.toml that is taken to exist.
         independent: Whether each checkpoint is evaluated by itself, see `Problem`.
-        trained: What needs training examples, for errors; empty if nothing does.
+        training: The option of the command that needs training examples; empty if none does.
 
     Returns:
         The problem, ready to be evaluated.
@@ -256,9 +282,9 @@ def prepare(
         # Plain names, so that checkpoints given as objects are not kept in memory.
         names = [str(name) for name in names]
         entries, first, found_notes = checkpoints.survey(names)
-        whole, data_name = data_of(settings, specs.data, training=bool(trained))
+        needs_training = bool(training) or settings.buffers == "recalibrate"
+        whole, data_name = data_of(settings, specs.data, training=needs_training)
         data = whole.select(settings.split, None, settings.seed)
-        training = training_split(whole, data, settings.seed, trained) if trained else None
         function = None
         if specs.objective is None:
             loss, loss_name, loss_source = loss_of(specs.loss, data, model)
@@ -267,6 +293,7 @@ def prepare(
             function, loss_name, loss_source = objective_of(specs.objective)
         metrics, metric_names, metric_source = metrics_of(specs, data, loss, model)
         recalibration = recalibration_of(model, whole, data, settings)
+        train = training_split(whole, data, settings, training) if training else None
     objective = Objective(
         model,
         loss,
@@ -311,7 +338,7 @@ def prepare(
         tuple(notes),
         len(projected),
         independent,
-        training,
+        train and TrainingExamples(train[0], objective.splits.get(*train)),
     )
 
 

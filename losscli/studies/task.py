@@ -64,18 +64,17 @@ _TARGETS_OF_TASK = {
 
 
 def data_of(
-    settings: Settings, found: SourcedSpec | None, *, training: bool = False
+    settings: Settings, found: SourcedSpec | None, *, training: bool
 ) -> tuple[DataSet, str]:
     """Reads the data.
 
     Args:
         settings: The settings.
         found: The spec of the data.
-        training: Whether training examples are needed.
+        training: Whether training examples are needed, which no loss may be evaluated on.
 
     Returns:
-        The data set and what it is called. All its splits if training examples are needed, on
-        which no loss may be evaluated: also where BatchNorm's statistics are estimated on them.
+        The data set and what it is called; all its splits if training examples are needed.
 
     Raises:
         UsageError: Nobody names any.
@@ -87,7 +86,7 @@ def data_of(
             "Give --data, for example --data mnist:FOLDER (losscli list data)",
         )
     chosen: dict[str, Any] = {
-        "splits": () if training or settings.buffers == "recalibrate" else settings.split,
+        "splits": () if training else settings.split,
         "limit": settings.limit,
         "seed": settings.seed,
         "batching": Batching(settings.batch_size) if settings.batch_loss else None,
@@ -132,38 +131,42 @@ def recalibration_of(
             "that tracks statistics",
             "Leave it out",
         )
-    name, split = training_split(whole, data, settings.seed, "--buffers recalibrate")
-    if split.rows < 2:
-        raise UsageError(
-            f"--buffers recalibrate has no more than one example of {name}, which has no variance",
-            "Give more" if settings.limit is None else "Give more with --limit",
-        )
+    name, split = training_split(whole, data, settings, "--buffers recalibrate")
     return Recalibration.plan(name, split, settings.seed)
 
 
-def training_split(whole: DataSet, data: DataSet, seed: int, what: str) -> tuple[str, Examples]:
-    """Finds the training examples.
+def training_split(
+    whole: DataSet, data: DataSet, settings: Settings, option: str
+) -> tuple[str, Examples]:
+    """Finds the training examples, on which statistics are estimated.
 
     Args:
         whole: All splits of the data.
         data: What the loss is evaluated on.
-        seed: Of the settings.
-        what: What takes them, for the error.
+        settings: The settings.
+        option: What needs them, for errors.
 
     Returns:
-        The name of the split, ``train`` or the only one, and the split.
+        The name of their split, ``train`` or the only one, and the examples.
 
     Raises:
-        UsageError: There are several splits, and none of them is ``train``.
+        UsageError: There are none, or only one.
     """
     name = "train" if "train" in whole.splits else next(iter(whole.splits))
     if name != "train" and len(whole.splits) > 1:
         raise UsageError(
-            f"{what} takes the split train, and the data's splits are {', '.join(whole.splits)}",
+            f"{option} takes the split train, and the data's splits are {', '.join(whole.splits)}",
             "Give data with a split train, or with no other split than that to take",
         )
     split = data.splits.get(name)
-    return name, whole.select((name,), None, seed).splits[name] if split is None else split
+    if split is None:
+        split = whole.select((name,), None, settings.seed).splits[name]
+    if split.rows < 2:
+        raise UsageError(
+            f"{option} has no more than one example of {name}, which has no variance",
+            "Give more" if settings.limit is None else "Give more with --limit",
+        )
+    return name, split
 
 
 def loss_of(
