@@ -310,7 +310,7 @@ class Connect(Study):
             buffers=[name for name in self.moving if name not in set(counted_)],
             kind=self.kind,
             bends=self.bends,
-            examples=tuple(problem.training),
+            examples=(problem.training.name, problem.training.examples),
             steps=self.training_steps,
             learning_rate=self.learning_rate,
             minibatch=self.minibatch,
