@@ -898,7 +898,7 @@ _CHECK += "lambda_max_error,minimal_ratio,verdict"
         ),
         (
             _LINE + "\n" + "".join(f"0,s{k},1,1\n" for k in range(201)),
-            "a figure can show at most 200 curves, not 201. Choose fewer by --split",
+            "a figure can show at most 200 curves, not 201. Choose fewer with --split",
         ),
         (
             "x,y,split,loss,loss_stderr\n" + "".join(f"0,0,s{k},1,1\n" for k in range(25)),
