@@ -836,7 +836,7 @@ def test_the_command_gives_the_same_table_streamed_and_from_memory(
     assert json.loads((code / "held-plain.json").read_text())["notes"] == []
 
 
-def test_a_dry_run_tells_what_is_streamed_and_how_often(losscli: Losscli, code: Path) -> None:
+def test_a_dry_run_reports_what_is_streamed_and_how_often(losscli: Losscli, code: Path) -> None:
     done = interpolate(losscli, "plain", "--dry-run")
     assert "passes       3 over the data" in done.stdout
     assert "in memory    0.0 MiB of data, not train: decoded again in each pass" in done.stdout
@@ -850,7 +850,7 @@ def test_a_dry_run_tells_what_is_streamed_and_how_often(losscli: Losscli, code: 
     assert told["examples"] == {"train": 9, "test": 9}
 
 
-def test_a_limit_of_what_is_iterated_is_its_first_examples_and_told(
+def test_a_limit_of_an_iterable_takes_its_first_examples_and_is_reported(
     losscli: Losscli, code: Path
 ) -> None:
     done = interpolate(losscli, "coming", "--limit", 100, "-o", "some", "--json")
@@ -900,7 +900,7 @@ def test_every_option_takes_the_same_examples_streamed_and_from_memory(
 
 
 @pytest.mark.parametrize("options", [[], ["--derivatives"], ["--layerwise"], ["--limit", 150]])
-def test_a_dry_run_tells_the_passes_that_there_are(
+def test_a_dry_run_reports_the_number_of_passes(
     options: list[object], losscli: Losscli, code: Path
 ) -> None:
     words = ["counting", *options, "--json", "-o", "x"]

@@ -280,7 +280,7 @@ def test_no_file_may_name_a_program(place: str, folder: Path, losscli: Losscli) 
         ("pt2:a.pt", "a.pt is not a program that torch"),
     ],
 )
-def test_what_is_no_program_is_one_line(
+def test_a_file_that_is_not_a_program_is_reported_in_one_line(
     model: str, message: str, folder: Path, losscli: Losscli
 ) -> None:
     done = losscli("interpolate", "a.pt", "b.pt", "-m", model, "-o", "x")

@@ -433,7 +433,7 @@ def test_odd_tensors_are_drawn(tensors: list[Any]) -> None:
             assert low != high
 
 
-def test_one_checkpoint_is_not_told_of_as_two() -> None:
+def test_one_checkpoint_is_not_described_as_two() -> None:
     figure = draw_inspection(
         held([("huge", 4, math.inf), ("none", 0, 0.0), ("zero", 4, 0.0), ("ok", 4, 2.0)])
     )

@@ -45,7 +45,7 @@ def is_refused(
 # --- inspect --figure ----------------------------------------------------------------------------
 
 
-def test_inspect_draws_what_it_tells(losscli: Losscli, folder: Path) -> None:
+def test_inspect_draws_what_it_prints(losscli: Losscli, folder: Path) -> None:
     for names in (["a.pt"], ["a.pt", "b.pt"]):
         stem = "-".join(Path(name).stem for name in names)
         pictures = [f"{stem}.png", f"{stem}.svg"]

@@ -198,7 +198,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_is_no_average_is_refused(
+def test_weights_that_do_not_make_an_average_are_refused(
     case: str, losscli: Losscli, folder: Path, three: list[str]
 ) -> None:
     line, status, message = REFUSED[case]
@@ -616,7 +616,7 @@ def planes(losscli: Losscli, folder: Path, three: list[str]) -> Path:
 
 
 @pytest.mark.parametrize("case", OFF_PLANE)
-def test_what_is_no_point_of_a_plane_is_refused(case: str, losscli: Losscli, planes: Path) -> None:
+def test_an_invalid_point_of_a_plane_is_refused(case: str, losscli: Losscli, planes: Path) -> None:
     line, status, message = OFF_PLANE[case]
     if case == "changed":
         torch.save({"state_dict": MLP("6-5-3").state_dict()}, "b.pt")

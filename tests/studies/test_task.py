@@ -168,7 +168,9 @@ def test_an_ambiguous_shape_is_one_line_and_nothing_is_written(
 
 
 @pytest.mark.parametrize("label", [-1, 5])
-def test_labels_of_tokens_are_held_against_the_number_of_scores(tmp_path: Path, label: int) -> None:
+def test_labels_of_tokens_are_compared_with_the_number_of_scores(
+    tmp_path: Path, label: int
+) -> None:
     checkpoints(tmp_path, lambda: Tagger(5))
     targets = whole(5, 9, 3)
     targets[7, 1] = label
@@ -442,7 +444,7 @@ def test_a_loss_that_becomes_ever_smaller_is_never_rounded_to_nothing(
         (("plane", "b.pt", "--points", 3), "of the plane", 6),
     ],
 )
-def test_points_as_low_as_the_lowest_are_told_of(
+def test_points_as_low_as_the_lowest_are_reported(
     losscli: Losscli,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -463,7 +465,7 @@ def test_points_as_low_as_the_lowest_are_told_of(
         assert f": 0, shared by {ties} points" in done.stderr
 
 
-def test_points_of_a_block_as_low_as_its_lowest_are_told_of(tmp_path: Path) -> None:
+def test_points_of_a_block_as_low_as_its_lowest_are_reported(tmp_path: Path) -> None:
     def make() -> nn.Module:
         return nn.Sequential(nn.Linear(1, 2, bias=False), nn.Linear(2, 2, bias=False))
 
