@@ -665,7 +665,7 @@ def test_other_specs_stay_as_they_are(text: str, tmp_path: Path) -> None:
         ('name = "a"\nb = [1, -2]', "a list of numbers from 0 up"),
     ],
 )
-def test_a_toml_file_that_is_no_spec_is_refused(
+def test_a_toml_file_that_is_not_a_spec_is_refused(
     content: str | None, message: str, tmp_path: Path
 ) -> None:
     if content is not None:
@@ -676,7 +676,7 @@ def test_a_toml_file_that_is_no_spec_is_refused(
     assert caught.value.exit_code == 2
 
 
-def test_beside_a_toml_file_stand_no_keys(tmp_path: Path) -> None:
+def test_a_toml_file_excludes_keys_in_the_spec(tmp_path: Path) -> None:
     with pytest.raises(SpecError, match=r"stand keys\. Write them into the file"):
         expand_toml("x.toml,limit=3", trusted=True, folder=tmp_path)
 

@@ -376,7 +376,7 @@ def test_a_part_that_wants_code_is_refused_and_nothing_runs(tmp_path: Path) -> N
     assert not marker.exists()
 
 
-def test_values_that_are_no_tensors_are_never_unpickled(tmp_path: Path) -> None:
+def test_values_that_are_not_tensors_are_never_unpickled(tmp_path: Path) -> None:
     marker = tmp_path / "it ran"
     content = {"model": state(), "evil": Calling(os.system, f"touch '{marker}'")}
     name = put(content, tmp_path / "a")

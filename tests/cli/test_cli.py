@@ -437,7 +437,7 @@ def test_a_reader_that_closes_the_pipe_early_is_reported_in_one_line(
         (["--version"], 1),
     ],
 )
-def test_a_help_text_that_is_read_no_further_is_no_error(arguments: list[str], status: int) -> None:
+def test_closing_the_pipe_of_a_help_text_is_not_an_error(arguments: list[str], status: int) -> None:
     """As by head. A result that is read no further is one."""
     reader, writer = os.pipe()
     os.close(reader)
@@ -868,7 +868,7 @@ def test_a_shell_gets_its_completions(folder: Path) -> None:
     ],
     ids=lambda value: value[:60],
 )
-def test_whole_numbers_beyond_sense_are_refused(
+def test_invalid_integers_are_refused(
     command: str, message: str, losscli: Losscli, folder: Path
 ) -> None:
     before = set(folder.iterdir())

@@ -375,7 +375,9 @@ def test_what_does_not_fit_on_the_device_stays_and_goes_there_batch_by_batch(
     assert torch.equal(found["a"].losses, found["b"].losses)
 
 
-def test_a_first_example_that_is_small_deceives_nobody(cramped: Callable[[int], None]) -> None:
+def test_a_small_first_example_does_not_hide_the_size_of_others(
+    cramped: Callable[[int], None],
+) -> None:
     def collate(rows: list[Any]) -> Any:
         longest = max(len(x) for x, _ in rows)
         inputs = torch.stack([torch.nn.functional.pad(x, (0, longest - len(x))) for x, _ in rows])
@@ -544,7 +546,7 @@ def test_a_sampler_is_asked_once_for_all_passes(form: str, cramped: Callable[[in
         assert rows == [everything[i] for i in (3, 1, 4, 1, 5)]
 
 
-def test_keys_that_are_no_positions_are_kept(cramped: Callable[[int], None]) -> None:
+def test_keys_that_are_not_positions_are_kept(cramped: Callable[[int], None]) -> None:
     class Named(Dataset[Any]):
         def __getitem__(self, name: str) -> Any:
             return example(len(name))

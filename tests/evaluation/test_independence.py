@@ -171,7 +171,7 @@ class Deep(nn.Module):
 @pytest.mark.parametrize("normalise", [False, True])
 @pytest.mark.parametrize("scale", [1.0, 1e3])
 @pytest.mark.parametrize("number", [2, 37, 300])
-def test_rounding_is_no_dependence(
+def test_rounding_is_not_a_dependence(
     number: int, scale: float, normalise: bool, dtype: torch.dtype
 ) -> None:
     model = Deep(scale, normalise=normalise)

@@ -730,7 +730,7 @@ def test_where_statistics_matter_the_cure_is_named_once(
 
 
 @pytest.mark.parametrize(("name", "number", "more"), STUDIES)
-def test_between_neighbours_there_is_no_hint(
+def test_neighbouring_points_get_no_hint(
     name: str, number: int, more: dict[str, Any], tmp_path: Path
 ) -> None:
     case = PLAIN["residual"]

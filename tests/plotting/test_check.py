@@ -642,7 +642,7 @@ def test_odd_tables_are_drawn(case: str, log: bool) -> None:
     assert figure.legends or case == "no rows"
 
 
-def test_no_row_is_no_crash() -> None:
+def test_a_table_without_rows_does_not_crash() -> None:
     assert "There are no points" in sentence(draw_check(run(0)))
 
 

@@ -862,7 +862,7 @@ def test_a_link_is_not_followed(stem: Path, path: Path, tmp_path: Path) -> None:
     assert path.is_symlink()
 
 
-def test_a_folder_and_a_pipe_are_no_journals(stem: Path, path: Path) -> None:
+def test_a_folder_and_a_pipe_are_not_journals(stem: Path, path: Path) -> None:
     path.mkdir()
     with pytest.raises(OutputError, match="is a folder, but a run's journal"):
         begin(stem)

@@ -582,7 +582,7 @@ def test_align_evaluates_no_loss(folder: Path) -> None:
         (lambda o, t: o[:0, 0], r"gives \[0\]"),
     ],
 )
-def test_what_is_no_number_of_a_batch_is_refused(
+def test_an_invalid_loss_of_a_batch_is_refused(
     loss: Callable[..., Any], message: str, tmp_path: Path
 ) -> None:
     with pytest.raises(LossError, match=message):

@@ -410,7 +410,7 @@ def falls(result: losscli.Result) -> tuple[bool, bool]:
         lambda w, u: 9e-4 * w + w**3 - w**4 / 10 + (u - 3) ** 2,
     ],
 )
-def test_a_slope_along_negative_curvature_is_no_saddle(
+def test_a_slope_along_negative_curvature_is_not_a_saddle(
     function: Callable[[Tensor, Tensor], Tensor], tmp_path: Path
 ) -> None:
     u = 3.0 if function(torch.tensor(0.0), torch.tensor(3.0)) == 0 else 0.0

@@ -225,7 +225,7 @@ def test_weights_are_read_from_text(text: str, expected: tuple[float, ...]) -> N
 
 
 @pytest.mark.parametrize("text", ["", "-", "1-", "1--", "1+0", "nan-1", "inf-1", "1 - 0", "1-0x"])
-def test_other_text_is_no_weights(text: str) -> None:
+def test_other_text_is_not_weights(text: str) -> None:
     with pytest.raises(UsageError, match=r"is not a list of numbers.*such as 1/2-1/2"):
         parse_weights(text, 2)
 

@@ -275,7 +275,7 @@ def test_a_model_object_is_never_left_changed(folder: Path) -> None:
     assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
 
 
-def test_the_global_random_state_is_left_alone(folder: Path) -> None:
+def test_the_global_random_state_is_unchanged(folder: Path) -> None:
     torch.manual_seed(7)
     before = torch.random.get_rng_state()
     losscli.interpolate("a.pt", "b.pt", points=3)

@@ -394,7 +394,7 @@ def test_every_study_names_its_loss_and_where_it_came_from(
     assert "loss cross_entropy (checkpoint metadata)" in lines
 
 
-def test_where_the_loss_came_from_is_no_part_of_a_run(losscli: Losscli, folder: Path) -> None:
+def test_the_source_of_the_loss_does_not_identify_a_run(losscli: Losscli, folder: Path) -> None:
     arguments = ("interpolate", "a.pt", "b.pt", "--points", 3, "-o", "out", "--no-figure")
     assert losscli(*arguments).status == 0
     again = losscli(*arguments, "--loss", "cross_entropy", "--metric", "accuracy")
@@ -551,7 +551,7 @@ def test_accuracy_with_probabilities_is_that_of_the_most_probable_class(tmp_path
         ("cross_entropy", torch.tensor([[0.5, 0.8, -0.3]] * 9), "and cross_entropy takes"),
     ],
 )
-def test_targets_that_are_no_probabilities_are_refused(
+def test_targets_that_are_not_probabilities_are_refused(
     loss: str, targets: Tensor, told: str, tmp_path: Path
 ) -> None:
     with pytest.raises(LossError, match=f"the split 'all' has .*{told} probabilities from 0 to 1"):
@@ -570,7 +570,7 @@ def test_a_loss_that_writes_on_the_outputs_does_not_spoil_the_metrics(tmp_path: 
     assert written.table["loss"] == pytest.approx(plain.table["loss"], rel=1e-6)
 
 
-def test_accuracy_is_left_out_where_targets_are_no_labels(tmp_path: Path) -> None:
+def test_accuracy_is_left_out_if_targets_are_not_labels(tmp_path: Path) -> None:
     result = between(
         tmp_path, lambda: nn.Linear(4, 1), torch.randn(20, 4), whole(31, 20), loss=squares
     )

@@ -416,7 +416,7 @@ def _between(a: dict[str, Tensor], b: dict[str, Tensor], alpha: float) -> dict[s
 
 
 @pytest.mark.parametrize("order", list(itertools.permutations(range(3))), ids=str)
-def test_whether_three_points_are_on_a_line_is_no_matter_of_their_order(
+def test_collinearity_does_not_depend_on_the_order_of_points(
     order: Sequence[int],
 ) -> None:
     flat_ones = [torch.tensor(v, dtype=torch.float64) for v in ([0.0, 0], [1.0, 0], [0.4, 1e-7])]

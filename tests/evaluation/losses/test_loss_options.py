@@ -239,7 +239,7 @@ def test_examples_that_broadcasting_mixes_are_refused(
 @pytest.mark.parametrize(
     ("outputs", "targets"), [((N, N), (N, N)), ((N, N, 2), (N, N, 2)), ((N, N), (N, 1))], ids=str
 )
-def test_as_many_outputs_as_examples_are_no_accident(
+def test_outputs_as_many_as_examples_are_one_per_example(
     outputs: tuple[int, ...], targets: tuple[int, ...]
 ) -> None:
     y, t = random(*outputs), random(*targets, seed=3)
