@@ -275,7 +275,7 @@ def test_folders_that_are_checkpoints_are_compared_too(tmp_path: Path) -> None:
     assert "final is left out" in notes[0]
 
 
-def test_a_last_file_that_is_cut_off_is_told(tmp_path: Path) -> None:
+def test_a_truncated_last_file_is_reported(tmp_path: Path) -> None:
     save(tmp_path / "p", {**NUMBERED, "last.pt": 5})
     file = tmp_path / "p" / "last.pt"
     file.write_bytes(file.read_bytes()[:500])
