@@ -11,7 +11,7 @@ import math
 import sys
 import types
 from functools import cache
-from typing import Any, TypedDict, get_args, get_origin, get_type_hints, is_typeddict
+from typing import Any, NotRequired, TypedDict, get_args, get_origin, get_type_hints, is_typeddict
 
 __all__ = [
     "AlignmentSummary",
@@ -26,6 +26,9 @@ __all__ = [
     "CheckSummary",
     "CheckedPoint",
     "CheckpointEntry",
+    "ConnectPlane",
+    "ConnectSplit",
+    "ConnectSummary",
     "CostEstimate",
     "Counts",
     "Density",
@@ -155,10 +158,13 @@ class StrategyChoice(TypedDict):
 
     ``difference`` is ‖l − t‖ / ‖t‖ with the losses l of the strategy and t of loaded points on a
     part of a batch; None if it was not measured, as a second copy of a large model would be needed.
+    ``graph`` is ``used`` if batches are evaluated as CUDA graphs, or the reason why not; missing
+    where there are none.
     """
 
     name: str
     difference: float | None
+    graph: NotRequired[str]
 
 
 class DrawingSummary(TypedDict, total=False):
@@ -236,6 +242,7 @@ class Description(Origin, total=False):
     steps_at_most: int
     gradients_at_most: int
     points_along_gradients: int
+    training_steps: int
     estimate: CostEstimate
 
 
@@ -752,6 +759,63 @@ class SoupSummary(Summary, total=False):
     """The summary of ``soup --greedy``."""
 
     splits: dict[str, SoupSplit]
+
+
+# --- connect -------------------------------------------------------------------------------------
+
+
+class ConnectPath(TypedDict, total=False):
+    """A path between two checkpoints; ``chord`` is ‖B − A‖."""
+
+    kind: str
+    bends: int
+    length: float
+    chord: float
+
+
+class PathTrainingSummary(TypedDict, total=False):
+    """How a path was trained; ``loss`` is the mean over the last tenth of the steps."""
+
+    split: str
+    examples: int
+    steps: int
+    learning_rate: float
+    minibatch: int
+    loss: float
+
+
+class ConnectPlane(TypedDict, total=False):
+    """The plane through A, the bend and B: where these corners and the points of the curve lie."""
+
+    corners: list[list[float]]
+    curve: list[list[float]]
+    x_range: list[float]
+    y_range: list[float]
+
+
+class HighestOnCurve(TypedDict, total=False):
+    """The highest loss on a curve."""
+
+    t: float
+    loss: float
+
+
+class ConnectSplit(TypedDict, total=False):
+    """One split on the curve and on the line, where α is t."""
+
+    curve: LineSplit
+    line: LineSplit
+    highest: HighestOnCurve | None
+
+
+class ConnectSummary(Summary, total=False):
+    """The summary of ``connect``."""
+
+    path: ConnectPath
+    training: PathTrainingSummary
+    plane: ConnectPlane | None
+    splits: dict[str, ConnectSplit]
+    endpoint_difference: float
 
 
 # --- inspect -------------------------------------------------------------------------------------

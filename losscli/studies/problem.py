@@ -268,7 +268,7 @@ def prepare(
         if found is None:
             raise UsageError(
                 "no model given, by --model, by the checkpoint's metadata or by a "
-                "losscli.toml beside it or here",
+                "losscli.toml next to it or here",
                 "Give --model, for example --model mlp:784-512-10 (losscli list models)",
             )
         if specs.objective is not None:

@@ -82,7 +82,7 @@ def data_of(
     if found is None:
         raise UsageError(
             "no data set given, by --data, by the checkpoint's metadata or by a "
-            "losscli.toml beside it or here",
+            "losscli.toml next to it or here",
             "Give --data, for example --data mnist:FOLDER (losscli list data)",
         )
     chosen: dict[str, Any] = {
