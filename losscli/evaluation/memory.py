@@ -13,7 +13,14 @@ from losscli.errors import OutOfMemoryError
 from losscli.evaluation.objective import Objective
 from losscli.evaluation.strategies.base import Strategy
 
-__all__ = ["halve_batch", "halving", "is_streamed", "points_at_once", "points_that_fit"]
+__all__ = [
+    "halve_batch",
+    "halving",
+    "is_streamed",
+    "minute_of_work",
+    "points_at_once",
+    "points_that_fit",
+]
 
 _T = TypeVar("_T")
 
@@ -88,11 +95,16 @@ def points_at_once(
     if objective.recalibration is not None:
         examples += len(objective.recalibration)
     kind, each = objective.device.type, objective.operations
-    most = _WORK.get(kind, _WORK_ELSEWHERE) // (each * max(1, examples))
+    most = minute_of_work(objective) // (each * max(1, examples))
     least = _LEAST
     if is_streamed(splits):
         least = max(least, _DECODING.get(kind, _DECODING_ELSEWHERE) // each)
     return min(points_that_fit(objective, names, splits), max(least, most))
+
+
+def minute_of_work(objective: Objective) -> int:
+    """Returns the floating-point operations of about a minute on the device."""
+    return _WORK.get(objective.device.type, _WORK_ELSEWHERE)
 
 
 def is_streamed(splits: Mapping[str, Examples]) -> bool:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import spectral_norm
 
 from losscli.data import DataSet, Split
 from losscli.evaluation.losses import metrics
@@ -117,6 +118,36 @@ def test_statistics_are_estimated_at_each_point(monkeypatch: pytest.MonkeyPatch)
     _, ends = ends_of(case, 2)
     ends = [{n: t for n, t in end.items() if "running" not in n} for end in ends]
     assert_same(monkeypatch, case, Line(*ends), POINTS, recalibrates=True)
+
+
+def test_singular_vectors_are_computed_at_each_point(monkeypatch: pytest.MonkeyPatch) -> None:
+    def build() -> nn.Module:
+        return nn.Sequential(spectral_norm(nn.Linear(4, 6)), nn.Tanh(), nn.Linear(6, 3))
+
+    case = Case("spectral", build, torch.rand(19, 4), torch.arange(19) % 3)
+    _, ends = ends_of(case, 2)
+    assert_same(monkeypatch, case, Line(*ends), POINTS)
+
+
+def test_weights_that_cudnn_keeps_in_one_buffer_stay_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = BY_NAME["lstm"]
+    _, ends = ends_of(case, 2)
+    expected = evaluate(objective_of(case), case.state(1), Line(*ends), POINTS)
+    monkeypatch.setattr("losscli.evaluation.strategies.points._is_in_cudnn", lambda _: True)
+    addresses: set[int] = set()
+    forward = nn.LSTM.forward
+
+    def watched(self: nn.LSTM, *args: Any) -> Any:
+        addresses.add(self.weight_hh_l0.data_ptr())
+        return forward(self, *args)
+
+    monkeypatch.setattr(nn.LSTM, "forward", watched)
+    in_turn(monkeypatch)
+    objective = objective_of(case)
+    own = objective.model.lstm.weight_hh_l0.data_ptr()
+    found = evaluate(objective, case.state(1), Line(*ends), POINTS)
+    assert addresses == {own}
+    assert torch.equal(found.losses, expected.losses)
 
 
 @pytest.mark.parametrize("small", [0, 200, 1 << 20])
