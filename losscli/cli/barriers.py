@@ -40,7 +40,6 @@ def barriers(
         argument(
             "Two or more; a folder of them, in natural order; - for names on stdin, one a line. "
             "None with --pairs.",
-            metavar="[CKPT]",
         ),
     ] = None,
     *,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -9,7 +11,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-from losscli.plotting.html import View, table_view
+from losscli.plotting.html import View, curve, escape, layout_2d
 from losscli.plotting.style import (
     PALETTE,
     STEPS,
@@ -120,10 +122,7 @@ def _draw_quantity(
         x, y = np.array(rows.floats(column)), np.array(rows.floats(quantity))
         shown = drawable(y, log=log) & drawable(x, log=False)
         axes.plot(x[shown], y[shown], "o", ms=4, color=colour, alpha=0.35, mew=0)
-        places = np.unique(x[drawable(x, log=False)])
-        groups = [y[x == place] for place in places]
-        means = np.array([group.mean() for group in groups])
-        errors = np.nan_to_num([standard_error(group) for group in groups])
+        places, means, errors = _means(x, y)
         at = drawable(means, log=log)
         axes.plot(places[at], means[at], "-o", ms=4.5, lw=1.4, color=colour, zorder=3)
         low, high = (means - errors)[at], (means + errors)[at]
@@ -136,9 +135,50 @@ def _draw_quantity(
     return missing
 
 
+def _means(x: Floats, y: Floats) -> tuple[Floats, Floats, Floats]:
+    """Returns the distinct positions, the means over pairs, and their errors, 0 for one pair."""
+    places = np.unique(x[drawable(x, log=False)])
+    groups = [y[x == place] for place in places]
+    errors = np.nan_to_num([standard_error(group) for group in groups])
+    return places, np.array([group.mean() for group in groups]), errors
+
+
 def pairs_views(run: Run[BarriersSummary]) -> list[View]:
-    """Returns the views of an interactive page: each quantity over the position."""
-    quantities = _quantities(run)
-    tables = [("", run.table)]
-    column = pair_position(run.table.columns)
-    return [table_view("barriers", tables, column, quantities, logarithmic=[*quantities])]
+    """Returns the view of an interactive page: each quantity over the position."""
+    column, quantities = pair_position(run.table.columns), _quantities(run)
+    splits = [str(split) for split in run.table.unique("split")]
+    items = []
+    for split, colour in zip(splits, _colours(splits), strict=True):
+        rows = run.table.where("split", split)
+        pairs = zip(rows["a"], rows["b"], strict=True)
+        names = [f"{escape(str(a))} and {escape(str(b))}" for a, b in pairs]
+        x = np.array(rows.floats(column))
+        for quantity, label in quantities.items():
+            tags, labels = {"quantity": quantity, "split": split}, (column, label)
+            y, errors = rows.floats(quantity), f"{quantity}_stderr"
+            places, means, over_pairs = _means(x, np.array(y))
+            mean = curve(
+                *(places.tolist(), means.tolist()),
+                name=f"{split}, mean over pairs",
+                colour=colour,
+                tags=tags,
+                labels=labels,
+                errors=over_pairs.tolist(),
+                counted=False,
+            )
+            points = curve(
+                *(x.tolist(), y),
+                name=split,
+                colour=colour,
+                tags=tags,
+                labels=labels,
+                errors=rows.floats(errors) if errors in rows.columns else (),
+                dots=True,
+                names=names,
+            )
+            items += [
+                mean,
+                replace(points, trace={**points.trace, "mode": "markers", "opacity": 0.5}),
+            ]
+    layout = layout_2d(column)
+    return [View("barriers", items, layout, quantities, logarithmic=[*quantities])]
