@@ -83,7 +83,7 @@ RUNS = {
         suffix=".safetensors",
         path=30,
     ),
-    # Its path is that of relu.
+    # Until the children part, the steps are those of relu.
     "spawned": Run(RELU, "momentum", 0.05, 2000, suffix=".safetensors", spawn=SPAWN),
     "relu-seed1": Run(RELU, "momentum", 0.05, 2000, seed=1),
     "relu-seed2": Run(RELU, "momentum", 0.05, 2000, seed=2),
