@@ -135,7 +135,21 @@ def draw_barriers(run: Run[BarriersSummary], drawing: Drawing = FULL) -> Figure:
         notes = [*_notes(run, squares, shared), *_output_notes(quantities)]
         add_foot(figure, drawing, notes, [_legend(squares, further, drawing)])
         finish_layout(figure, drawing)
+        for panel in figure.axes:
+            _shrink_numbers(figure, panel, number)
     return figure
+
+
+def _shrink_numbers(figure: Figure, panel: Axes, number: int) -> None:
+    """Shrinks the numbers of a matrix to its cells, if the layout left less room than planned."""
+    box = panel.get_position(original=True)
+    side = min(box.width * figure.get_figwidth(), box.height * figure.get_figheight()) * INCH
+    room = side / max(number, 1)
+    sizes = [(text_width(figure, t.get_text(), t.get_fontsize()), t) for t in panel.texts]
+    widest = max((width for width, _ in sizes), default=0.0)
+    if widest > 0.95 * room:
+        for _, text in sizes:
+            text.set_fontsize(float(text.get_fontsize()) * 0.9 * room / widest)
 
 
 def _top(quantity: str, squares: Sequence[_Square]) -> float:
