@@ -145,11 +145,12 @@ def _shrink_numbers(figure: Figure, panel: Axes, number: int) -> None:
     box = panel.get_position(original=True)
     side = min(box.width * figure.get_figwidth(), box.height * figure.get_figheight()) * INCH
     room = side / max(number, 1)
-    sizes = [(text_width(figure, t.get_text(), t.get_fontsize()), t) for t in panel.texts]
-    widest = max((width for width, _ in sizes), default=0.0)
+    size = max((float(text.get_fontsize()) for text in panel.texts), default=0.0)
+    texts = [text.get_text() for text in panel.texts]
+    widest = max((text_width(figure, text, size) for text in texts), default=0.0)
     if widest > 0.95 * room:
-        for _, text in sizes:
-            text.set_fontsize(float(text.get_fontsize()) * 0.9 * room / widest)
+        for text in panel.texts:
+            text.set_fontsize(size * 0.9 * room / widest)
 
 
 def _top(quantity: str, squares: Sequence[_Square]) -> float:
