@@ -391,9 +391,10 @@ def test_statistics_count_as_memory_of_a_point(monkeypatch: pytest.MonkeyPatch) 
     _, line = line_of(PLAIN["residual"])
     weights = sum(t.numel() for t in line.a.values()) * 8
     statistics = 3 * 2 * 6 * (8 + 8)
-    monkeypatch.setattr("losscli.evaluation.memory._CPU_STACK", 10 * (weights + statistics))
+    point = weights + statistics + N * 8
+    monkeypatch.setattr("losscli.evaluation.memory._CPU_STACK", 10 * point)
     assert points_that_fit(objective, line.a) == 10
-    monkeypatch.setattr("losscli.evaluation.memory._CPU_STACK", 10 * (weights + statistics) - 1)
+    monkeypatch.setattr("losscli.evaluation.memory._CPU_STACK", 10 * point - 1)
     assert points_that_fit(objective, line.a) == 9
 
 

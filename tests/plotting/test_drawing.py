@@ -234,12 +234,12 @@ def test_a_style_sheet_is_followed(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (None, "cannot be read: No such file or directory. Name a file of Matplotlib settings"),
+        (None, "cannot be read: No such file or directory. Give a file of Matplotlib settings"),
         (b"\xff\xfe", "cannot be read: it is not UTF-8 text"),
         ("axes.grid: True\nnonsense\n", "line 2: 'nonsense' has no colon"),
         ("lines.width: 1", r"line 1: 'lines.width' is not a setting of Matplotlib"),
         ("lines.linewidth: thick", "line 1: .*Could not convert 'thick' to float"),
-        ("text.usetex: True", "line 1: text.usetex needs names that are TeX"),
+        ("text.usetex: True", "line 1: text.usetex needs names in TeX"),
     ],
 )
 def test_a_bad_style_sheet_is_refused(

@@ -267,12 +267,13 @@ def test_two_processes_find_what_one_finds(more: Path, losscli: Losscli) -> None
         f"around {THREE} --along hessian --points 5",
         f"sharpness {THREE} --rho 0.1 --rho 0.2 --samples 3",
         "plane a.pt --axes hessian --path b.pt --path c.pt --points 3 -m mlp:6-5-3",
+        "connect a.pt b.pt --steps 3 --points 9 --no-plane",
     ]
     lines = [f"{line} -q --no-figure -o @{i}" for i, line in enumerate(commands)]
     lines += ["interpolate a.pt b.pt --points 3 --dry-run", "list losses"]
     lines += ["interpolate a.pt b.pt --points 5 -o - -q"]
     expected = alone([line.replace("@", "one") for line in lines], losscli)
-    assert [outcome.status for outcome in expected] == [0] * 16, expected
+    assert [outcome.status for outcome in expected] == [0] * 17, expected
     before = {path.name for path in more.iterdir()}
 
     def hear(rank: int) -> None:
@@ -286,7 +287,7 @@ def test_two_processes_find_what_one_finds(more: Path, losscli: Losscli) -> None
             sys.addaudithook(hear)
 
     first, other = forked([line.replace("@", "two") for line in lines], 2, hear)
-    assert [outcome.status for outcome in (*first, *other)] == [0] * 32, first
+    assert [outcome.status for outcome in (*first, *other)] == [0] * 34, first
     # No other rank than 0 writes or talks, and what rank 0 writes are the files of one process.
     assert {outcome.stdout + outcome.stderr for outcome in other} == {""}
     new = {path.name for path in more.iterdir()} - before

@@ -274,7 +274,7 @@ def test_the_optimisers_moments_are_saved_on_request(losscli: Losscli) -> None:
 
 
 class _WithState(nn.Linear):
-    """A layer with a number beside its tensors, which only torch's format stores."""
+    """A layer with a number next to its tensors, which only torch's format stores."""
 
     scale = 2
 

@@ -150,7 +150,7 @@ def test_of_equal_losses_the_first_counts_and_those_not_finite_do_not(
     first, second = done.stderr.splitlines()
     assert first.startswith("note: α = 0.25, ")
     assert second.startswith(
-        "note: x.csv has no summary beside it: A and B are not compared with it"
+        "note: x.csv has no summary next to it: A and B are not compared with it"
     )
     assert losscli(*BEST, "--best", "t", "-q", "--force").stderr == ""
 
@@ -175,12 +175,12 @@ ERRORS = {
     "a broken summary": (
         "--best t --csv broken.csv",
         1,
-        "broken.json is no summary of broken.csv",
+        "broken.json is not the summary of broken.csv",
     ),
     "of something else": (
         "--best t --csv plane.csv",
         1,
-        "plane.json is no summary of plane.csv",
+        "plane.json is not the summary of plane.csv",
     ),
     "of another type": (
         "--best t --csv typed.csv",

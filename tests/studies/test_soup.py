@@ -164,7 +164,7 @@ def test_a_file_that_changes_is_refused(three: list[str], monkeypatch: pytest.Mo
 
 REFUSED = {
     "one": ("soup a.pt", 2, "soup needs two checkpoints or more, and got 1"),
-    "twice": ("soup a.pt b.pt a.pt", 2, "a.pt is named 2 times. Name each checkpoint once"),
+    "twice": ("soup a.pt b.pt a.pt", 2, "a.pt is named 2 times. Give each checkpoint once"),
     "absent": ("soup a.pt absent.pt", 1, "absent.pt"),
     "another model": ("soup a.pt other.pt", 1, "other.pt does not fit a.pt"),
     "a folder": ("soup a.pt b.pt -o .", 2, "--out '.' is a folder"),
@@ -592,7 +592,7 @@ OFF_PLANE = {
     "a model": ("a.pt b.pt --alpha 1 -m mlp:6-5-3", 2, "have no effect without --plane"),
     "infinite": ("--plane p.csv --at inf 0", 2, "--at inf 0.0 is not a point of the plane"),
     "another table": ("--plane l.csv --at 0 0", 2, "--plane l.csv is not a table of plane"),
-    "alone": ("--plane alone.csv --at 0 0", 1, "alone.csv has no summary alone.json beside it"),
+    "alone": ("--plane alone.csv --at 0 0", 1, "alone.csv has no summary alone.json next to it"),
     "another model": (
         "--plane p.csv --at 0 0 -m mlp:6-5-3,activation=tanh",
         1,
