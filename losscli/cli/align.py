@@ -101,8 +101,6 @@ def align(
         check_writable(out, force=force)
     with console.guard_stdout():
         alignments = study(a, names, by=by, **asdict(settings))
-    if several:
-        out.mkdir(exist_ok=True)
     _write(alignments, files)
     console.written = True
     entries = [
@@ -132,13 +130,17 @@ def _check_folder(out: Path, files: Sequence[Path], *, force: bool) -> None:
 
 def _write(alignments: Sequence[Alignment], files: Sequence[Path]) -> None:
     """Writes all checkpoints, or none of those that were not there."""
-    new = [file for file in files if not file.exists()]
+    folder = files[0].parent
+    new, has_folder = [file for file in files if not file.exists()], folder.exists()
+    folder.mkdir(exist_ok=True)
     try:
         for found, file in zip(alignments, files, strict=True):
             found.checkpoint.save(file, force=True)
     except OutputError:
         for file in new:
             file.unlink(missing_ok=True)
+        if not has_folder:
+            folder.rmdir()
         raise
 
 

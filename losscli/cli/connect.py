@@ -68,6 +68,15 @@ def connect(
         int,
         option(_PATH, "Values of t on the curve and on the line.", "--points", metavar="N"),
     ] = 51,
+    align: Annotated[
+        bool,
+        option(
+            _PATH,
+            "First permute B's units onto A's, as losscli align does; writes STEM.aligned"
+            ".safetensors, which is then B.",
+            "--align",
+        ),
+    ] = False,
     no_plane: Annotated[
         bool,
         option(_PATH, "Leave out the plane through A, the bend and B.", "--no-plane"),
@@ -94,6 +103,7 @@ def connect(
             minibatch=minibatch,
             points=points,
             plane=not no_plane,
+            align=align,
             ranks=console.ranks,
         )
 

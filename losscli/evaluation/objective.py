@@ -23,9 +23,11 @@ from losscli.data import (
     RandomnessDetector,
     Split,
     allocations,
+    copy_stream,
     device_budget,
     leaves,
     placing,
+    transferred,
 )
 from losscli.errors import (
     ModelError,
@@ -341,9 +343,16 @@ class Objective(ScoredModel):
             size: Examples in a batch; None takes the objective's batch size.
             order: Indices ``[n]`` into the split; None takes all in order.
 
-        Yields:
+        Returns:
             The batches, as stored, on the device.
         """
+        batches = self._checked_batches(split, size, order)
+        return transferred(batches, self.device, copy_stream(self.device))
+
+    def _checked_batches(
+        self, split: Examples, size: int | None, order: Tensor | None
+    ) -> Iterator[Split]:
+        """Iterates over the batches of a split where they are stored."""
         # Examples that are decoded in each pass have not been checked before.
         unchecked = not isinstance(split, Split)
         done, lengths = 0, set[torch.Size]()
@@ -355,7 +364,7 @@ class Objective(ScoredModel):
                     index = done + row if order is None else int(order[done + row])
                     raise target_error(batch.targets[row], self.where(split), split.position(index))
             done += len(batch)
-            yield batch.send(self.device)
+            yield batch
 
     @property
     def _needs_finite(self) -> bool:

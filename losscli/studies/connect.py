@@ -32,6 +32,7 @@ from losscli.results.summaries import (
     Description,
 )
 from losscli.settings import PathLike, Progress, Settings, checked
+from losscli.studies import alignment
 from losscli.studies.base import Study
 from losscli.studies.line_curve import LineCurve
 from losscli.studies.notes import general_notes, integer_notes, seed_notes, storage_notes
@@ -57,6 +58,12 @@ _PLANE_POINTS = 31
 # Weights that are moved by more leave the range of float32.
 _LARGEST_RATE = 1e30
 
+# The settings that matter for an alignment, which evaluates no loss.
+_FOR_ALIGNMENT = (
+    *("model", "data", "device", "only", "except_", "seed", "trust", "limit"),
+    *("ignore_unexpected", "allow_missing", "rename"),
+)
+
 # The training loss is the mean over this share of the steps, the last ones.
 _LAST = 0.1
 
@@ -67,17 +74,21 @@ class ConnectResult(Result[ConnectSummary]):
 
     Attributes:
         bends: The trained bends in their order.
+        aligned: B with its units permuted onto A's, if it was aligned.
     """
 
     bends: tuple[Checkpoint, ...] = field(kw_only=True)
+    aligned: Checkpoint | None = field(kw_only=True)
 
     @property
     def checkpoints(self) -> Mapping[str, Checkpoint]:
-        """The bends by the end of the name of their file, after STEM."""
-        return dict(zip(_suffixes(len(self.bends)), self.bends, strict=True))
+        """The bends, and B if it was aligned, by the end of the name of their file, after STEM."""
+        made = [*self.bends, *filter(None, [self.aligned])]
+        suffixes = _suffixes(len(self.bends), aligned=self.aligned is not None)
+        return dict(zip(suffixes, made, strict=True))
 
     def save(self, stem: PathLike, *, force: bool = False, **options: Any) -> list[FilePath]:
-        """Writes each bend, STEM.bend-1.safetensors, and what every result writes.
+        """Writes STEM.bend-1.safetensors, …, and what every result writes.
 
         Args:
             stem: STEM.
@@ -97,8 +108,9 @@ class ConnectResult(Result[ConnectSummary]):
         return [*files, *written]
 
 
-def _suffixes(bends: int) -> list[str]:
-    return [f".bend-{k}.safetensors" for k in range(1, bends + 1)]
+def _suffixes(bends: int, *, aligned: bool) -> list[str]:
+    own = [f".bend-{k}.safetensors" for k in range(1, bends + 1)]
+    return [*own, ".aligned.safetensors"] if aligned else own
 
 
 @checked(Settings)
@@ -113,6 +125,7 @@ def connect(
     minibatch: int = 256,
     points: int = 51,
     plane: bool = True,
+    align: bool = False,
     progress: Progress = None,
     **settings: Any,
 ) -> ConnectResult:
@@ -133,6 +146,7 @@ def connect(
         minibatch: Examples in a minibatch; all if there are fewer.
         points: Evenly spaced values of t on the curve and on the line.
         plane: Whether the plane through A, C and B is evaluated, if there is one bend.
+        align: Whether B's units are first permuted onto A's, as `align` does.
         progress: True shows a bar; a function is called with the number of points done so far.
         **settings: The attributes of `losscli.settings.Settings`: ``model``, ``data``, ….
 
@@ -153,6 +167,7 @@ def connect(
         minibatch=minibatch,
         points=points,
         plane=plane,
+        align=align,
     )
     with report_to(progress, plan.steps, plan.unit) as report:
         return plan.run(Execution(report))
@@ -172,6 +187,7 @@ class Connect(Study):
         minibatch: The number of examples in a minibatch.
         ts: The points, in ascending order.
         plane: Whether the plane is evaluated.
+        aligned: B with its units permuted onto A's, if it was aligned.
     """
 
     command = "connect"
@@ -185,6 +201,7 @@ class Connect(Study):
     minibatch: int
     ts: tuple[float, ...]
     plane: bool
+    aligned: Checkpoint | None
 
     @classmethod
     def plan(
@@ -200,6 +217,7 @@ class Connect(Study):
         minibatch: int,
         points: int,
         plane: bool,
+        align: bool = False,
         ranks: Ranks | None = None,
     ) -> Connect:
         """Reads and matches everything, evaluates nothing. See `connect` for the arguments."""
@@ -216,6 +234,11 @@ class Connect(Study):
             )
         check_gradient_settings(settings, "connect")
         ts = tuple(grid(points, 0.0, 1.0, include=(0.0, 1.0)))
+        aligned = None
+        if align:
+            own = {name: getattr(settings, name) for name in _FOR_ALIGNMENT}
+            aligned = alignment.align(a, b, **own).checkpoint
+            b = name_checkpoint(aligned, aligned.name)
         problem = prepare((a, b), settings, ranks=ranks, training="connect")
         if problem.objective.batchnorm and settings.buffers != "recalibrate":
             if settings.buffers != "interpolate":
@@ -242,6 +265,7 @@ class Connect(Study):
             1 if problem.objective.batch_loss else min(minibatch, training),
             ts,
             plane and bends == 1,
+            aligned,
         )
 
     @property
@@ -255,12 +279,13 @@ class Connect(Study):
             "minibatch": self.minibatch,
             "ts": self.ts,
             "plane": self.plane,
+            "align": self.aligned is not None,
         }
 
     @property
     def checkpoint_suffixes(self) -> Sequence[str]:
-        """The ends of the names of the files of the bends."""
-        return _suffixes(self.bends)
+        """The ends of the names of the files of the bends, and of B if it was aligned."""
+        return _suffixes(self.bends, aligned=self.aligned is not None)
 
     @property
     def slices(self) -> tuple[int, int]:
@@ -374,7 +399,9 @@ class Connect(Study):
             "seconds": seconds,
         }
         more = {"plane": plane_table} if plane_table else {}
-        return ConnectResult(table, summary, COMMANDS[self.command].draw, more, bends=bends)
+        return ConnectResult(
+            table, summary, COMMANDS[self.command].draw, more, bends=bends, aligned=self.aligned
+        )
 
     @property
     def _line(self) -> Line:

@@ -111,7 +111,7 @@ def test_full_figures_have_notes_where_compact_ones_have_none() -> None:
     assert compact == [""]
 
 
-def test_labels_stand_for_checkpoints_in_their_order() -> None:
+def test_labels_name_checkpoints_in_their_order() -> None:
     for name in ("interpolate", "around", "sharpness", "barriers", "check", "plane"):
         run = RUNS[name]()
         labels = [f"model {k}" for k in range(len(run.checkpoints))]

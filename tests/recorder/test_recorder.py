@@ -694,7 +694,7 @@ def test_misuse_is_one_line_and_writes_nothing(name: str) -> None:
     assert sorted(Path().iterdir()) == before
 
 
-def test_a_loss_that_is_no_number_is_refused() -> None:
+def test_a_loss_that_is_not_a_number_is_refused() -> None:
     recorder = losscli.Recorder(network(), "run", steps=3)
     with pytest.raises(UsageError, match="loss must be a number, not a Tensor"):
         recorder.step(torch.ones(2))

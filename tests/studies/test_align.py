@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import losscli as library
-from losscli.errors import NondeterministicModelError
+from losscli.checkpoint import state as checkpoint_state
+from losscli.errors import NondeterministicModelError, OutputError
 from losscli.models import MLP
 from losscli.weight_space.permutations import Group, Member, permute
 from losscli.weight_space.vectors import distance
@@ -150,7 +151,7 @@ def test_a_network_that_was_shuffled_is_found_again_with_its_buffers(tmp_path: P
 
 
 # The stream and the heads of transformers, normalised groups, time steps, units without variance.
-@pytest.mark.parametrize("name", sample(["resnet", "grouped", "gpt", "shared", "gru"], 1, 3))
+@pytest.mark.parametrize("name", sample(["grouped", "gpt", "gru", "shared", "resnet"], 1, 3))
 def test_by_activations_a_shuffled_network_is_found_again(name: str) -> None:
     network = next(n for n in NETWORKS if n.name == name)
     a = network.model(3).float().state_dict()
@@ -215,6 +216,25 @@ def test_several_checkpoints_are_aligned_as_each_alone(losscli: Losscli, folder:
     assert losscli("align", "a.pt", "runs", "-o", "new", "-q").status == 0
     assert [path.name for path in Path("new").iterdir()] == ["y.safetensors"]
     assert "exists" in losscli("align", "a.pt", "runs", "-o", "new").stderr
+
+
+def test_of_several_files_all_are_written_or_none(
+    losscli: Losscli, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder / "c.pt").write_bytes((folder / "b.pt").read_bytes())
+    save = checkpoint_state.save
+
+    def fail(weights: object, metadata: object, path: Path, *more: object) -> None:
+        if path.stem == "c":
+            raise OutputError(f"{path} cannot be written: the disk is full")
+        save(weights, metadata, path, *more)
+
+    monkeypatch.setattr(checkpoint_state, "save", fail)
+    before = there(folder)
+    done = losscli("align", "a.pt", "b.pt", "c.pt", "-o", "aligned")
+    assert done.status == 1
+    assert done.stderr == "losscli: aligned/c.safetensors cannot be written: the disk is full\n"
+    assert there(folder) == before
 
 
 def test_initialisations_are_aligned_too_and_the_seed_is_the_orders(

@@ -302,6 +302,21 @@ def test_two_solutions_are_connected(steps: int, most: float) -> None:
     assert split["curve"]["barrier"]["height"] < most
 
 
+def test_b_is_aligned_first(folder: Path, losscli: Losscli) -> None:
+    done = losscli("connect", "a.pt", "b.pt", "--align", *FEW, "-o", "out", "--no-plane")
+    assert done.status == 0, done.stderr
+    assert losscli("align", "a.pt", "b.pt", "-o", "b.safetensors").status == 0
+    found, expected = (load_file(f"{name}.safetensors") for name in ("out.aligned", "b"))
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert not all(torch.equal(found[name], state("b.pt")[name]) for name in found)
+    line = library.interpolate("a.pt", "b.safetensors", points=5, range=(0, 1)).table
+    straight = library.connect("a.pt", "b.pt", align=True, **SMALL).table.where("path", "line")
+    assert straight.floats("loss") == pytest.approx(line.floats("loss"), rel=1e-6)
+    assert (
+        losscli("connect", "a.pt", "b.pt", "--align", *FEW, "-o", "out", "--no-plane").status == 0
+    )
+
+
 # --- export --t ----------------------------------------------------------------------------------
 
 

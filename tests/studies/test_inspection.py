@@ -45,7 +45,7 @@ def is_refused(
 # --- inspect --figure ----------------------------------------------------------------------------
 
 
-def test_inspect_draws_what_it_tells(losscli: Losscli, folder: Path) -> None:
+def test_inspect_draws_what_it_prints(losscli: Losscli, folder: Path) -> None:
     for names in (["a.pt"], ["a.pt", "b.pt"]):
         stem = "-".join(Path(name).stem for name in names)
         pictures = [f"{stem}.png", f"{stem}.svg"]
@@ -250,7 +250,7 @@ def test_another_state_dict_of_the_same_file_is_refused(losscli: Losscli, folder
     assert losscli("export", "both.pt#net", "both.pt#ema", *rest).status == 0
 
 
-def test_an_initialisation_is_no_file_to_export_from(losscli: Losscli, folder: Path) -> None:
+def test_an_initialisation_is_not_a_file_to_export_from(losscli: Losscli, folder: Path) -> None:
     line = ["interpolate", "init:0", "b.pt", "-m", "mlp:6-5-3", "-o", "x", "--no-figure", "-q"]
     assert losscli(*line, "--points", "3").status == 0
     done = losscli(*BEST, "--best", "train")

@@ -198,7 +198,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_is_no_average_is_refused(
+def test_weights_that_do_not_make_an_average_are_refused(
     case: str, losscli: Losscli, folder: Path, three: list[str]
 ) -> None:
     line, status, message = REFUSED[case]
@@ -225,7 +225,7 @@ def test_weights_are_read_from_text(text: str, expected: tuple[float, ...]) -> N
 
 
 @pytest.mark.parametrize("text", ["", "-", "1-", "1--", "1+0", "nan-1", "inf-1", "1 - 0", "1-0x"])
-def test_other_text_is_no_weights(text: str) -> None:
+def test_other_text_is_not_weights(text: str) -> None:
     with pytest.raises(UsageError, match=r"is not a list of numbers.*such as 1/2-1/2"):
         parse_weights(text, 2)
 
@@ -616,7 +616,7 @@ def planes(losscli: Losscli, folder: Path, three: list[str]) -> Path:
 
 
 @pytest.mark.parametrize("case", OFF_PLANE)
-def test_what_is_no_point_of_a_plane_is_refused(case: str, losscli: Losscli, planes: Path) -> None:
+def test_an_invalid_point_of_a_plane_is_refused(case: str, losscli: Losscli, planes: Path) -> None:
     line, status, message = OFF_PLANE[case]
     if case == "changed":
         torch.save({"state_dict": MLP("6-5-3").state_dict()}, "b.pt")
