@@ -36,6 +36,9 @@ __all__ = ["FORWARD_PASSES", "PathTraining", "TrainedBends"]
 FORWARD_PASSES = 3
 """A step costs about as much as so many forward passes of its minibatch."""
 
+# A loss with a gradient of 0 in so many steps, such as an error rate, trains nothing.
+_TRIED = 10
+
 # The most records of the state, which is three times as large as the bends.
 _MOST_RECORDS = 50
 
@@ -173,6 +176,7 @@ class PathTraining:
             moments = {name: tensor.to(objective.device) for name, tensor in own.items()}
             optimiser.state[bends] = {"step": torch.tensor(float(start)), **moments}
             objective.batch_size = int(state["batch size"])
+        slopes = start
         for step, (t, index) in enumerate(itertools.islice(self.draws(), start, stop), start):
             coefficients = path_coefficients(self.kind, self.bends + 2, t)
             point = Path(self.kind, ()).combine([ends[0], *bends, ends[1]], (t,))
@@ -182,6 +186,13 @@ class PathTraining:
                     f"the loss of step {step + 1:,} of the training of the path, or its gradient, "
                     "is not finite",
                     f"Lower --learning-rate, which is {self.learning_rate:g}",
+                )
+            slopes += bool(gradient.any())
+            if step + 1 == min(_TRIED, self.steps) and not slopes:
+                raise LossError(
+                    f"the gradient of the loss is 0 in the first {step + 1} steps of the training "
+                    "of the path",
+                    "Give a --loss that can be differentiated",
                 )
             gradient = gradient.to(bends)
             bends.grad = torch.stack([w * gradient for w in coefficients[1:-1]])

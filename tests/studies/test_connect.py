@@ -265,6 +265,16 @@ def test_a_training_that_diverges_names_the_learning_rate(folder: Path) -> None:
         library.connect("a.pt", "b.pt", **SMALL, learning_rate=1e20, loss=falling, metric="none")
 
 
+def test_a_loss_without_a_gradient_trains_nothing(folder: Path, losscli: Losscli) -> None:
+    (folder / "own.py").write_text(
+        "def errors(outputs, targets):\n    return (outputs.argmax(1) != targets).float()\n"
+    )
+    done = losscli("connect", "a.pt", "b.pt", *FEW, "--loss", "own.py:errors", "-o", "out")
+    assert (done.status, len(done.stderr.splitlines())) == (1, 1)
+    assert "the gradient of the loss is 0 in the first 4 steps" in done.stderr
+    assert not list(folder.glob("out*"))
+
+
 def test_the_files_are_written_and_not_over_others(folder: Path, losscli: Losscli) -> None:
     command = ["connect", "a.pt", "b.pt", *FEW, "-o", "out"]
     done = losscli(*command)
