@@ -176,7 +176,6 @@ class PathTraining:
             moments = {name: tensor.to(objective.device) for name, tensor in own.items()}
             optimiser.state[bends] = {"step": torch.tensor(float(start)), **moments}
             objective.batch_size = int(state["batch size"])
-        slopes = start
         for step, (t, index) in enumerate(itertools.islice(self.draws(), start, stop), start):
             coefficients = path_coefficients(self.kind, self.bends + 2, t)
             point = Path(self.kind, ()).combine([ends[0], *bends, ends[1]], (t,))
@@ -187,16 +186,16 @@ class PathTraining:
                     "is not finite",
                     f"Lower --learning-rate, which is {self.learning_rate:g}",
                 )
-            slopes += bool(gradient.any())
-            if step + 1 == min(_TRIED, self.steps) and not slopes:
-                raise LossError(
-                    f"the gradient of the loss is 0 in the first {step + 1} steps of the training "
-                    "of the path",
-                    "Give a --loss that can be differentiated",
-                )
             gradient = gradient.to(bends)
             bends.grad = torch.stack([w * gradient for w in coefficients[1:-1]])
             optimiser.step()
+            tried = step + 1
+            if tried == min(_TRIED, self.steps) and not optimiser.state[bends]["exp_avg"].any():
+                raise LossError(
+                    f"the gradient of the loss is 0 in the first {tried} steps of the training of "
+                    "the path",
+                    "Give a --loss that can be differentiated",
+                )
             losses.append(loss)
             execution.report(step + 1 - start)
         moments = optimiser.state[bends]
