@@ -94,7 +94,7 @@ def draw_connect(run: Run[ConnectSummary], drawing: Drawing = FULL) -> Figure:
         label = label_loss(figure, [run], drawing, log=drawing.log).replace("\n", ", ")
         panels[0].set_ylabel(label if drawing.compact else f"{label}\nmean over examples")
         panels[-1].set_xlabel(
-            drawing.words("t: from A (0) to B (1), on the curve and on the line", "t")
+            drawing.words("t: from A (0) to B (1), on the path and on the line", "t")
         )
         contours, planes = _draw_planes(run, figure, cells, grids, 1 + len(metrics), drawing)
         notes += _notes(run, drawing, with_plane=bool(planes))
@@ -191,7 +191,7 @@ def _draw_planes(
 
 
 def _entries() -> list[tuple[Artist, str]]:
-    names = {"curve": "trained curve", "line": "straight line"}
+    names = {"curve": "trained path", "line": "straight line"}
     return [(Line2D([], [], color=_COLOURS[path]), label) for path, label in names.items()]
 
 
@@ -202,7 +202,7 @@ def _notes(run: Run[ConnectSummary], drawing: Drawing, *, with_plane: bool) -> l
         highest, line = split.get("highest"), split.get("line", {}).get("barrier")
         if highest is not None and line is not None:
             notes.append(
-                f"{plain(name)}: the loss on the curve stays at or below "
+                f"{plain(name)}: the loss on the path stays at or below "
                 f"{format_number(highest['loss'], 3)}; the barrier on the line is "
                 f"{format_number(line['height'], 3)}."
             )

@@ -263,7 +263,7 @@ class Result(Generic[S_co]):
         force: bool = False,
         **drawing: Any,
     ) -> list[Path]:
-        """Writes the files that the command line writes; `losscli.load` reads them again.
+        """Writes the files that the command line writes; `losscli.load` reads the tables again.
 
         Args:
             stem: STEM of STEM.csv, STEM.json, STEM.NAME.csv of each further table and STEM.png.
@@ -295,9 +295,24 @@ class Result(Generic[S_co]):
                 len(self.table.metrics),
                 "Give no_figure=True",
             )
-        identity = self.summary.get("identity")
-        output.guard(None if identity is None else str(identity), self.command.further_tables)
-        return output.save(self.with_drawing(options), options)
+        own = self.summary.get("identity")
+        identity = None if own is None else str(own)
+        output.guard(identity, self.command.further_tables)
+        made = {
+            output.stem.with_name(output.stem.name + suffix): checkpoint
+            for suffix, checkpoint in self.checkpoints.items()
+        }
+        replaces = force or (identity is not None and output.is_of(identity))
+        for path in made:
+            check_writable(path, force=replaces)
+        try:
+            for path, checkpoint in made.items():
+                checkpoint.save(path, force=True)
+            return [*made, *output.save(self.with_drawing(options), options)]
+        except (OutputError, UsageError):
+            for path in () if replaces else made:
+                path.unlink(missing_ok=True)
+            raise
 
 
 def make_drawing(options: Mapping[str, Any]) -> Drawing:

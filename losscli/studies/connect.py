@@ -7,7 +7,6 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from pathlib import Path as FilePath
 from typing import Any, get_args
 
 from losscli.checkpoint import Checkpoint, CheckpointLike, name_checkpoint
@@ -23,7 +22,7 @@ from losscli.evaluation.sweep import check, sweep, sweep_plain
 from losscli.evaluation.tasks import ALONE, Execution
 from losscli.progress import report_to
 from losscli.registry import COMMANDS
-from losscli.results.result import Result, check_writable, stem_of
+from losscli.results.result import Result
 from losscli.results.summaries import (
     ConnectPlane,
     ConnectSplit,
@@ -31,7 +30,7 @@ from losscli.results.summaries import (
     CostEstimate,
     Description,
 )
-from losscli.settings import PathLike, Progress, Settings, checked
+from losscli.settings import Progress, Settings, checked
 from losscli.studies import alignment
 from losscli.studies.base import Study
 from losscli.studies.line_curve import LineCurve
@@ -86,26 +85,6 @@ class ConnectResult(Result[ConnectSummary]):
         made = [*self.bends, *filter(None, [self.aligned])]
         suffixes = _suffixes(len(self.bends), aligned=self.aligned is not None)
         return dict(zip(suffixes, made, strict=True))
-
-    def save(self, stem: PathLike, *, force: bool = False, **options: Any) -> list[FilePath]:
-        """Writes STEM.bend-1.safetensors, …, and what every result writes.
-
-        Args:
-            stem: STEM.
-            force: Whether files may be overwritten.
-            **options: Those of `Result.save`.
-
-        Returns:
-            The files.
-        """
-        path = stem_of(str(stem))
-        files = {path.with_name(path.name + s): bend for s, bend in self.checkpoints.items()}
-        for file in files:
-            check_writable(file, force=force)
-        written = super().save(stem, force=force, **options)
-        for file, bend in files.items():
-            bend.save(file, force=force)
-        return [*files, *written]
 
 
 def _suffixes(bends: int, *, aligned: bool) -> list[str]:
