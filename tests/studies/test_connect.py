@@ -360,13 +360,6 @@ def test_the_files_are_written_and_not_over_others(folder: Path, losscli: Losscl
     assert json.loads(losscli(*command, "--dry-run", "--json").stdout)["training_steps"] == 4
 
 
-def test_python_saves_what_the_command_line_writes(folder: Path, losscli: Losscli) -> None:
-    assert losscli("connect", "a.pt", "b.pt", *FEW, "-o", "cli").status == 0
-    library.connect("a.pt", "b.pt", **SMALL).save("py")
-    for suffix in ("csv", "plane.csv", "bend-1.safetensors"):
-        assert (folder / f"py.{suffix}").read_bytes() == (folder / f"cli.{suffix}").read_bytes()
-
-
 @pytest.mark.parametrize(
     ("steps", "most"), [(300, 0.02), pytest.param(1000, 1e-3, marks=pytest.mark.stress)]
 )
