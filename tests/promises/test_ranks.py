@@ -255,17 +255,17 @@ FOUR = "a.pt b.pt c.pt d.pt -m mlp:6-5-3"
 def test_two_processes_find_what_one_finds(more: Path, losscli: Losscli) -> None:
     commands = [
         "interpolate a.pt b.pt --points 11 --refine 0.02",
-        "interpolate a.pt b.pt --points 9 --derivatives",
+        "interpolate a.pt b.pt --points 5 --derivatives",
         "interpolate a.pt b.pt --points 9 --sampling-error 0.5",
-        f"trajectory {FOUR} --residuals 4",
+        f"trajectory {THREE} --residuals 3",
         f"plane {THREE} --points 5",
-        f"barriers {FOUR} --points 5",
-        f"barriers {FOUR} --points 9 --sampling-error 0.5",
+        f"barriers {THREE} --points 5",
+        f"barriers {THREE} --points 9 --sampling-error 0.5",
         "check a.pt b.pt --tolerance 1 --split test --density --blocks --probes 2 --lanczos 4",
-        "check c.pt d.pt init:4 -m mlp:6-5-3 --split train --optimizer adam",
+        "check c.pt d.pt -m mlp:6-5-3 --split train --optimizer adam",
         "around a.pt b.pt --directions 3 --points 5",
-        f"around {THREE} --along hessian --points 5",
-        f"sharpness {THREE} --rho 0.1 --rho 0.2 --samples 3",
+        "around a.pt b.pt --along hessian --points 3",
+        "sharpness a.pt b.pt --rho 0.1 --rho 0.2 --samples 2 --split test",
         "plane a.pt --axes hessian --path b.pt --path c.pt --points 3 -m mlp:6-5-3",
     ]
     lines = [f"{line} -q --no-figure -o @{i}" for i, line in enumerate(commands)]
