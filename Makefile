@@ -9,10 +9,10 @@ VISION := torchvision==0.28.0 timm==1.0.31
 CURVLINOPS := curvlinops-for-pytorch==3.0.1 backpack-for-pytorch einops einconv linear_operator \
 	opt-einsum jaxtyping wadler-lindig tqdm
 
-.PHONY: help demo test stress check samples gallery bench readme golden clean
+.PHONY: help demo test stress check samples gallery bench bench-gpu readme golden clean
 
 help: ## List the targets
-	@sed -n 's/^\([a-z]*\):.* ## /\1\t/p' Makefile | expand -t 10
+	@sed -n 's/^\([a-z-]*\):.* ## /\1\t/p' Makefile | expand -t 10
 
 demo: .venv/installed ## Draw a first picture
 	$(BIN)/losscli interpolate $(SAMPLES)/relu/init.pt $(SAMPLES)/relu/final.pt -o demo --force
@@ -50,6 +50,10 @@ bench: .venv/installed ## Compare the speed with other tools, for the table and 
 	$(BIN)/python -m pip install -q --no-deps $(CURVLINOPS)
 	$(BIN)/python -m tests.benchmarks
 	$(BIN)/python -m tests.readme
+
+# A machine with a GPU may have no network: this takes the Python that has torch.
+bench-gpu: ## Check and measure the GPU in 8 minutes; PYTHON names a Python with torch
+	$(PYTHON) -m tests.benchmarks.gpu
 
 golden: .venv/installed ## Redraw the pictures that the tests compare with, from stored tables
 	LOSSCLI_REGENERATE_GOLDEN=1 $(BIN)/python -m pytest -q tests/plotting

@@ -24,6 +24,7 @@ if TYPE_CHECKING:  # "as" exports a name to type checkers, which cannot evaluate
     from losscli.studies.around import around as around
     from losscli.studies.barriers import barriers as barriers
     from losscli.studies.check import check as check
+    from losscli.studies.connect import connect as connect
     from losscli.studies.export import export as export
     from losscli.studies.inspection import inspect as inspect
     from losscli.studies.interpolation import interpolate as interpolate

@@ -488,6 +488,32 @@ COMMANDS: Mapping[str, Command] = {
             not_overlaid=("one matrix cannot be laid over another", "Give one CSV of barriers"),
         ),
         Command(
+            name="connect",
+            function="losscli.studies.connect:connect",
+            cli="losscli.cli.connect:connect",
+            report="losscli.cli.connect:report",
+            drawing="losscli.plotting.connect:draw_connect",
+            summary="losscli.results.summaries:ConnectSummary",
+            table=TableFormat(
+                ("path", "t", *_LOSS),
+                optional=("loss_seed_stderr",),
+                metrics=True,
+                errors=("loss_stderr",),
+                position="t",
+            ),
+            further_tables={
+                "plane": TableFormat(
+                    ("x", "y", *_LOSS),
+                    optional=("loss_seed_stderr",),
+                    metrics=True,
+                    errors=("loss_stderr",),
+                    grid=("x", "y"),
+                ),
+            },
+            panels="metrics",
+            not_overlaid=("one path cannot be laid over another", "Give one CSV of connect"),
+        ),
+        Command(
             name="soup",
             function="losscli.studies.soup:soup",
             cli="losscli.cli.soup:soup",

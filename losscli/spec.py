@@ -163,7 +163,7 @@ def read_toml(file: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         fix = {
             UnicodeDecodeError: "Save it as UTF-8",
-            tomllib.TOMLDecodeError: "Mend it there: it has to be TOML",
+            tomllib.TOMLDecodeError: "Correct it: the file must be valid TOML",
             RecursionError: "Nest its lists less deeply",
             ValueError: "Write shorter numbers in it",
         }.get(type(error), "Give a file of TOML that can be read")
@@ -203,7 +203,7 @@ def expand_toml(
         )
     for key, value in content.items():
         if not _KEY.fullmatch(key):
-            raise SpecError(f"{file}: {key!r} is no key of a spec", "Its keys are identifiers")
+            raise SpecError(f"{file}: {key!r} is not a key of a spec", "Its keys are identifiers")
         content[key] = _from_toml(value, f"{file}: {key}")
     return str(Spec(name, content)), False, file.parent
 
@@ -450,7 +450,7 @@ def _load_file(name: str, folder: Path, where: str) -> Any:
         name += "_"
     loader = importlib.util.spec_from_file_location(name, absolute)
     if loader is None or loader.loader is None:
-        raise SpecError(f"{where}: {path} is no Python file")
+        raise SpecError(f"{where}: {path} is not a Python file")
     module = importlib.util.module_from_spec(loader)
     # Registered before it runs, since dataclasses and pickle look up the module.
     sys.modules[name] = module

@@ -13,7 +13,8 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from losscli.models import CNN, MLP
-from losscli.weight_space.permutations import Group, permutation_groups
+from losscli.weight_space.permutations import Group, hidden_units
+from losscli.weight_space.tracing import trace
 from tests import foreign
 
 # Each trace lists all operators of PyTorch for each of their namespaces, and twice: a quarter of
@@ -65,7 +66,7 @@ class Network:
 
     @functools.cached_property
     def groups(self) -> tuple[Group, ...]:
-        return permutation_groups(self.model(), (self.x[:2],))
+        return hidden_units(trace(self.model(), (self.x[:2],))).groups
 
 
 class Block(nn.Module):

@@ -323,7 +323,7 @@ def test_a_run_with_own_code_never_runs_files_with_the_names_of_libraries(
     assert (shadowed / "out.png").exists()
 
 
-def test_an_installed_module_comes_before_one_of_the_same_name_and_that_is_told(
+def test_an_installed_module_wins_over_a_file_of_the_same_name_with_a_note(
     tmp_path: Path, modules: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     installed = tmp_path / "site"
@@ -492,7 +492,7 @@ def test_a_control_character_in_a_spec_stays_out_of_the_error(tmp_path: Path) ->
         ("os.:f", "model", "model os.:f"),
     ],
 )
-def test_what_a_spec_does_not_find_is_told_with_what_there_is(
+def test_a_missing_name_in_a_spec_is_reported_with_the_available_ones(
     text: str, kind: str, message: str, modules: None
 ) -> None:
     with pytest.raises(SpecError, match=message) as caught:
@@ -578,7 +578,7 @@ def test_an_interrupt_of_an_import_goes_through(tmp_path: Path, modules: None) -
         find(f"{tmp_path}/specs_slow.py:f")
 
 
-def test_an_unknown_key_is_told_with_the_known_ones() -> None:
+def test_an_unknown_key_is_reported_with_the_known_ones() -> None:
     for key in ("depth", "Activation"):
         with pytest.raises(SpecError, match="It takes sizes, activation, pieces") as caught:
             call(MODELS["mlp"], ("6-3",), {key: 1}, "model 'mlp'")
@@ -590,7 +590,7 @@ def test_an_unknown_key_is_told_with_the_known_ones() -> None:
         call(lambda x: None, (), {}, "here", also=("mean", "std"))
 
 
-def test_a_missing_argument_and_one_given_twice_are_told() -> None:
+def test_a_missing_argument_and_one_given_twice_are_reported() -> None:
     with pytest.raises(SpecError, match="missing a required argument: 'sizes'"):
         call(MODELS["mlp"], (), {}, "model 'mlp'")
     with pytest.raises(SpecError, match="multiple values for argument 'sizes'"):
@@ -649,13 +649,13 @@ def test_other_specs_stay_as_they_are(text: str, tmp_path: Path) -> None:
     ("content", "message"),
     [
         (None, r"x\.toml cannot be read: FileNotFoundError"),
-        ("name = ", r"x\.toml cannot be read: TOMLDecodeError.* Mend it"),
+        ("name = ", r"x\.toml cannot be read: TOMLDecodeError.* Correct it"),
         ("\xff", r"x\.toml cannot be read: UnicodeDecodeError.* Save it as UTF-8"),
         ("", r"x\.toml names no entry of a registry\. It needs a line such as name = "),
         ("name = 3", "names no entry"),
         ('name = ""', "names no entry"),
         ('name = "x.toml"', "names no entry"),
-        ('name = "a"\n"b-c" = 1', r"x\.toml: 'b-c' is no key of a spec"),
+        ('name = "a"\n"b-c" = 1', r"x\.toml: 'b-c' is not a key of a spec"),
         ('name = "a"\n[b]\nc = 1', r"x\.toml: b is not what a spec can hold\. Give true or"),
         ('name = "a"\nb = 1979-05-27', "b is not what a spec can hold"),
         ('name = "a"\nb = []', "b is not what a spec can hold"),
@@ -665,7 +665,7 @@ def test_other_specs_stay_as_they_are(text: str, tmp_path: Path) -> None:
         ('name = "a"\nb = [1, -2]', "a list of numbers from 0 up"),
     ],
 )
-def test_a_toml_file_that_is_no_spec_is_refused(
+def test_a_toml_file_that_is_not_a_spec_is_refused(
     content: str | None, message: str, tmp_path: Path
 ) -> None:
     if content is not None:
@@ -676,7 +676,7 @@ def test_a_toml_file_that_is_no_spec_is_refused(
     assert caught.value.exit_code == 2
 
 
-def test_beside_a_toml_file_stand_no_keys(tmp_path: Path) -> None:
+def test_a_toml_file_excludes_keys_in_the_spec(tmp_path: Path) -> None:
     with pytest.raises(SpecError, match=r"stand keys\. Write them into the file"):
         expand_toml("x.toml,limit=3", trusted=True, folder=tmp_path)
 

@@ -162,7 +162,7 @@ def test_the_name_of_a_column_settles_its_type() -> None:
     ],
     ids=range(12),
 )
-def test_a_broken_table_is_told_by_name_and_record(text: str, message: str) -> None:
+def test_a_broken_table_is_reported_with_name_and_record(text: str, message: str) -> None:
     with pytest.raises(TableError, match=message) as caught:
         read(text)
     assert str(caught.value).endswith(". Give a CSV as written by losscli")
@@ -170,7 +170,7 @@ def test_a_broken_table_is_told_by_name_and_record(text: str, message: str) -> N
     assert caught.value.exit_code == 1
 
 
-def test_a_binary_file_is_no_table(tmp_path: Path) -> None:
+def test_a_binary_file_is_not_a_table(tmp_path: Path) -> None:
     path = tmp_path / "picture.csv"
     path.write_bytes(b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR")
     with (

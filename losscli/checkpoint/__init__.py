@@ -8,12 +8,13 @@ from losscli.checkpoint.folders import list_checkpoints
 from losscli.checkpoint.given import (
     CheckpointLike,
     InMemoryCheckpoint,
+    is_checkpoint,
     name_checkpoint,
     name_checkpoints,
     require_values,
 )
 from losscli.checkpoint.hooks import LoadHooks, has_custom_loading
-from losscli.checkpoint.names import StateDict, Versions, loadable, state_dicts
+from losscli.checkpoint.names import StateDict, Versions, file_names, loadable, state_dicts
 from losscli.checkpoint.order import expand_folders, order_path
 from losscli.checkpoint.reading import find_base, read, read_optimizers
 from losscli.checkpoint.renaming import select_for
@@ -34,9 +35,11 @@ __all__ = [
     "StateDict",
     "Versions",
     "expand_folders",
+    "file_names",
     "find_adam_state",
     "find_base",
     "has_custom_loading",
+    "is_checkpoint",
     "list_checkpoints",
     "loadable",
     "lost_by_safetensors",

@@ -111,6 +111,11 @@ def require_values(module: nn.Module, label: str) -> None:
             )
 
 
+def is_checkpoint(value: object) -> bool:
+    """Whether a value is one checkpoint, and not several."""
+    return isinstance(value, _SINGLE_TYPES)
+
+
 def name_checkpoint(value: object, label: str) -> str:
     """Returns the name of a checkpoint.
 
@@ -152,7 +157,7 @@ def name_checkpoints(values: object, *, first: int = 0) -> list[str]:
         UsageError: A value is not a checkpoint, or two objects share their tensors.
         CheckpointError: A tensor of an object has no values, or does not support arithmetic.
     """
-    each = [values] if isinstance(values, _SINGLE_TYPES) else as_list(values)
+    each = [values] if is_checkpoint(values) else as_list(values)
     if each is None:
         raise UsageError(
             f"{describe(values)} is neither a checkpoint nor a list of checkpoints", _FIX

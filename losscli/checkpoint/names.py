@@ -20,6 +20,7 @@ __all__ = [
     "Part",
     "StateDict",
     "Versions",
+    "file_names",
     "find_parts",
     "loadable",
     "metadata_of",
@@ -105,6 +106,11 @@ _EXPONENT = re.compile(r"(?i)(?<![0-9a-z.])([0-9]+(?:\.[0-9]+)?e[-+]?[0-9]{1,3})
 _ENDING = re.compile(r"(\.[A-Za-z]\w*)+(#.*)?$", re.DOTALL)
 
 
+# What separates folders, files and keys, and what a file name is made without.
+_SEPARATORS = re.compile(r"[/\\#]")
+_UNSAFE = re.compile(r"[^\w.+-]+")
+
+
 def stem(name: str) -> str:
     """Removes the suffixes of a file name that begin with a letter, and ``#KEY``.
 
@@ -115,6 +121,27 @@ def stem(name: str) -> str:
         The name without them.
     """
     return _ENDING.sub("", name)
+
+
+def file_names(names: Sequence[str]) -> list[str]:
+    """Returns a different file name for each checkpoint, without a suffix.
+
+    Args:
+        names: The names of the checkpoints, all different.
+
+    Returns:
+        The last part of each name, with as many folders before it as make all different; a number
+        if folders do not.
+    """
+    stems = [
+        [_UNSAFE.sub("-", stem(part)).strip("-.") for part in _SEPARATORS.split(name)]
+        for name in names
+    ]
+    for depth in range(1, 1 + max(map(len, stems))):
+        found = ["-".join(filter(None, own[-depth:])) for own in stems]
+        if len(set(found)) == len(found) and all(found):
+            return found
+    return [f"{name or 'checkpoint'}-{i}" for i, name in enumerate(found, start=1)]
 
 
 def sort_naturally(names: Sequence[str]) -> list[str]:

@@ -30,7 +30,7 @@ def split_parts(name: str) -> dict[str, str]:
         The checkpoint of each module; empty for another name.
 
     Raises:
-        UsageError: A module is named twice.
+        UsageError: A module is given twice.
     """
     found = [_PART.fullmatch(piece) for piece in _PLUS.split(name)]
     matches = [match for match in found if match]

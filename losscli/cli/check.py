@@ -243,7 +243,7 @@ def report(result: Result[CheckSummary]) -> str:
             "",
             f"along the most negative curvature of {printable(escape['checkpoint'])}, "
             f"{printable(escape['split'])}: "
-            + (_gain(escape) if escape["gain"] > 0 else "no lower point was seen"),
+            + (_gain(escape) if escape["gain"] > 0 else "no lower point was found"),
         ]
     return "\n".join(lines) + "\n"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -82,7 +82,10 @@ def export(
     ],
     checkpoints: Annotated[
         list[str] | None,
-        argument("A at α = 0 and B at α = 1; with --weights two or more; with --plane none."),
+        argument(
+            "A at α = 0 and B at α = 1; with --weights two or more; with --t A, the bends in "
+            "order, and B; with --plane none."
+        ),
     ] = None,
     alpha: Annotated[
         float | None,
@@ -117,12 +120,25 @@ def export(
             show_default=False,
         ),
     ] = None,
+    t: Annotated[
+        float | None,
+        typer.Option(
+            "--t",
+            metavar="X",
+            help="The point of a path that connect made, from 0 at A to 1 at B.",
+            show_default=False,
+        ),
+    ] = None,
+    kind: Annotated[
+        Literal["bezier", "chain"],
+        typer.Option("--kind", help="The kind of the path, with --t."),
+    ] = "bezier",
     plane: Annotated[
         Path | None,
         typer.Option(
             "--plane",
             metavar="CSV",
-            help="A table of plane; the JSON beside it names the checkpoints and the tensors that "
+            help="A table of plane; the JSON next to it names the checkpoints and the tensors that "
             "move. Give the --model and --data of the run again, unless metadata or losscli.toml "
             "name them.",
             show_default=False,
@@ -139,11 +155,13 @@ def export(
     ] = None,
     force: Force = False,
 ) -> None:
-    """Write the checkpoint at a point of a line or plane, or a weighted average.
+    """Write the checkpoint at a point of a line, path or plane, or a weighted average.
 
     A point of the line is θ(X) = A + X (B − A). The metadata are those of the first checkpoint.
     """
-    options = {"--alpha": alpha, "--best": best, "--weights": weights, "--plane": plane}
+    options = {
+        "--alpha": alpha, "--best": best, "--weights": weights, "--t": t, "--plane": plane
+    }  # fmt: skip
     given = [name for name, value in options.items() if value is not None]
     if len(given) > 1:
         raise UsageError(f"{' and '.join(given)} contradict each other", "Give one of them")
@@ -164,7 +182,9 @@ def export(
         raise UsageError(
             "--model, --data and --trust have no effect without --plane", "Leave them out"
         )
-    if weights is None and plane is None and len(checkpoints) != 2:
+    if kind != "bezier" and t is None:
+        raise UsageError("--kind has no effect without --t", "Leave it out")
+    if weights is None and t is None and plane is None and len(checkpoints) != 2:
         raise UsageError(
             f"{given[0]} needs two checkpoints, A and B, and got {len(checkpoints)}",
             "For an average of several give --weights",
@@ -181,6 +201,8 @@ def export(
             checkpoint = point_of_plane(plane, at, **asdict(settings))
     elif weights is not None:
         checkpoint = study(checkpoints, weights=parse_weights(weights, len(checkpoints)))
+    elif t is not None:
+        checkpoint = study(checkpoints, t=t, kind=kind)
     else:
         if best is not None and csv is not None:
             point = lowest(csv, best)
@@ -197,7 +219,7 @@ def export(
         console.note(f"α = {alpha}, of the lowest loss on {best} in {csv}: {low}")
         if summary is None:
             console.note(
-                f"{csv} has no summary beside it: A and B are not compared with it, and every "
+                f"{csv} has no summary next to it: A and B are not compared with it, and every "
                 "floating-point tensor moves"
             )
 

@@ -106,6 +106,8 @@ def plan(description: Description) -> str:
     if "steps_at_most" in d:
         steps = d["steps_at_most"]
         rows.append(("steps", f"down −∇L and along v, at most {steps:,}, each a pass over a split"))
+    if "training_steps" in d:
+        rows.append(("training", f"{d['training_steps']:,} steps"))
     if "gradients_at_most" in d:
         points = f"{d['points_along_gradients']:,} points along them"
         rows.append(("gradients", f"at most {d['gradients_at_most']:,}, and about {points}"))

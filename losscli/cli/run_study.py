@@ -96,10 +96,11 @@ def run_study(
         console.result(_evaluate(study, console, ranks, None).table.to_csv())
         return
     output.guard(study.identity, command.further_tables)
-    if checkpoint is not None:
+    made = [Path(f"{output.stem}{suffix}") for suffix in study.checkpoint_suffixes]
+    for path in made if checkpoint is None else [checkpoint]:
         # This run may have written it before, or it may have been killed then.
         again = output.is_of(study.identity) or Path(f"{output.stem}.journal").exists()
-        check_writable(checkpoint, force=write.force or again)
+        check_writable(path, force=write.force or again)
     from losscli.evaluation.journal import Journal
 
     with console.guard_stdout():
@@ -117,7 +118,9 @@ def run_study(
             import_plotting()
         if checkpoint is not None:
             result.checkpoint.save(checkpoint, force=True)
-        files = [*filter(None, [checkpoint]), *output.save(result, write.drawing)]
+        for path, point in zip(made, result.checkpoints.values(), strict=True):
+            point.save(path, force=True)
+        files = [*filter(None, [checkpoint]), *made, *output.save(result, write.drawing)]
         console.written = True
         journal.finish()
     if write.json:

@@ -65,7 +65,7 @@ def trajectory(
         bool,
         option(
             _PANEL,
-            "Random walks with the same step lengths, to see how unlike chance training is.",
+            "Random walks with the same step lengths, to compare training with chance.",
             "--random-walk",
         ),
     ] = False,

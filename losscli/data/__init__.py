@@ -14,6 +14,7 @@ from losscli.data.objects import Batching, from_object
 from losscli.data.randomness import RandomnessDetector, seed_all
 from losscli.data.registry import DATASETS, is_on_hub, load
 from losscli.data.split import DataSet, Examples, Split, Task
+from losscli.data.transfers import copy_stream, transferred
 
 __all__ = [
     "DATASETS",
@@ -26,6 +27,7 @@ __all__ = [
     "Split",
     "Task",
     "allocations",
+    "copy_stream",
     "device_budget",
     "device_memory",
     "from_object",
@@ -41,4 +43,5 @@ __all__ = [
     "realise",
     "seed_all",
     "separated",
+    "transferred",
 ]

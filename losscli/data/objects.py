@@ -189,7 +189,7 @@ def to_data_set(
 
 
 def _refuse_examples(content: object, where: str) -> None:
-    """Refuses a list of examples or of batches, which only a DataLoader tells apart."""
+    """Refuses a list, which may hold examples or batches: only a DataLoader shows which."""
 
     def is_example(item: object) -> bool:
         return isinstance(item, Mapping) or (isinstance(item, tuple | list) and len(item) == 2)

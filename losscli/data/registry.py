@@ -142,7 +142,7 @@ def load(
 
 
 def is_on_hub(spec: Spec, folder: Path | None) -> bool:
-    """Says whether data are fetched from the hub: a name for which there is no local folder.
+    """Returns whether data are fetched from the hub: a name without a local folder.
 
     Args:
         spec: The spec of the data.

@@ -12,7 +12,6 @@ from typing import Any, Literal, Self
 import torch
 from torch import Tensor
 
-from losscli.data.memory import allocations
 from losscli.data.nests import Nest, Ragged, dump, leaves, length, map_nest, realise, take
 from losscli.errors import UsageError
 from losscli.weight_space.digest import digest
@@ -242,27 +241,6 @@ class Split(Examples):
         """
         inputs, targets = (map_nest(function, nest) for nest in (self.inputs, self.targets))
         return replace(self, inputs=inputs, targets=targets)
-
-    def send(self, device: torch.device) -> Self:
-        """Copies a batch to a device asynchronously.
-
-        Args:
-            device: The device.
-
-        Returns:
-            The batch on the device; the batch itself if it is already there.
-        """
-        if self.is_on(device):
-            return self
-        if device.type != "cuda" or self._device.type != "cpu":
-            return self.to(device)
-
-        # Only pinned memory is copied asynchronously.
-        def copy(tensor: Tensor) -> Tensor:
-            with allocations():
-                return tensor.pin_memory().to(device, non_blocking=True)
-
-        return self.map(copy)
 
     def is_on(self, device: torch.device) -> bool:
         """Returns whether the split is on a device."""

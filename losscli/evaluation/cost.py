@@ -12,7 +12,7 @@ import torch
 from losscli.data import Split
 from losscli.evaluation.memory import halving
 from losscli.evaluation.objective import Objective
-from losscli.evaluation.strategy_choice import find_strategy, strategy_of
+from losscli.evaluation.strategy_choice import find_strategy, record_choice
 from losscli.evaluation.task_checks import check_task
 from losscli.weight_space.slices import Slice
 from losscli.weight_space.vectors import Weights
@@ -126,7 +126,7 @@ def _time_points(
 
     examples = affordable(_CHOICE_POINTS, len(batch))
     halving(objective, lambda: find_strategy(objective, slice_, points, examples))
-    objective.first_choice = strategy_of(objective, slice_)
+    record_choice(objective, slice_)
     part = batch.take(slice(0, affordable(len(points), len(batch))))
     with objective.frozen_statistics():
         # Warm-up.

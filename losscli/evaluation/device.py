@@ -25,6 +25,7 @@ __all__ = [
     "describe_device",
     "float32_precision",
     "half_precision_note",
+    "launches_kernels",
     "widened",
     "without_cudnn",
 ]
@@ -92,6 +93,18 @@ def describe_device(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return platform.processor() or platform.machine()
+
+
+def launches_kernels(device: torch.device) -> bool:
+    """Whether the host launches kernels of a device, and may keep it waiting.
+
+    Args:
+        device: The device.
+
+    Returns:
+        False for a CPU.
+    """
+    return device.type != "cpu"
 
 
 def half_precision_note(device: torch.device, dtype: torch.dtype) -> str:

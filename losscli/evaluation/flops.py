@@ -1,4 +1,4 @@
-"""Counts the floating-point operations of a forward pass, and records the memory that it reads."""
+"""Counts the operations and the memory of a forward pass, and records the memory that it reads."""
 
 from __future__ import annotations
 
@@ -29,11 +29,13 @@ class Trace:
     Attributes:
         operations: The floating-point operations, two per multiply-add; 0 if the
             counter knows none of the operators.
+        largest: The most bytes that one operator reads and writes, without parameters.
         read: The addresses of the memory that operators read.
         parameters: The shapes of the parameters among these, by address.
     """
 
     operations: int = 0
+    largest: int = 0
     read: set[int] = field(default_factory=set)
     parameters: dict[int, torch.Size] = field(default_factory=dict)
 
@@ -124,6 +126,10 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if result is not NotImplemented:
             return result
         result = func(*args, **kwargs)
+        used = addresses(tree_leaves((args, kwargs, result))).items()
+        own = [t for place, t in used if place not in self._trace.parameters]
+        size = sum(tensor.untyped_storage().nbytes() for tensor in own)
+        self._trace.largest = max(self._trace.largest, size)
         formula = flop_registry.get(func.overloadpacket)
         if formula is not None:
             self._trace.operations += int(formula(*args, **kwargs, out_val=result))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from typing import TypeVar
 
@@ -11,8 +11,16 @@ import torch
 from losscli.data import Examples, Split, allocations, device_memory
 from losscli.errors import OutOfMemoryError
 from losscli.evaluation.objective import Objective
+from losscli.evaluation.strategies.base import Strategy
 
-__all__ = ["halve_batch", "halving", "is_streamed", "points_at_once", "points_that_fit"]
+__all__ = [
+    "halve_batch",
+    "halving",
+    "is_streamed",
+    "minute_of_work",
+    "points_at_once",
+    "points_that_fit",
+]
 
 _T = TypeVar("_T")
 
@@ -33,22 +41,34 @@ _DECODING = {"cpu": 10**9}
 _DECODING_ELSEWHERE = 10**10
 
 
-def points_that_fit(objective: Objective, names: Iterable[str]) -> int:
-    """Returns how many points may have their weights in memory at once.
+def points_that_fit(
+    objective: Objective, names: Collection[str], splits: Mapping[str, Examples] | None = None
+) -> int:
+    """Returns how many points fit into memory at once.
+
+    A point takes its losses; its weights and statistics, unless points are evaluated in turn; and
+    its activations if all points are evaluated in one forward pass.
 
     Args:
         objective: The objective.
         names: The tensors that move.
+        splits: The examples; all by default.
 
     Returns:
-        At least 1. The weights of so many points take at most 256 MiB on a CPU, or a quarter of
-        the free memory of a GPU.
+        At least 1. So many points take at most 256 MiB on a CPU, or a quarter of the free memory of
+        a GPU.
     """
-    size = sum(objective.tensors[name].nbytes for name in names)
-    for layer in objective.statistics:
-        # Estimated statistics also have float64 sums.
-        own = [objective.tensors[name] for name in layer.names]
-        size += sum(tensor.nbytes + 8 * tensor.numel() for tensor in own)
+    splits = objective.splits if splits is None else splits
+    size = sum(map(len, splits.values())) * objective.loss_type.itemsize
+    if not objective.takes_points_in_turn(names, splits):
+        size += sum(objective.tensors[name].nbytes for name in names)
+        for layer in objective.statistics:
+            # Estimated statistics also have float64 sums.
+            own = [objective.tensors[name] for name in layer.names]
+            size += sum(tensor.nbytes + 8 * tensor.numel() for tensor in own)
+    if objective.strategy_for(names) is Strategy.STACKED:
+        # The output of the first layer is kept while the operators after it run.
+        size += 2 * objective.batch_size * objective.activations
     if objective.device.type == "cuda":
         budget = int(device_memory(objective.device) * _GPU_SHARE)
     else:
@@ -57,7 +77,7 @@ def points_that_fit(objective: Objective, names: Iterable[str]) -> int:
 
 
 def points_at_once(
-    objective: Objective, names: Iterable[str], splits: Mapping[str, Examples] | None = None
+    objective: Objective, names: Collection[str], splits: Mapping[str, Examples] | None = None
 ) -> int:
     """Chooses how many points are evaluated at once: as many as fit, but at most a minute's work.
 
@@ -67,7 +87,7 @@ def points_at_once(
         splits: The examples; all by default.
 
     Returns:
-        At least 1. If their weights fit, at least 16; and if data is decoded in each pass, so many
+        At least 1. If they fit, at least 16; and if data is decoded in each pass, so many
         that evaluating takes about as long as decoding.
     """
     splits = objective.splits if splits is None else splits
@@ -75,11 +95,16 @@ def points_at_once(
     if objective.recalibration is not None:
         examples += len(objective.recalibration)
     kind, each = objective.device.type, objective.operations
-    most = _WORK.get(kind, _WORK_ELSEWHERE) // (each * max(1, examples))
+    most = minute_of_work(objective) // (each * max(1, examples))
     least = _LEAST
     if is_streamed(splits):
         least = max(least, _DECODING.get(kind, _DECODING_ELSEWHERE) // each)
-    return min(points_that_fit(objective, names), max(least, most))
+    return min(points_that_fit(objective, names, splits), max(least, most))
+
+
+def minute_of_work(objective: Objective) -> int:
+    """Returns the floating-point operations of about a minute on the device."""
+    return _WORK.get(objective.device.type, _WORK_ELSEWHERE)
 
 
 def is_streamed(splits: Mapping[str, Examples]) -> bool:

@@ -23,15 +23,18 @@ from losscli.data import (
     RandomnessDetector,
     Split,
     allocations,
+    copy_stream,
     device_budget,
     leaves,
     placing,
+    transferred,
 )
 from losscli.errors import (
     ModelError,
     NondeterministicModelError,
     OutOfMemoryError,
 )
+from losscli.evaluation.device import launches_kernels
 from losscli.evaluation.flops import Trace, operations
 from losscli.evaluation.forward import (
     ScoredModel,
@@ -53,6 +56,8 @@ from losscli.evaluation.objective_functions import ObjectiveFunction
 from losscli.evaluation.output_collector import OutputCollector, join_weights
 from losscli.evaluation.recalibration import BatchNormLayer, Recalibration, batchnorm_layers
 from losscli.evaluation.strategies.base import Strategy
+from losscli.evaluation.strategies.batch_graphs import LEAST_REPLAYS, BatchGraphs, graph_capture
+from losscli.evaluation.strategies.first_layer import FirstLayerFound, FirstLayerWatcher
 from losscli.evaluation.strategies.points import (
     BoundPoints,
     LoadedPoint,
@@ -60,8 +65,10 @@ from losscli.evaluation.strategies.points import (
     Points,
     StackedPoints,
 )
+from losscli.evaluation.strategies.replicas import is_stateless
+from losscli.evaluation.strategies.sequential_points import SequentialPoints
 from losscli.results.summaries import StrategyChoice
-from losscli.weight_space.slices import Slice
+from losscli.weight_space.slices import Line, Slice
 from losscli.weight_space.vectors import Weights
 
 __all__ = [
@@ -130,6 +137,22 @@ class Evaluation:
         return math.nan if errors is None else float(errors[0])
 
 
+@dataclass
+class _Sums:
+    """What is collected of a split at P points, on the device.
+
+    Attributes:
+        losses: The losses of N examples, ``[P, N]``.
+        totals: The sums of each metric, ``[P]``; those of the losses of S seeds, ``[P, S]``, under
+            None.
+        weights: The weights of each batch, see `OutputCollector`.
+    """
+
+    losses: Tensor
+    totals: dict[str | None, Tensor]
+    weights: list[Mapping[str | None, Tensor | None]] = field(default_factory=list)
+
+
 class Objective(ScoredModel):
     """The empirical risk of a model on a data set, as a function of the model's weights.
 
@@ -165,6 +188,8 @@ class Objective(ScoredModel):
         provisional: The strategy for points at which none could be tested.
         difference: The largest relative difference of the losses of the strategy from those of
             loaded points, as far as it was measured.
+        graph: Whether batches are evaluated as graphs of the device, ``used`` or the reason why
+            not; None where the device has none, or no strategy has been tested yet.
         first_choice: The first strategy of a run, for its summary.
         proving: Whether a strategy is being tested.
         traced: Whether a forward pass has been traced.
@@ -213,9 +238,12 @@ class Objective(ScoredModel):
         self.strategy: Strategy | None = None
         self.provisional: Strategy | None = None
         self.difference: float | None = None
+        self.graph: str | None = None
         self.first_choice: StrategyChoice | None = None
         self.proving = False
+        self._shared: dict[frozenset[str], bool] = {}
         self._operations: int | None = None
+        self._activations = 0
         self.traced = False
         self.unchecked: set[str] = set()
         self.unused: tuple[str, ...] = ()
@@ -225,6 +253,11 @@ class Objective(ScoredModel):
     def columns(self) -> Mapping[str, PerExample]:
         """What is evaluated in addition to the loss, by the name of its column."""
         return self.metrics | ({SEED_ERROR: loss_seed_stderr} if len(self.seeds) > 1 else {})
+
+    @property
+    def loss_type(self) -> torch.dtype:
+        """The type of the losses: float64 for a forward pass in float64, else float32."""
+        return torch.float64 if self.dtype == torch.float64 else torch.float32
 
     @property
     def factor_type(self) -> torch.dtype:
@@ -310,9 +343,16 @@ class Objective(ScoredModel):
             size: Examples in a batch; None takes the objective's batch size.
             order: Indices ``[n]`` into the split; None takes all in order.
 
-        Yields:
+        Returns:
             The batches, as stored, on the device.
         """
+        batches = self._checked_batches(split, size, order)
+        return transferred(batches, self.device, copy_stream(self.device))
+
+    def _checked_batches(
+        self, split: Examples, size: int | None, order: Tensor | None
+    ) -> Iterator[Split]:
+        """Iterates over the batches of a split where they are stored."""
         # Examples that are decoded in each pass have not been checked before.
         unchecked = not isinstance(split, Split)
         done, lengths = 0, set[torch.Size]()
@@ -324,7 +364,7 @@ class Objective(ScoredModel):
                     index = done + row if order is None else int(order[done + row])
                     raise target_error(batch.targets[row], self.where(split), split.position(index))
             done += len(batch)
-            yield batch.send(self.device)
+            yield batch
 
     @property
     def _needs_finite(self) -> bool:
@@ -378,6 +418,16 @@ class Objective(ScoredModel):
         """The floating-point operations of one example's forward pass: at least two per weight."""
         return self.count_operations() if self._operations is None else self._operations
 
+    @property
+    def activations(self) -> int:
+        """The bytes of one example's activations that one operator reads and writes, at most.
+
+        0 for a model that cannot be traced.
+        """
+        if self._operations is None:
+            self.count_operations()
+        return self._activations
+
     def count_operations(self, trace: Trace | None = None) -> int:
         """Counts the operations of a forward pass on a few examples.
 
@@ -387,6 +437,7 @@ class Objective(ScoredModel):
         Returns:
             The floating-point operations of one example: at least two per weight.
         """
+        trace = trace or Trace()
         self._operations = max(1, 2 * sum(p.numel() for p in self.model.parameters()))
         split = next(iter(self.splits.values()))
         # Some models accept only whole batches, and some cannot be traced.
@@ -396,6 +447,7 @@ class Objective(ScoredModel):
             with contextlib.suppress(ModelError):
                 count = operations(self.model, partial(self.forward, self.model, inputs), trace)
                 self._operations = max(self._operations, count // len(few))
+                self._activations = trace.largest // len(few)
                 break
         return self._operations
 
@@ -434,9 +486,57 @@ class Objective(ScoredModel):
         """
         return sum(self.tensors[name].nbytes for name in names) > _LARGE and not self.folds
 
-    def strategy_for(self, slice_: Slice) -> Strategy:
-        """Returns how points of a slice are evaluated."""
-        if self.is_large(slice_.ends[0]):
+    def takes_points_in_turn(
+        self, names: Collection[str], splits: Mapping[str, Examples] | None = None
+    ) -> bool:
+        """Whether each point takes all batches before the next point.
+
+        On a GPU with its examples in memory, unless points share a part of their forward passes. On
+        a CPU both orders take the same time (an MLP and a ResNet-20, measured), and replicas of the
+        model in threads need weights of their own.
+
+        Args:
+            names: The tensors that move.
+            splits: The examples; all by default.
+
+        Returns:
+            Whether `SequentialPoints` evaluate them.
+        """
+        strategy = self.strategy_for(names)
+        splits = self.splits if splits is None else splits
+        examples = [*splits.values(), *([self.recalibration.split] if self.recalibration else [])]
+        return (
+            launches_kernels(self.device)
+            and strategy in {Strategy.SHARED, Strategy.BOUND}
+            and all(isinstance(own, Split) and own.is_on(self.device) for own in examples)
+            and not (strategy is Strategy.SHARED and self._shares(names))
+        )
+
+    @torch.no_grad()
+    def _shares(self, names: Collection[str]) -> bool:
+        """Whether points share the first layer, or layers before the first moving tensor."""
+        key = frozenset(names)
+        if key not in self._shared:
+            moving = {name: self.tensors[name] for name in names}
+            watcher = FirstLayerWatcher(
+                moving, self.tensors, Line(moving, moving), stops=is_stateless(self), measures=False
+            )
+            batch = next(iter(self.first_batches().values()))
+            with contextlib.suppress(FirstLayerFound), self.deferring(), watcher:
+                self.forward(self.model, self.prepare(batch))
+            self._shared[key] = watcher.layer is not None or watcher.prefix is not None
+        return self._shared[key]
+
+    def strategy_for(self, names: Iterable[str]) -> Strategy:
+        """Returns how points are evaluated.
+
+        Args:
+            names: The tensors that move.
+
+        Returns:
+            The strategy.
+        """
+        if self.is_large(names):
             return Strategy.BOUND
         return self.strategy or self.provisional or Strategy.LOADED
 
@@ -460,11 +560,14 @@ class Objective(ScoredModel):
         Returns:
             For each split the evaluation at the P points.
         """
-        strategy = self.strategy_for(slice_)
+        strategy = self.strategy_for(slice_.ends[0])
         if strategy is Strategy.LOADED:
             return self.evaluate(LoadedPoints(self, slice_, coordinates), splits, progress)
+        points: BoundPoints | SequentialPoints
         if strategy is Strategy.STACKED:
-            points: BoundPoints = StackedPoints(self, slice_, coordinates, proving=self.proving)
+            points = StackedPoints(self, slice_, coordinates, proving=self.proving)
+        elif self.takes_points_in_turn(slice_.ends[0], splits):
+            points = SequentialPoints(self, slice_, coordinates)
         else:
             points = BoundPoints(self, slice_, coordinates, strategy, proving=self.proving)
         with points:
@@ -496,10 +599,18 @@ class Objective(ScoredModel):
                 progress(examples / total)
 
         with allocations(), RandomnessDetector(self.device) as draws:
-            self.recalibrate(points, report)
-            evaluations = {
-                name: self._evaluate_split(points, split, report) for name, split in splits.items()
-            }
+            sums = {name: self._zeros(len(points), len(split)) for name, split in splits.items()}
+            graphs = self._graphs_for(points, splits.values())
+            for indices in points.passes():
+                self.recalibrate(points, report)
+                for name, split in splits.items():
+                    if graphs is not None and indices.start:
+                        self._replay_split(graphs, split, sums[name], indices.start, report)
+                    else:
+                        self._add_split(points, split, sums[name], indices, report)
+            if graphs is not None and self.proving:
+                self.graph = graphs.reason or "used"
+            evaluations = {name: self._means(sums[name], len(splits[name])) for name in splits}
         if draws.names:
             raise NondeterministicModelError(
                 f"the forward pass draws random numbers from {' and '.join(draws.names)}, even in "
@@ -536,51 +647,98 @@ class Objective(ScoredModel):
             ) from None
         self.idle = [layer for layer in self.batchnorm if layer.mean not in updated]
 
-    def _evaluate_split(
+    def _zeros(self, points: int, examples: int) -> _Sums:
+        losses = torch.empty(points, examples, dtype=self.loss_type, device=self.device)
+        zeros = torch.zeros(points, dtype=self.sum_type, device=self.device)
+        totals: dict[str | None, Tensor] = {name: zeros.clone() for name in self.metrics}
+        if SEED_ERROR in self.columns:
+            totals[None] = zeros.unsqueeze(1).repeat(1, len(self.seeds))
+        return _Sums(losses, totals)
+
+    def _add_split(
         self,
         points: Points,
         split: Examples,
-        report: Callable[[int], None] = lambda _: None,
-    ) -> Evaluation:
-        """Evaluates all points batch by batch, without waiting for the device."""
-        exact = torch.float64 if self.dtype == torch.float64 else torch.float32
-        losses = torch.empty(len(points), len(split), dtype=exact, device=self.device)
-        zeros = torch.zeros(len(points), dtype=self.sum_type, device=self.device)
-        zeros_of: dict[str | None, Tensor] = dict.fromkeys(self.metrics, zeros)
-        if SEED_ERROR in self.columns:
-            zeros_of[None] = zeros.unsqueeze(1).repeat(1, len(self.seeds))
-        totals = {name: own.clone() for name, own in zeros_of.items()}
+        sums: _Sums,
+        indices: range,
+        report: Callable[[int], None],
+    ) -> None:
+        """Evaluates the points of a pass batch by batch, without waiting for the device."""
         # Each batch has sums of its own, added when all its points are done: two threads may
         # evaluate two batches at one point, and the order of addition determines the last digit.
         previous: tuple[Iterator[int], int, dict[str | None, Tensor]] = iter(()), 0, {}
         start = 0
-        batch_weights: list[Mapping[str | None, Tensor | None]] = []
         for batch in self.batches(split):
             inputs = self.prepare(batch)
-            columns = losses[:, start : start + len(batch)]
+            columns = sums.losses[:, start : start + len(batch)]
             start += len(batch)
-            sums = {name: own.clone() for name, own in zeros_of.items()}
-            collector = OutputCollector(self, batch.targets, columns, sums)
-            batch_weights.append(collector.weights)
+            own = {name: torch.zeros_like(total) for name, total in sums.totals.items()}
+            collector = OutputCollector(self, batch.targets, columns, own)
+            if 0 in indices:
+                sums.weights.append(collector.weights)
             done = points.evaluate(inputs, collector)
             # One batch ahead, so that no thread waits for the last point of the previous batch.
-            self._add(*previous, totals, report)
-            previous = done, len(batch), sums
-        self._add(*previous, totals, report)
-        weights = {name: join_weights(batch_weights, name) for name in (None, *self.metrics)}
+            self._add(*previous, sums.totals, report)
+            previous = done, len(batch), own
+        self._add(*previous, sums.totals, report)
+
+    def _graphs_for(self, points: Points, splits: Iterable[Examples]) -> BatchGraphs | None:
+        """Returns graphs for batches at points that take all batches in turn, if they pay."""
+        capture = graph_capture(self.device)
+        if capture is None or not isinstance(points, SequentialPoints):
+            return None
+        functions = [self.loss, *self.metrics.values()]
+        if self.seeds or not (is_stateless(self) and all(map(is_registered, functions))):
+            self.graph = "the model or the loss has code of its own"
+            return None
+        # The first point is evaluated without.
+        replays = (len(points) - 1) * sum(math.ceil(len(s) / self.batch_size) for s in splits)
+        if replays < LEAST_REPLAYS and not self.proving:
+            return None
+        return BatchGraphs(capture, self._evaluate_bound)
+
+    def _evaluate_bound(
+        self, batch: Split, losses: Tensor, sums: Mapping[str | None, Tensor]
+    ) -> None:
+        """Evaluates a batch with the weights that the model is bound to."""
+        collector = OutputCollector(self, batch.targets, losses, sums, weighs=False)
+        for _ in LoadedPoint(self).evaluate(self.prepare(batch), collector):
+            pass
+
+    def _replay_split(
+        self,
+        graphs: BatchGraphs,
+        split: Examples,
+        sums: _Sums,
+        p: int,
+        report: Callable[[int], None],
+    ) -> None:
+        """Evaluates a point after the first batch by batch, as graphs."""
+        start = 0
+        for batch in self.batches(split):
+            own = {name: torch.zeros_like(total[:1]) for name, total in sums.totals.items()}
+            graphs.evaluate(batch, sums.losses[p : p + 1, start : start + len(batch)], own)
+            for name, values in own.items():
+                sums.totals[name][p : p + 1].add_(values)
+            start += len(batch)
+            report(len(batch))
+
+    def _means(self, sums: _Sums, examples: int) -> Evaluation:
+        """Moves losses and the means of the metrics to the CPU."""
+        weights = {name: join_weights(sums.weights, name) for name in (None, *self.metrics)}
         counts = {name: float(w.sum()) for name, w in weights.items() if name and w is not None}
-        losses, own = losses.cpu(), weights[None]
+        losses, own = sums.losses.cpu(), weights[None]
         if own is not None:
             # nan if all targets are ignored.
             losses /= own.mean()
-        seeds = totals.pop(None, None)
+        seeds = sums.totals.pop(None, None)
         metrics = {
-            name: total.cpu().to(torch.float64) / counts.get(str(name), len(split))
-            for name, total in totals.items()
+            name: total.cpu().to(torch.float64) / counts.get(str(name), examples)
+            for name, total in sums.totals.items()
             if name is not None
         }
         if seeds is not None:
-            means = seeds.cpu().double() / (len(split) if own is None else float(own.sum()))
+            means = seeds.cpu().double() / (examples if own is None else float(own.sum()))
             metrics[SEED_ERROR] = means.std(1) / math.sqrt(len(self.seeds))
         return Evaluation(losses, metrics, own, counts)
 
@@ -631,12 +789,12 @@ def _placed_recalibration(
     placed: Mapping[str, Examples],
     device: torch.device,
 ) -> Recalibration:
-    """Moves training examples to the device, reusing a split that is already there."""
+    """Moves training examples to the device if they fit, or takes a split that is already there."""
     for name, split in splits.items():
         if split is recalibration.split:
             return replace(recalibration, split=placed[name])
-    split = recalibration.split
-    if isinstance(split, Split):
+    split, budget = recalibration.split, device_budget(device)
+    if isinstance(split, Split) and (budget is None or split.nbytes <= budget):
         with placing(f"the examples of {recalibration.name}", device, "--limit"):
             split = split.to(device)
     return replace(recalibration, split=split)

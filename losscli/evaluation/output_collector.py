@@ -28,6 +28,7 @@ class OutputCollector:
         losses: Receives its losses, ``[P, B]``.
         sums: Receives the sums of its metrics, ``[P]`` each; and those of the losses of each of S
             seeds, ``[P, S]``, under None.
+        weighs: Whether to compute the weights of the examples.
 
     Attributes:
         weights: The weights of its examples in the mean of each metric by name, and of the loss
@@ -35,17 +36,24 @@ class OutputCollector:
     """
 
     def __init__(
-        self, model: ScoredModel, targets: Nest, losses: Tensor, sums: Mapping[str | None, Tensor]
+        self,
+        model: ScoredModel,
+        targets: Nest,
+        losses: Tensor,
+        sums: Mapping[str | None, Tensor],
+        *,
+        weighs: bool = True,
     ) -> None:
         self._model = model
         self._targets = targets
         self._losses = losses
         self._sums = sums
+        self._weighs = weighs
         self.weights: dict[str | None, Tensor | None] = {}
 
     def one(self, p: int, outputs: Any) -> None:
         """Records the outputs at one point."""
-        if p == 0:
+        if p == 0 and self._weighs:
             self._compute_weights(outputs)
         for name, values in self._all_values(self._values, outputs):
             if name is None:

@@ -100,7 +100,8 @@ def slice_key(
         A digest in hexadecimal.
     """
     # A slice also has numbers that follow from its ends, such as the position of a corner.
-    numbers = [value for value in vars(slice_).values() if not isinstance(value, Mapping)]
+    fields = vars(slice_).items()
+    numbers = [x for name, x in fields if name != "ends" and not isinstance(x, Mapping)]
     points = [list(point) for point in coordinates]
     return record_key(objective, splits, type(slice_).__name__, slice_.ends, [numbers, points])
 

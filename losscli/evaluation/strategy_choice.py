@@ -17,7 +17,7 @@ from losscli.evaluation.strategies.replicas import is_stateless
 from losscli.results.summaries import StrategyChoice
 from losscli.weight_space.slices import Slice
 
-__all__ = ["candidates", "choose_strategy", "find_strategy", "strategy_of"]
+__all__ = ["candidates", "choose_strategy", "find_strategy", "record_choice"]
 
 # Examples on which a strategy is compared with loading.
 _PROOF_EXAMPLES = 64
@@ -37,9 +37,6 @@ def choose_strategy(
 ) -> None:
     """Chooses a strategy; if memory runs out, for fewer points, then with half the batch.
 
-    The first choice of a run is kept for its summary: a later one, at points where more can be
-    tested, is not made again by a run that is resumed.
-
     Args:
         objective: The objective.
         slice_: The slice.
@@ -53,23 +50,34 @@ def choose_strategy(
         break
     else:
         halving(objective, lambda: find_strategy(objective, slice_, coordinates[-1:]))
-    objective.first_choice = objective.first_choice or strategy_of(objective, slice_)
+    record_choice(objective, slice_)
 
 
-def strategy_of(objective: Objective, slice_: Slice) -> StrategyChoice:
-    """Describes the strategy that was chosen for a slice.
+def record_choice(objective: Objective, slice_: Slice) -> None:
+    """Records the strategy that was chosen for a slice, and notes if it is not the fastest.
+
+    The first choice of a run is kept for its summary: a later one, at points where more can be
+    tested, is not made again by a run that is resumed.
 
     Args:
         objective: The objective.
         slice_: The slice.
-
-    Returns:
-        Its name, and the difference of its losses from those of loaded points.
     """
-    strategy = objective.strategy_for(slice_)
+    if objective.first_choice is not None:
+        return
+    strategy = objective.strategy_for(slice_.ends[0])
     compared = not objective.is_large(slice_.ends[0])
     difference = objective.difference if compared else None
-    return {"name": strategy.name.lower(), "difference": difference}
+    choice: StrategyChoice = {"name": strategy.name.lower(), "difference": difference}
+    if compared and objective.graph is not None:
+        choice["graph"] = objective.graph
+    objective.first_choice = choice
+    fastest = next(iter(candidates(objective)), strategy)
+    if compared and strategy is not fastest:
+        objective.add_note(
+            f"points are evaluated by the strategy {strategy.name.lower()!r} instead of the faster "
+            f"{fastest.name.lower()!r}, which fails with this model or gives other losses"
+        )
 
 
 @torch.no_grad()
@@ -137,7 +145,7 @@ def find_strategy(
     try:
         for strategy in candidates(objective):
             objective.strategy, objective.provisional = strategy, None
-            objective.difference = None
+            objective.difference = objective.graph = None
             if all(map(agrees, range(len(comparisons)))):
                 return
     except BaseException:
@@ -147,7 +155,7 @@ def find_strategy(
     finally:
         objective.proving = False
     objective.strategy, objective.provisional = Strategy.LOADED, None
-    objective.difference = 0.0
+    objective.difference, objective.graph = 0.0, None
 
 
 def candidates(objective: Objective) -> list[Strategy]:
@@ -169,9 +177,14 @@ def candidates(objective: Objective) -> list[Strategy]:
     stateless = is_stateless(objective) and all(map(is_registered, functions))
     if objective.device.type == "cpu" and stateless:
         strategies.insert(0, Strategy.THREADS)
-    # vmap over weights turns convolutions into one grouped convolution, which is slower than the
-    # same convolutions in turn. A CPU has no launches to save. And functional_call does not restore
-    # the tensors of a module that has two names.
+    # No stack of points for models with convolutions. A convolution with different weights for each
+    # of P inputs exists only as a grouped one: vmap moves the points of [P, B, C, h, w] into the
+    # channels, [B, P·C, h, w], calls one convolution of P groups and moves them back. So every
+    # layer copies its activations, which takes about as long as a layer of few channels, and
+    # grouped kernels are slower than P plain ones. A stack of our own would need the same copies.
+    # A linear layer has none of this: it becomes a batched product.
+    # A CPU has no launches to save. And functional_call does not restore the tensors of a module
+    # that has two names.
     modules = list(objective.model.modules())
     twice = len(list(objective.model.named_modules(remove_duplicate=False))) > len(modules)
     if objective.device.type == "cuda" and not twice and not any(map(_convolves, modules)):

@@ -179,10 +179,9 @@ def _evaluate_alone(
         start += len(points)
     if not parts:
         # A line may have no points but its ends, which are loaded and not swept.
-        exact = torch.float64 if objective.dtype == torch.float64 else torch.float32
         metrics = {metric: torch.empty(0, dtype=torch.float64) for metric in objective.columns}
         return {
-            name: Evaluation(torch.empty(0, len(split), dtype=exact), metrics)
+            name: Evaluation(torch.empty(0, len(split), dtype=objective.loss_type), metrics)
             for name, split in splits.items()
         }
     return _join(objective, parts)

@@ -408,7 +408,7 @@ def _check_targets(objective: Objective, name: str) -> None:
     if place is None or not isinstance(split, Split) or objective.batch_loss:
         return
     start = place - place % objective.batch_size
-    batch = split.take(slice(start, start + objective.batch_size)).send(objective.device)
+    batch = split.take(slice(start, start + objective.batch_size)).to(objective.device)
     inputs = objective.prepare(batch.map(Tensor.clone))
     with objective.deferring():
         outputs = objective.forward(objective.model, inputs)

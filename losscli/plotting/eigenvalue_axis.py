@@ -22,7 +22,7 @@ from losscli.plotting.style import (
 __all__ = ["LINE", "scale_eigenvalues"]
 
 LINE = "#9a9a9a"
-"""The colour of reference lines, such as zero."""
+"""Colour of reference lines, such as zero."""
 
 # Above this ratio of positive to negative range, or the reverse, an axis is symlog.
 _UNEVEN_RATIO = 20.0

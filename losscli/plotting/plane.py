@@ -78,7 +78,7 @@ from losscli.results.result import Run
 from losscli.results.summaries import PlaneAxis, PlaneSummary
 from losscli.table import Table
 
-__all__ = ["animate_plane", "draw_plane", "mesh_plane", "plane_views"]
+__all__ = ["animate_plane", "draw_plane", "mesh_plane", "plane_views", "read_grids"]
 
 Floats = NDArray[np.float64]
 
@@ -176,7 +176,7 @@ def draw_plane(run: Run[PlaneSummary], drawing: Drawing = FULL) -> Figure:
         The figure, laid out and ready to `render`.
     """
     with house_style(drawing):
-        grids = _read(run.table)
+        grids = read_grids(run.table)
         groups = _Checkpoints.read_all(run, drawing)
         paths = groups[1:]
         scale = _scale(grids, groups[0], drawing)
@@ -298,7 +298,7 @@ def _number(paths: Sequence[_Checkpoints]) -> tuple[list[Floats], str]:
     return [np.arange(len(path.names), dtype=np.float64) for path in paths], IN_ORDER
 
 
-def _read(table: Table, values: str = "loss") -> list[Grid]:
+def read_grids(table: Table, values: str = "loss") -> list[Grid]:
     """Returns a grid of a column for each split; the rows may be in any order."""
     axes = [sorted({v for v in table.floats(c) if abs(v) < LARGEST}) for c in ("x", "y")]
     index = [{value: k for k, value in enumerate(values)} for values in axes]
@@ -317,7 +317,7 @@ def _read(table: Table, values: str = "loss") -> list[Grid]:
 def _read_all(run: Run[PlaneSummary]) -> dict[str, list[Grid]]:
     """Returns the grids of the loss, its standard error and each metric."""
     columns = [c for c in ("loss", "loss_stderr", *run.table.metrics) if c in run.table.columns]
-    return {column: _read(run.table, column) for column in columns}
+    return {column: read_grids(run.table, column) for column in columns}
 
 
 def _ranges(grids: Sequence[Grid]) -> tuple[tuple[float, float], tuple[float, float]]:
@@ -592,7 +592,7 @@ def animate_plane(run: Run[PlaneSummary], drawing: Drawing = FULL) -> Animation:
         UsageError: The run has no path.
     """
     with house_style(drawing):
-        grids = _read(run.table)
+        grids = read_grids(run.table)
         groups = _Checkpoints.read_all(run, drawing)
         paths = [group for group in groups if group.colour and group.names]
         if not grids or not paths:

@@ -39,7 +39,7 @@ def read(path: str | os.PathLike[str]) -> dict[str, str]:
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise UsageError(
-            f"the style sheet {name} cannot be read: {reason}", "Name a file of Matplotlib settings"
+            f"the style sheet {name} cannot be read: {reason}", "Give a file of Matplotlib settings"
         ) from None
     settings: dict[str, str] = {}
     for number, line in enumerate(text.splitlines(), start=1):
@@ -91,7 +91,7 @@ def parse(settings: Mapping[str, str]) -> dict[str, Any]:
                 ) from None
     if values.get("text.usetex"):
         raise UsageError(
-            "text.usetex needs names that are TeX, and names of checkpoints are not",
+            "text.usetex needs names in TeX, and names of checkpoints are not TeX",
             "Remove it",
         )
     return {str(setting): value for setting, value in values.items() if setting != "backend"}

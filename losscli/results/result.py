@@ -168,6 +168,11 @@ class Result(Generic[S_co]):
         return f"<div>{picture}<pre>{escape(text)}</pre></div>"
 
     @property
+    def checkpoints(self) -> Mapping[str, Any]:
+        """The checkpoints that the run made, by the end of the name of their file, after STEM."""
+        return {}
+
+    @property
     def command(self) -> Command:
         """The command."""
         return COMMANDS[str(self.summary["command"])]

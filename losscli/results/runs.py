@@ -43,7 +43,7 @@ __all__ = [
 # Maximum number of grid points per row: a table may lack some points, but not most of them.
 _SPARSEST = 4
 
-_FEWER = "Choose fewer by --split and --metric when a table is made, or give fewer tables"
+_FEWER = "Choose fewer with --split and --metric when you make the table, or give fewer tables"
 
 # Maximum number of checkpoints that a report names.
 _LISTED = 4
@@ -71,7 +71,7 @@ def load(stem: PathLike) -> Result[Any]:
     run = read_run(path, undrawn=True)
     if not run.summary:
         raise TableError(
-            f"{path} has no summary beside it: {base.name}.json is missing, broken or of another "
+            f"{path} has no summary next to it: {base.name}.json is missing, broken or of another "
             "table",
             f"Draw it without one, by losscli.plot({str(path)!r}), or make both again",
         )
@@ -162,7 +162,7 @@ def _origin(run: Run[Any]) -> str:
     """Says in one line what the numbers of a run come from, as far as its summary says it."""
     summary = run.summary
     if not summary:
-        return "There is no summary beside the table: the origin of its numbers is unknown."
+        return "There is no summary next to the table: the origin of its numbers is unknown."
     settings = {
         "losscli": summary.get("version"),
         "torch": summary.get("torch"),
@@ -265,7 +265,8 @@ def check_main(table: Table, name: str) -> Command:
     if command is None:
         *others, last = (c.name for c in COMMANDS.values() if c.cli)
         raise TableError(
-            f"{name} is no table that can be drawn: its columns are {', '.join(table.columns)}",
+            f"{name} is not a table that losscli can draw: "
+            f"its columns are {', '.join(table.columns)}",
             f"Name the CSV of losscli {', '.join(others)} or {last}",
         )
     if not table.rows:
@@ -283,12 +284,12 @@ def _check_cells(table: Table, name: str, expected: TableFormat) -> None:
         for number, value in enumerate(table.floats(column), start=2):
             if column == expected.position and not abs(value) <= _LARGEST_ALPHA:
                 raise TableError(
-                    f"{name}, record {number}: {column} is {value}, no point of a line",
+                    f"{name}, record {number}: {column} is {value}, not a point on a line",
                     f"Give numbers from {-_LARGEST_ALPHA:g} to {_LARGEST_ALPHA:g}",
                 )
             if column in expected.errors and value < 0:
                 raise TableError(
-                    f"{name}, record {number}: {column} is {value}, and no error is negative",
+                    f"{name}, record {number}: {column} is {value}, but errors cannot be negative",
                     "Give the CSV as written by losscli",
                 )
 
@@ -312,7 +313,7 @@ def _check_grid(table: Table, name: str, expected: TableFormat) -> None:
 def _read_further(
     path: Path, command: Command, main: Table, summary: dict[str, Any], *, undrawn: bool
 ) -> dict[str, Table]:
-    """Reads the further tables in the summary of a run; without a summary, all beside its CSV."""
+    """Reads the further tables in the summary of a run; without a summary, all next to its CSV."""
     more = {}
     for name, expected in command.further_tables.items():
         table_path = path.with_suffix(f".{name}.csv")

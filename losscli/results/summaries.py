@@ -11,7 +11,7 @@ import math
 import sys
 import types
 from functools import cache
-from typing import Any, TypedDict, get_args, get_origin, get_type_hints, is_typeddict
+from typing import Any, NotRequired, TypedDict, get_args, get_origin, get_type_hints, is_typeddict
 
 __all__ = [
     "AlignmentSummary",
@@ -26,6 +26,9 @@ __all__ = [
     "CheckSummary",
     "CheckedPoint",
     "CheckpointEntry",
+    "ConnectPlane",
+    "ConnectSplit",
+    "ConnectSummary",
     "CostEstimate",
     "Counts",
     "Density",
@@ -40,6 +43,7 @@ __all__ = [
     "LineSummary",
     "LowestOnLine",
     "LowestOnPath",
+    "MatchedActivations",
     "Moving",
     "Origin",
     "PairBarrier",
@@ -154,10 +158,13 @@ class StrategyChoice(TypedDict):
 
     ``difference`` is ‖l − t‖ / ‖t‖ with the losses l of the strategy and t of loaded points on a
     part of a batch; None if it was not measured, as a second copy of a large model would be needed.
+    ``graph`` is ``used`` if batches are evaluated as CUDA graphs, or the reason why not; missing
+    where there are none.
     """
 
     name: str
     difference: float | None
+    graph: NotRequired[str]
 
 
 class DrawingSummary(TypedDict, total=False):
@@ -235,6 +242,7 @@ class Description(Origin, total=False):
     steps_at_most: int
     gradients_at_most: int
     points_along_gradients: int
+    training_steps: int
     estimate: CostEstimate
 
 
@@ -753,6 +761,63 @@ class SoupSummary(Summary, total=False):
     splits: dict[str, SoupSplit]
 
 
+# --- connect -------------------------------------------------------------------------------------
+
+
+class ConnectPath(TypedDict, total=False):
+    """A path between two checkpoints; ``chord`` is ‖B − A‖."""
+
+    kind: str
+    bends: int
+    length: float
+    chord: float
+
+
+class PathTrainingSummary(TypedDict, total=False):
+    """How a path was trained; ``loss`` is the mean over the last tenth of the steps."""
+
+    split: str
+    examples: int
+    steps: int
+    learning_rate: float
+    minibatch: int
+    loss: float
+
+
+class ConnectPlane(TypedDict, total=False):
+    """The plane through A, the bend and B: where these corners and the points of the curve lie."""
+
+    corners: list[list[float]]
+    curve: list[list[float]]
+    x_range: list[float]
+    y_range: list[float]
+
+
+class HighestOnCurve(TypedDict, total=False):
+    """The highest loss on a curve."""
+
+    t: float
+    loss: float
+
+
+class ConnectSplit(TypedDict, total=False):
+    """One split on the curve and on the line, where α is t."""
+
+    curve: LineSplit
+    line: LineSplit
+    highest: HighestOnCurve | None
+
+
+class ConnectSummary(Summary, total=False):
+    """The summary of ``connect``."""
+
+    path: ConnectPath
+    training: PathTrainingSummary
+    plane: ConnectPlane | None
+    splits: dict[str, ConnectSplit]
+    endpoint_difference: float
+
+
 # --- inspect -------------------------------------------------------------------------------------
 
 
@@ -805,6 +870,26 @@ class FunctionCheck(TypedDict, total=False):
     largest_difference: float
 
 
+class OfBoth(TypedDict):
+    """A number of units of A, and of B."""
+
+    a: int
+    b: int
+
+
+class MatchedActivations(TypedDict):
+    """The examples that units were matched on, and what was found.
+
+    ``without_variance`` counts the units that are matched apart; ``correlation`` is the mean over
+    A's other units.
+    """
+
+    split: str
+    examples: int
+    without_variance: OfBoth
+    correlation: BeforeAfter
+
+
 class AlignmentSummary(TypedDict, total=False):
     """The summary of ``align``."""
 
@@ -817,16 +902,19 @@ class AlignmentSummary(TypedDict, total=False):
     model: str
     data: str
     seed: int
+    by: str
     checkpoints: list[CheckpointEntry]
     groups: list[AlignedGroup]
     units: int
     moved: int
     sweeps: int
+    activations: MatchedActivations
     values: int
     tensors: int
     distance: BeforeAfter
     inner_product: BeforeAfter
     check: FunctionCheck
+    notes: list[str]
     seconds: Seconds
 
 

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal, get_args, overload
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from losscli.checkpoint import (
     Checkpoint,
     CheckpointLike,
+    expand_folders,
+    is_checkpoint,
     name_checkpoint,
+    name_checkpoints,
 )
-from losscli.data import Nest, map_nest
+from losscli.data import map_nest
 from losscli.errors import (
     CheckpointError,
     DeviceError,
@@ -25,17 +29,23 @@ from losscli.errors import (
     NondeterministicModelError,
     UsageError,
 )
+from losscli.evaluation.activations import Traces, correlate
 from losscli.evaluation.device import Narrowest
+from losscli.evaluation.memory import halving
 from losscli.evaluation.objective import DETERMINISTIC
-from losscli.results.summaries import AlignmentSummary
-from losscli.settings import Settings, checked
+from losscli.results.summaries import AlignmentSummary, MatchedActivations
+from losscli.settings import DType, Settings, checked
 from losscli.studies.problem import Problem, prepare
 from losscli.studies.verification import needed_versions
-from losscli.weight_space.matching import inner_product, match
-from losscli.weight_space.permutations import Group, obstacles, permutation_groups, permute
+from losscli.weight_space.matching import inner_product, match, match_units
+from losscli.weight_space.permutations import Group, hidden_units, obstacles, permute
+from losscli.weight_space.tracing import trace
 from losscli.weight_space.vectors import Weights, distance
 
-__all__ = ["Alignment", "align"]
+__all__ = ["Alignment", "By", "align"]
+
+By = Literal["weights", "activations"]
+"""What hidden units are matched by."""
 
 # How far the outputs may lie from B's, as a share of the largest of them: rounding, since sums are
 # made in another order, in the narrowest type of the forward pass.
@@ -61,35 +71,69 @@ class Alignment:
         return f"<Alignment, {self.checkpoint!r}>"
 
 
+@overload
+def align(
+    a: CheckpointLike, b: CheckpointLike, *, by: By = "weights", **settings: Any
+) -> Alignment: ...
+@overload
+def align(
+    a: CheckpointLike, b: Iterable[CheckpointLike], *, by: By = "weights", **settings: Any
+) -> list[Alignment]: ...
 @checked(Settings)
-def align(a: CheckpointLike, b: CheckpointLike, **settings: Any) -> Alignment:
-    """Permutes B's hidden units onto A's by weight matching.
+def align(
+    a: CheckpointLike,
+    b: CheckpointLike | Iterable[CheckpointLike],
+    *,
+    by: By = "weights",
+    **settings: Any,
+) -> Alignment | list[Alignment]:
+    """Permutes B's hidden units onto A's.
 
     Its function is compared with that of B on the first batch of each split, in float64 where the
     model can be run in it.
 
     Args:
         a: The reference checkpoint.
-        b: The checkpoint that is permuted.
+        b: The checkpoint that is permuted, or a list of checkpoints and folders of them, each of
+            which is permuted onto A.
+        by: ``weights`` for weight matching (Ainsworth et al. 2022, arXiv 2209.04836), or
+            ``activations`` for the correlations of the units over the training examples (Li et al.
+            2015, arXiv 1511.07543).
         **settings: The attributes of `losscli.settings.Settings`: ``model``, ``data``, ….
 
     Returns:
-        The permuted checkpoint and what was found.
+        The permuted checkpoint and what was found; a list of these for a list.
 
     Raises:
-        CheckpointError: A weight is infinite or not a number.
+        CheckpointError: A weight or an activation is infinite or not a number.
         ModelError: The model cannot be traced or run, has no hidden units that may be permuted, or
             would be another function.
         LosscliError: Something else is missing, broken or does not fit.
     """
-    begun = time.perf_counter()
+    if by not in get_args(By):
+        raise UsageError(f"--by {by} is not known", f"Give {' or '.join(get_args(By))}")
     for option in ("batch_loss", "objective"):
         if settings.get(option):
             name = f"--{option.replace('_', '-')}"
             raise UsageError(f"align evaluates no loss, and {name} has no effect", "Leave it out")
-    a, b = name_checkpoint(a, "A"), name_checkpoint(b, "B")
-    problem, before, dtype = _prepare(a, b, Settings(**settings))
-    first, last = problem.first.weights, problem.last
+    first, chosen = name_checkpoint(a, "A"), Settings(**settings)
+    if is_checkpoint(b):
+        (found,) = _align_each([first, name_checkpoint(b, "B")], chosen, by)
+        return found
+    others = expand_folders(name_checkpoints(b, first=1))
+    if not others:
+        raise UsageError("align has no checkpoint to permute", "Give one or more after A")
+    name, times = Counter(others).most_common(1)[0]
+    if times > 1:
+        raise UsageError(f"{name} is named {times} times", "Name each checkpoint once")
+    return list(_align_each([first, *others], chosen, by))
+
+
+def _align_each(names: Sequence[str], settings: Settings, by: By) -> Iterator[Alignment]:
+    """Permutes each checkpoint but the first onto the first."""
+    begun = time.perf_counter()
+    problem, runs = _prepare(names, settings, by)
+    objective, first = problem.objective, problem.first.weights
     names = problem.parameters(problem.moving)
     if some := [name for name in names if first[name].is_complex()]:
         raise ModelError(
@@ -98,91 +142,147 @@ def align(a: CheckpointLike, b: CheckpointLike, **settings: Any) -> Alignment:
         )
     groups = _groups(problem)
     reached = {name for group in groups for name in group.names}
-    for name, weights in ((a, first), (b, last.weights)):
-        for tensor in reached:
-            if not weights[tensor].isfinite().all():
-                raise CheckpointError(
-                    f"{name}: {tensor} has weights that are infinite or not a number",
-                    "Take a checkpoint from before it diverged",
-                )
-    matching = match(first, last.weights, groups, names, seed=problem.settings.seed)
-    aligned = permute(last.weights, groups, matching.permutations)
-    difference = _difference(before, list(_outputs(problem, aligned, nullcontext())))
-    # A negated comparison, since a difference may be no number.
-    if not difference <= _TOLERANCE[dtype]:
-        raise ModelError(
-            f"permuted, {b} would be another function: its outputs differ by {difference:.1e} of "
-            "the largest",
-            "Does its forward use weights in a way that its graph does not show?",
+    _require_finite(problem.names[0], first, reached)
+    model = None if problem.training is None else _fresh(problem).to(objective.device)
+    traces = None if model is None else Traces(objective, model)
+    for t, (before, dtype) in enumerate(runs, start=1):
+        name, other = problem.names[t], problem.open(t)
+        _require_finite(name, other.weights, reached)
+        matched: AlignmentSummary
+        if traces is None:
+            matching = match(first, other.weights, groups, names, seed=problem.settings.seed)
+            permutations, matched = list(matching.permutations), {"sweeps": matching.sweeps}
+        else:
+            permutations, found = _match_activations(problem, traces, name, other.weights)
+            matched = {"activations": found}
+        aligned = permute(other.weights, groups, permutations)
+        difference = _difference(before, list(_outputs(problem, aligned, nullcontext())))
+        # A negated comparison, since a difference may be no number.
+        if not difference <= _TOLERANCE[dtype]:
+            raise ModelError(
+                f"permuted, {name} would be another function: its outputs differ by "
+                f"{difference:.1e} of the largest",
+                "Does its forward use weights in a way that its graph does not show?",
+            )
+        moved = [int((p != torch.arange(len(p))).sum()) for p in permutations]
+        source = problem.provenance
+        summary: AlignmentSummary = {
+            "command": "align",
+            "version": source["version"],
+            "torch": source["torch"],
+            "python": source["python"],
+            "device": source["device"],
+            "device_name": source["device_name"],
+            "model": source["model"],
+            "data": source["data"],
+            "seed": source["seed"],
+            "by": by,
+            "checkpoints": [source["checkpoints"][0], source["checkpoints"][t]],
+            "groups": [
+                {"units": group.size, "moved": n, "tensors": list(group.names)}
+                for group, n in zip(groups, moved, strict=True)
+            ],
+            "units": sum(group.size for group in groups),
+            "moved": sum(moved),
+            **matched,
+            "values": sum(first[key].numel() for key in names),
+            "tensors": len(names),
+            "distance": {
+                "before": distance(first, other.weights, names),
+                "after": distance(first, aligned, names),
+            },
+            "inner_product": {
+                "before": inner_product(first, other.weights, names),
+                "after": inner_product(first, aligned, names),
+            },
+            "check": {
+                "dtype": str(dtype).removeprefix("torch."),
+                "examples": sum(map(len, objective.first_batches().values())),
+                "largest_difference": difference,
+            },
+            "notes": problem.training.notes if problem.training else [],
+            "seconds": {"total": time.perf_counter() - begun},
+        }
+        checkpoint = Checkpoint(
+            f"{name} aligned with {problem.names[0]}",
+            aligned,
+            other.metadata,
+            versions=needed_versions(problem, aligned),
+            extra=other.extra,
         )
-    moved = [int((p != torch.arange(len(p))).sum()) for p in matching.permutations]
-    source = problem.provenance
-    summary: AlignmentSummary = {
-        "command": "align",
-        "version": source["version"],
-        "torch": source["torch"],
-        "python": source["python"],
-        "device": source["device"],
-        "device_name": source["device_name"],
-        "model": source["model"],
-        "data": source["data"],
-        "seed": source["seed"],
-        "checkpoints": source["checkpoints"],
-        "groups": [
-            {"units": group.size, "moved": n, "tensors": list(group.names)}
-            for group, n in zip(groups, moved, strict=True)
-        ],
-        "units": sum(group.size for group in groups),
-        "moved": sum(moved),
-        "sweeps": matching.sweeps,
-        "values": sum(first[name].numel() for name in names),
-        "tensors": len(names),
-        "distance": {
-            "before": distance(first, last.weights, names),
-            "after": distance(first, aligned, names),
-        },
-        "inner_product": {
-            "before": inner_product(first, last.weights, names),
-            "after": inner_product(first, aligned, names),
-        },
-        "check": {
-            "dtype": str(dtype).removeprefix("torch."),
-            "examples": sum(map(len, problem.objective.first_batches().values())),
-            "largest_difference": difference,
-        },
-        "seconds": {"total": time.perf_counter() - begun},
-    }
-    checkpoint = Checkpoint(
-        f"{b} aligned with {a}",
-        aligned,
-        last.metadata,
-        versions=needed_versions(problem, aligned),
-        extra=last.extra,
-    )
-    return Alignment(checkpoint, summary)
+        yield Alignment(checkpoint, summary)
+        begun = time.perf_counter()
 
 
-def _prepare(a: str, b: str, settings: Settings) -> tuple[Problem, list[Tensor], torch.dtype]:
-    """Brings all together and runs B: in float64, else, if it must be, in float32.
-
-    Returns:
-        The problem, B's outputs, and the narrowest type that they went through.
-    """
+def _match_activations(
+    problem: Problem, traces: Traces, name: str, weights: Weights
+) -> tuple[list[Tensor], MatchedActivations]:
+    """Matches the units of a checkpoint by activations on the training examples."""
+    objective, training = problem.objective, problem.training
+    assert training is not None
+    first = problem.first.weights
     try:
-        problem = prepare([a, b], replace(settings, dtype="float64", metric=("none",)))
-        return problem, *_run(problem, b)
+        found = halving(
+            objective, lambda: correlate(objective, traces, first, weights, training.examples)
+        )
+    except CheckpointError as error:
+        raise CheckpointError(f"{problem.names[0]} or {name}: {error}", error.cure) from None
+    permutations = [match_units(each.values, each.dead_a, each.dead_b) for each in found]
+    alive = sum(int((~each.dead_a).sum()) for each in found)
+    before, after = (
+        math.fsum(float(each.values[range(len(p)), p].sum()) for each, p in pairs)
+        for pairs in (
+            [(each, torch.arange(len(each.values))) for each in found],
+            list(zip(found, permutations, strict=True)),
+        )
+    )
+    return permutations, {
+        "split": training.name,
+        "examples": training.examples.rows,
+        "without_variance": {
+            "a": sum(int(each.dead_a.sum()) for each in found),
+            "b": sum(int(each.dead_b.sum()) for each in found),
+        },
+        "correlation": {"before": before / max(1, alive), "after": after / max(1, alive)},
+    }
+
+
+def _require_finite(name: str, weights: Weights, reached: Iterable[str]) -> None:
+    for tensor in reached:
+        if not weights[tensor].isfinite().all():
+            raise CheckpointError(
+                f"{name}: {tensor} has weights that are infinite or not a number",
+                "Take a checkpoint from before it diverged",
+            )
+
+
+_Run = tuple[list[Tensor], torch.dtype]
+"""The outputs of a checkpoint, and the narrowest type that they went through."""
+
+
+def _prepare(names: Sequence[str], settings: Settings, by: By) -> tuple[Problem, list[_Run]]:
+    """Brings all together and runs each B: in float64, else, if it must be, in float32."""
+    training = "--by activations" if by == "activations" else ""
+
+    def run(dtype: DType) -> tuple[Problem, list[_Run]]:
+        chosen = replace(settings, dtype=dtype, metric=("none",))
+        problem = prepare(names, chosen, training=training)
+        return problem, [_run(problem, t) for t in range(1, len(names))]
+
+    try:
+        return run("float64")
     except NondeterministicModelError:
         raise
     except (ModelError, DeviceError):
         # Some devices have no float64, and some code makes float32 tensors by name.
-        problem = prepare([a, b], replace(settings, dtype="float32", metric=("none",)))
-        return problem, *_run(problem, b)
+        return run("float32")
 
 
-def _run(problem: Problem, name: str) -> tuple[list[Tensor], torch.dtype]:
-    """Runs B twice."""
+def _run(problem: Problem, t: int) -> _Run:
+    """Runs a checkpoint twice."""
     narrowest = Narrowest(problem.objective.dtype)
-    one, two = (list(_outputs(problem, problem.last.weights, narrowest)) for _ in range(2))
+    weights = problem.open(t).weights
+    one, two = (list(_outputs(problem, weights, narrowest)) for _ in range(2))
     if not one:
         raise ModelError(
             "the model returns no tensors that could be compared",
@@ -190,7 +290,8 @@ def _run(problem: Problem, name: str) -> tuple[list[Tensor], torch.dtype]:
         )
     if not _difference(one, two) <= _TOLERANCE[narrowest.dtype]:
         raise NondeterministicModelError(
-            f"{name}: the model gives two answers for the same weights and data, even in eval mode",
+            f"{problem.names[t]}: the model gives two answers for the same weights and data, even "
+            "in eval mode",
             DETERMINISTIC,
         )
     return one, narrowest.dtype
@@ -241,17 +342,16 @@ def _difference(one: list[Tensor], other: list[Tensor]) -> float:
 
 
 def _groups(problem: Problem) -> tuple[Group, ...]:
+    """Finds the groups of units, on few examples."""
     objective = problem.objective
     split = next(iter(objective.first_batches().values()))
-    inputs = _on_cpu(objective.data.prepare(split.take(slice(0, _TRACED)).inputs, torch.float32))
-    # Tracing may leave its marks on a model, so it gets one of its own.
-    with torch.random.fork_rng(devices=[]):
-        model = problem.fresh()
-    args, kwargs = objective.arguments(inputs)
-    groups = permutation_groups(model.cpu().float().eval(), args, kwargs)
+    inputs = objective.data.prepare(split.take(slice(0, _TRACED)).inputs, torch.float32)
+    args, kwargs = objective.arguments(map_nest(lambda t: t.detach().cpu().clone(), inputs))
+    traced = trace(_fresh(problem), args, kwargs)
+    groups = hidden_units(traced).groups
     if not groups:
         what = f"the model {problem.provenance['model']} has no hidden units that could be permuted"
-        if met := obstacles(model, args, kwargs):
+        if met := obstacles(traced):
             raise ModelError(
                 f"{what}: {', '.join(met)} may depend on the order of their inputs",
                 "Alignment needs a hidden layer that is followed only by operators known not to",
@@ -260,5 +360,7 @@ def _groups(problem: Problem) -> tuple[Group, ...]:
     return groups
 
 
-def _on_cpu(inputs: Nest) -> Nest:
-    return map_nest(lambda t: t.detach().cpu().clone(), inputs)
+def _fresh(problem: Problem) -> nn.Module:
+    """Builds a model for tracing, which may leave its marks on it."""
+    with torch.random.fork_rng(devices=[]):
+        return problem.fresh().cpu().float().eval()

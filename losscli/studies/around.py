@@ -357,7 +357,7 @@ class Around(Study):
         return Line(self.on_device(start), self.on_device(end))
 
     def _verify(self, derived: Sequence[Arrays]) -> float:
-        """Compares the sweep with each checkpoint and with a point beside it, loaded plainly."""
+        """Compares the sweep with each checkpoint and with a point near it, loaded plainly."""
         objective, apart = self.problem.objective, [(c,) for c in self._apart]
         difference = 0.0
         for t, _ in enumerate(self.norms):
@@ -374,7 +374,7 @@ class Around(Study):
     def _evaluate(
         self, derived: Sequence[Arrays], splits: Mapping[str, Examples], execution: Execution
     ) -> dict[str, Estimate]:
-        """Evaluates all checkpoints, then all lines; of each point no more than means is kept."""
+        """Evaluates all checkpoints, then all lines; keeps only the mean losses of each point."""
         objective, steps = self.problem.objective, range(len(self.norms))
         places = self.problem.places(steps)
         own = sweep_plain(objective, places, splits=splits, execution=execution)

@@ -72,6 +72,11 @@ class Study(ABC):
         return True
 
     @property
+    def checkpoint_suffixes(self) -> Sequence[str]:
+        """The ends of the names, after STEM, of the files of checkpoints that a run makes."""
+        return ()
+
+    @property
     def identity(self) -> str:
         """A digest of everything that the command line determines: equal for two equal runs."""
         return identity_of(self.command, self.problem, self.options)

@@ -182,7 +182,7 @@ class Check(Study):
             raise UsageError("check needs a checkpoint", "Give one or more")
         if len(set(names)) < len(names):
             twice = next(name for name in names if list(names).count(name) > 1)
-            raise UsageError(f"{twice} is named twice", "Name each checkpoint once")
+            raise UsageError(f"{twice} is given twice", "Give each checkpoint once")
         if not 0 <= tolerance < math.inf:
             raise UsageError(f"--tolerance {tolerance} is not a gradient norm", "Give 1e-3")
         if eigenvalues < 1:
@@ -193,7 +193,7 @@ class Check(Study):
                 f"Give {_MAX_EIGENVALUES} or fewer",
             )
         if learning_rate is not None and not 1e-12 <= learning_rate <= 1e12:
-            raise UsageError(f"--learning-rate {learning_rate} is none", "Give 0.1")
+            raise UsageError(f"--learning-rate {learning_rate} is not a learning rate", "Give 0.1")
         if optimizer not in {None, "adam"}:
             raise UsageError(
                 f"--optimizer {optimizer} is not known", "Give adam, also for AdamW and AMSGrad"
@@ -296,7 +296,7 @@ class Check(Study):
             product = product_seconds(differentiated, origin, self.moving, splits, clock)
         examples = sum(map(len, splits))
         number, size = len(self.problem.names), sum(origin[name].numel() for name in self.moving)
-        # A gradient takes no more than a product.
+        # A gradient takes at most the time of a product.
         fewest, most = (size, size) if size <= DENSE_LIMIT else (MIN_PRODUCTS, PRODUCT_LIMIT)
         measured = 1 + 2 * self.eigenvalues
         for part in self._spectra.parts:

@@ -51,7 +51,7 @@ def check_notes(
         have = "have" if len(kinks) > 1 else "has"
         yield (
             f"{', '.join(kinks)} {have} kinks: the Hessian is that of the smooth piece around "
-            "each checkpoint, and says nothing of the kinks beside it"
+            "each checkpoint, and does not describe the kinks near it"
         )
     yield from dict.fromkeys(one.evidence.unverified for one in analyses if one.evidence.unverified)
     if any(one.evidence.scattered for one in analyses):

@@ -188,7 +188,7 @@ def _initialisation(name: str, found: SourcedSpec) -> Checkpoint:
     torch.manual_seed(seed)
     if isinstance(found.value, nn.Module):
         raise UsageError(
-            f"{name}: a module that stands already has no initialisation to draw",
+            f"{name}: a module that is already built has no initialisation to draw",
             "Give model= as a spec or a function that builds it",
         )
     if isinstance(found.value, str) and found.value.partition(":")[0] in RUNS_CODE:

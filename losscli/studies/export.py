@@ -1,4 +1,4 @@
-"""Checkpoints at points of a line, and weighted averages of checkpoints."""
+"""Checkpoints at points of a line or path, and weighted averages of checkpoints."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from losscli.studies.checkpoints import changed
 from losscli.studies.opening import open_pair
 from losscli.table import Table
 from losscli.weight_space.averages import average
-from losscli.weight_space.slices import Line
+from losscli.weight_space.slices import Line, PathKind, path_coefficients
 from losscli.weight_space.vectors import Weights, can_move, equal, working_type
 
 __all__ = ["Lowest", "average_checkpoints", "export", "lowest", "parse_weights"]
@@ -104,7 +104,7 @@ def _summary_beside(csv: Path) -> dict[str, Any] | None:
     path = csv.with_suffix(".json")
     summary = read_summary(path, COMMANDS["interpolate"])
     if not summary and path.exists():
-        raise TableError(f"{path} is no summary of {csv}", "Give both as written by one run")
+        raise TableError(f"{path} is not the summary of {csv}", "Give both as written by one run")
     return summary or None
 
 
@@ -118,6 +118,8 @@ def export(
 ) -> Checkpoint: ...
 @overload
 def export(a: Iterable[CheckpointLike], *, weights: tuple[float, ...]) -> Checkpoint: ...
+@overload
+def export(a: Iterable[CheckpointLike], *, t: float, kind: PathKind = "bezier") -> Checkpoint: ...
 @checked()
 def export(
     a: CheckpointLike | Iterable[CheckpointLike],
@@ -125,9 +127,11 @@ def export(
     alpha: float | None = None,
     *,
     weights: tuple[float, ...] | None = None,
+    t: float | None = None,
+    kind: PathKind = "bezier",
     summary: Mapping[str, Any] | None = None,
 ) -> Checkpoint:
-    """Makes the checkpoint at a point of the line, θ(α) = A + α (B − A), or a weighted average.
+    """Makes the checkpoint at a point of a line, θ(α) = A + α (B − A), of a path, or an average.
 
     Floating-point tensors move, in float32 or wider, and have the wider of the types that the two
     store them in; whole-number tensors and the extra state of modules are A's. What one alone has
@@ -136,10 +140,13 @@ def export(
     from the weights.
 
     Args:
-        a: The checkpoint at α = 0; with ``weights`` all checkpoints, the first of which is A.
+        a: The checkpoint at α = 0; with ``weights`` or ``t`` all checkpoints, the first of which is
+            A.
         b: The checkpoint at α = 1.
         alpha: The point.
         weights: The weights of the checkpoints in an average Σ wθ, which sum to 1.
+        t: The point of the path that `connect` made: from A over the bends, in order, to B.
+        kind: The kind of the path.
         summary: That of an interpolation, if the point shall be one of its: then what stayed
             there by ``--buffers``, ``--only`` or ``--except`` stays here.
 
@@ -162,8 +169,25 @@ def export(
         names = name_checkpoints(a)
         _check_weights(weights, len(names))
         return average_checkpoints(names, weights)
+    if t is not None:
+        if not (b is None and alpha is None and summary is None):
+            raise UsageError(
+                "t is that of a path, which has no b, alpha or summary",
+                "Give a list of checkpoints and t",
+            )
+        names = name_checkpoints(a)
+        if len(names) < 3:
+            raise UsageError(
+                f"a path needs A, a bend and B, and got {len(names)} checkpoints",
+                "For a point of a line give alpha",
+            )
+        if not 0 <= t <= 1:
+            raise UsageError(f"t = {t:g} is not on the path", "Give a number from 0 to 1")
+        return average_checkpoints(names, path_coefficients(kind, len(names), t))
     if b is None or alpha is None:
-        raise UsageError("export needs two checkpoints and alpha, or a list of them and weights")
+        raise UsageError(
+            "export needs two checkpoints and alpha, or a list of them and weights or t"
+        )
     return _point_of_line(name_checkpoint(a, "A"), name_checkpoint(b, "B"), alpha, summary)
 
 
@@ -212,7 +236,7 @@ def _check_weights(weights: Sequence[float], number: int) -> None:
 
 def _point_of_line(a: str, b: str, alpha: float, summary: Mapping[str, Any] | None) -> Checkpoint:
     if not abs(alpha) <= 1e30:
-        raise UsageError(f"--alpha {alpha} is no point of the line", "Give a number")
+        raise UsageError(f"--alpha {alpha} is not a point on the line", "Give a number")
     if not (summary is None or _is_line_summary(summary)):
         raise UsageError("summary is not that of interpolate", "Give result.summary")
     files, name = [read(a), read(b)], find_base([a, b])
@@ -290,7 +314,7 @@ def _interpolate(a: Tensor, b: Tensor, alpha: float) -> Tensor:
     if not can_move(a):
         return a.clone()
     dtype = torch.promote_types(a.dtype, b.dtype)
-    # Of infinities there is no difference, and 0 and −0 are equal and not the same.
+    # Infinities have no difference, and 0 and −0 are equal but have different bits.
     if alpha in {0.0, 1.0} or torch.equal(a, b):
         return (b if alpha > 0.5 else a).to(dtype, copy=True)
     wide = working_type(a, b)

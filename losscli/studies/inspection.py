@@ -39,7 +39,7 @@ _MOST_KEYS = 30
 
 @checked()
 def inspect(names: CheckpointLike | Iterable[CheckpointLike]) -> Result[InspectionSummary]:
-    """Shows what one checkpoint holds, or how far apart two are, tensor by tensor.
+    """Shows what one checkpoint holds, or how far two differ, tensor by tensor.
 
     Of one that contains several state dicts, it shows these.
 

@@ -484,11 +484,11 @@ class Interpolation(Study):
         notes = []
         if again:
             notes.append(
-                f"{count(again, 'point')} looked at again in float64: rounding alone could have "
-                "made an extremum there"
+                f"{count(again, 'point')} evaluated again in float64: rounding alone could "
+                "create an extremum there"
             )
         if exhausted:
-            notes.append("the curve is not known to --refine everywhere: it would take more points")
+            notes.append("the curve is not accurate to --refine everywhere: more points are needed")
         return notes
 
     def _context_notes(self, refined: RefinedCurve) -> list[str]:

@@ -20,7 +20,14 @@ from losscli.weight_space.slices import Span, Triangle, grid
 from losscli.weight_space.trajectory import principal_axes
 from losscli.weight_space.vectors import Weights, distance, equal
 
-__all__ = ["Layout", "Spanned", "curvature_radii", "span_eigenvectors", "span_plane"]
+__all__ = [
+    "Layout",
+    "Spanned",
+    "curvature_radii",
+    "span_eigenvectors",
+    "span_plane",
+    "with_margin",
+]
 
 # What is left free around the checkpoints, as a share of the box they lie in.
 _MARGIN = 0.25
@@ -34,7 +41,7 @@ _CHANGE = 0.1
 # The least reach of a plane along eigenvectors, as a share of the norm of the parameters.
 _NEAREST = 1e-3
 
-# The least height of that box as a share of its width, so that a picture is no thread.
+# Minimum ratio of the height of that box to its width, so that no picture becomes a thin strip.
 _THINNEST = 0.2
 
 
@@ -114,8 +121,7 @@ class Layout:
                 margin = _MARGIN * (high - low)
                 ends = min(low - margin, point[axis] - most), max(high + margin, point[axis] + most)
             else:
-                half = (0.5 + _MARGIN) * max(high - low, _THINNEST * widest)
-                ends = (low + high) / 2 - half, (low + high) / 2 + half
+                ends = with_margin(low, high, widest)
             grids.append(tuple(grid(points, *map(_short, ends))))
         return cls(spanned, places, grids[0], grids[1])
 
@@ -223,6 +229,21 @@ def curvature_radii(axes: Sequence[PlaneAxis], loss: float, size: float) -> tupl
         for axis in axes
     )
     return first, second
+
+
+def with_margin(low: float, high: float, widest: float) -> tuple[float, float]:
+    """Returns a range with a margin around the points of a plane.
+
+    Args:
+        low: Their lowest coordinate.
+        high: Their highest coordinate.
+        widest: The larger extent of both coordinates.
+
+    Returns:
+        The lowest and the highest value.
+    """
+    half = (0.5 + _MARGIN) * max(high - low, _THINNEST * widest)
+    return (low + high) / 2 - half, (low + high) / 2 + half
 
 
 def _axis(name: str, explained: float | None = None) -> PlaneAxis:

@@ -38,7 +38,7 @@ def point_of_plane(csv: PathLike, at: tuple[float, float], **settings: Any) -> C
     tensors, its buffers and its seed.
 
     Args:
-        csv: The table of the plane, with its summary beside it.
+        csv: The table of the plane, with its summary next to it.
         at: x and y, which may be outside the range of the table.
         **settings: The model and the data of the run, unless metadata or ``losscli.toml`` name
             them. No code is taken from the summary.
@@ -61,7 +61,7 @@ def point_of_plane(csv: PathLike, at: tuple[float, float], **settings: Any) -> C
     summary = read_summary(path.with_suffix(".json"), COMMANDS["plane"])
     if not summary:
         raise TableError(
-            f"{path} has no summary {path.with_suffix('.json')} beside it",
+            f"{path} has no summary {path.with_suffix('.json')} next to it",
             "Give both as written by one run",
         )
     if summary["plane"] == "hessian":

@@ -7,13 +7,14 @@ import platform
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, get_args, overload
+from typing import Any, NamedTuple, get_args, overload
 
 import torch
 from torch import nn
 
 from losscli import __version__
 from losscli.checkpoint import Checkpoint, InMemoryCheckpoint, find_base, read
+from losscli.data import Examples
 from losscli.errors import CheckpointError, MismatchError, ModelError, UsageError
 from losscli.evaluation.device import choose_device, describe_device
 from losscli.evaluation.objective import Objective
@@ -27,13 +28,46 @@ from losscli.studies.checkpoints import Checkpoints, is_same
 from losscli.studies.config import NO_CONFIG, Config
 from losscli.studies.model import build, check_copy
 from losscli.studies.specs import find_specs
-from losscli.studies.task import data_of, loss_of, metrics_of, objective_of, recalibration_of
+from losscli.studies.task import (
+    data_of,
+    loss_of,
+    metrics_of,
+    objective_of,
+    recalibration_of,
+    training_split,
+)
 from losscli.weight_space.vectors import Weights, can_move, equal, select_names
 
-__all__ = ["Problem", "counted", "differing_tensors", "prepare", "require_finite"]
+__all__ = [
+    "Problem",
+    "TrainingExamples",
+    "counted",
+    "differing_tensors",
+    "prepare",
+    "require_finite",
+]
 
 
 _MAX_SEEDS = 10_000
+
+
+class TrainingExamples(NamedTuple):
+    """The training examples.
+
+    Attributes:
+        name: The name of their split.
+        examples: The examples, on the device if they are evaluated, too.
+    """
+
+    name: str
+    examples: Examples
+
+    @property
+    def notes(self) -> list[str]:
+        """A note if the split has another name."""
+        if self.name == "train":
+            return []
+        return [f"the data have no split train: statistics are those of {self.name}, the only one"]
 
 
 @dataclass(frozen=True)
@@ -57,6 +91,7 @@ class Problem:
             span; none of them is the ``last``.
         independent: Whether checkpoints are evaluated each by itself, so that the tensors that may
             not move are its own.
+        training: The training examples, if an option of the command needs them.
     """
 
     objective: Objective
@@ -73,6 +108,7 @@ class Problem:
     notes: tuple[str, ...] = ()
     projected: int = 0
     independent: bool = False
+    training: TrainingExamples | None = None
 
     @property
     def spanning(self) -> tuple[str, ...]:
@@ -197,6 +233,7 @@ def prepare(
     projected: Sequence[str] = (),
     planned: Config = NO_CONFIG,
     independent: bool = False,
+    training: str = "",
 ) -> Problem:
     """Reads the checkpoints, builds the model, loads the data and makes sure that all fit.
 
@@ -208,6 +245,7 @@ def prepare(
         projected: Further checkpoints, which are only projected onto what the others span.
         planned: A losscli.toml that is taken to exist.
         independent: Whether each checkpoint is evaluated by itself, see `Problem`.
+        training: The option of the command that needs training examples; empty if none does.
 
     Returns:
         The problem, ready to be evaluated.
@@ -230,7 +268,7 @@ def prepare(
         if found is None:
             raise UsageError(
                 "no model given, by --model, by the checkpoint's metadata or by a "
-                "losscli.toml beside it or here",
+                "losscli.toml next to it or here",
                 "Give --model, for example --model mlp:784-512-10 (losscli list models)",
             )
         if specs.objective is not None:
@@ -244,7 +282,8 @@ def prepare(
         # Plain names, so that checkpoints given as objects are not kept in memory.
         names = [str(name) for name in names]
         entries, first, found_notes = checkpoints.survey(names)
-        whole, data_name = data_of(settings, specs.data)
+        needs_training = bool(training) or settings.buffers == "recalibrate"
+        whole, data_name = data_of(settings, specs.data, training=needs_training)
         data = whole.select(settings.split, None, settings.seed)
         function = None
         if specs.objective is None:
@@ -254,6 +293,7 @@ def prepare(
             function, loss_name, loss_source = objective_of(specs.objective)
         metrics, metric_names, metric_source = metrics_of(specs, data, loss, model)
         recalibration = recalibration_of(model, whole, data, settings)
+        train = training_split(whole, data, settings, training) if training else None
     objective = Objective(
         model,
         loss,
@@ -298,6 +338,7 @@ def prepare(
         tuple(notes),
         len(projected),
         independent,
+        train and TrainingExamples(train[0], objective.splits.get(*train)),
     )
 
 

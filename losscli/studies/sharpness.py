@@ -417,7 +417,7 @@ class Sharpness(Study):
         return Line(self.on_device(line.a), self.on_device(line.b))
 
     def _verify(self, point: Callable[[int], Weights]) -> float:
-        """Compares the sweep with each checkpoint, and with a point beside it, loaded plainly."""
+        """Compares the sweep with each checkpoint, and with a point near it, loaded plainly."""
         objective = self.problem.objective
         difference = 0.0
         for t, _ in enumerate(self.problem.names):

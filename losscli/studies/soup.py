@@ -280,7 +280,7 @@ def _expand(names: Sequence[str]) -> list[str]:
     if times > 1:
         raise UsageError(
             f"{name} is named {times} times",
-            "Name each checkpoint once; losscli export --weights gives them different weights",
+            "Give each checkpoint once; losscli export --weights gives them different weights",
         )
     return names
 

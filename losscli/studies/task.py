@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from losscli.data import Batching, DataSet, from_object, load, realise
+from losscli.data import Batching, DataSet, Examples, from_object, load, realise
 from losscli.errors import LosscliError, LossError, SpecError, UsageError, one_line
 from losscli.evaluation.forward import is_registered
 from losscli.evaluation.loading import named_tensors
@@ -41,7 +41,14 @@ from losscli.settings import Settings
 from losscli.spec import Spec, call, look_up
 from losscli.studies.specs import SourcedSpec, Specs
 
-__all__ = ["data_of", "loss_of", "metrics_of", "objective_of", "recalibration_of"]
+__all__ = [
+    "data_of",
+    "loss_of",
+    "metrics_of",
+    "objective_of",
+    "recalibration_of",
+    "training_split",
+]
 
 _METRIC_OF_TASK = {"classification": "accuracy", "regression": "none", "language": "perplexity"}
 _LOSS_OF_TASK = {
@@ -56,16 +63,18 @@ _TARGETS_OF_TASK = {
 }
 
 
-def data_of(settings: Settings, found: SourcedSpec | None) -> tuple[DataSet, str]:
+def data_of(
+    settings: Settings, found: SourcedSpec | None, *, training: bool
+) -> tuple[DataSet, str]:
     """Reads the data.
 
     Args:
         settings: The settings.
         found: The spec of the data.
+        training: Whether training examples are needed, which no loss may be evaluated on.
 
     Returns:
-        The data set and what it is called. All its splits, where BatchNorm's statistics are
-        estimated on one that no loss may be evaluated on.
+        The data set and what it is called; all its splits if training examples are needed.
 
     Raises:
         UsageError: Nobody names any.
@@ -73,12 +82,11 @@ def data_of(settings: Settings, found: SourcedSpec | None) -> tuple[DataSet, str
     if found is None:
         raise UsageError(
             "no data set given, by --data, by the checkpoint's metadata or by a "
-            "losscli.toml beside it or here",
+            "losscli.toml next to it or here",
             "Give --data, for example --data mnist:FOLDER (losscli list data)",
         )
     chosen: dict[str, Any] = {
-        # Training examples may be needed that no loss is evaluated on.
-        "splits": () if settings.buffers == "recalibrate" else settings.split,
+        "splits": () if training else settings.split,
         "limit": settings.limit,
         "seed": settings.seed,
         "batching": Batching(settings.batch_size) if settings.batch_loss else None,
@@ -123,11 +131,31 @@ def recalibration_of(
             "that tracks statistics",
             "Leave it out",
         )
+    name, split = training_split(whole, data, settings, "--buffers recalibrate")
+    return Recalibration.plan(name, split, settings.seed)
+
+
+def training_split(
+    whole: DataSet, data: DataSet, settings: Settings, option: str
+) -> tuple[str, Examples]:
+    """Finds the training examples, on which statistics are estimated.
+
+    Args:
+        whole: All splits of the data.
+        data: What the loss is evaluated on.
+        settings: The settings.
+        option: What needs them, for errors.
+
+    Returns:
+        The name of their split, ``train`` or the only one, and the examples.
+
+    Raises:
+        UsageError: There are none, or only one.
+    """
     name = "train" if "train" in whole.splits else next(iter(whole.splits))
     if name != "train" and len(whole.splits) > 1:
         raise UsageError(
-            "--buffers recalibrate takes the split train, and the data's splits are "
-            f"{', '.join(whole.splits)}",
+            f"{option} takes the split train, and the data's splits are {', '.join(whole.splits)}",
             "Give data with a split train, or with no other split than that to take",
         )
     split = data.splits.get(name)
@@ -135,10 +163,10 @@ def recalibration_of(
         split = whole.select((name,), None, settings.seed).splits[name]
     if split.rows < 2:
         raise UsageError(
-            f"--buffers recalibrate has no more than one example of {name}, which has no variance",
+            f"{option} has no more than one example of {name}, which has no variance",
             "Give more" if settings.limit is None else "Give more with --limit",
         )
-    return Recalibration.plan(name, split, settings.seed)
+    return name, split
 
 
 def loss_of(

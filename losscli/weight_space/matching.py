@@ -1,8 +1,12 @@
-"""Weight matching: permuting the hidden units of one network to match another network.
+"""Matching: permuting the hidden units of one network to match another network.
 
-Algorithm 1 of Ainsworth, Hayase & Srinivasa 2022 (arXiv 2209.04836) maximises Σ ⟨A_w, P B_w⟩ over
-all weights. The permutation of one group, with all others fixed, is the solution of a linear
-assignment problem. The groups are optimised in turn until none improves.
+By weights, algorithm 1 of Ainsworth, Hayase & Srinivasa 2022 (arXiv 2209.04836) maximises
+Σ ⟨A_w, P B_w⟩ over all weights. The permutation of one group, with all others fixed, is the
+solution of a linear assignment problem. The groups are optimised in turn until none improves.
+
+By activations, the sum of the correlations of matched units is maximised (Li et al. 2015, arXiv
+1511.07543; Tatro et al. 2020, arXiv 2009.02439). A permutation of other groups does not change the
+activations of a group, so each group is one linear assignment problem.
 """
 
 from __future__ import annotations
@@ -18,7 +22,7 @@ from torch import Tensor
 from losscli.weight_space.permutations import Group, permute
 from losscli.weight_space.vectors import Weights, norm, pieces
 
-__all__ = ["Matching", "inner_product", "match"]
+__all__ = ["Matching", "inner_product", "match", "match_units"]
 
 # A gain below this share of ‖A‖ ‖B‖ is a rounding error.
 _ROUNDING = 1e-13
@@ -99,6 +103,30 @@ def match(
                 products.append(products[-1] + gain)
                 improved = True
     return Matching(tuple(permutations), tuple(products), sweeps)
+
+
+def match_units(correlations: Tensor, dead_a: Tensor, dead_b: Tensor) -> Tensor:
+    """Matches the units of one group by their correlations.
+
+    Units with no variance have no correlation. They are matched in their order, with each other
+    and, where one network has more of them, with the units that are left.
+
+    Args:
+        correlations: The correlation of each unit of A with each unit of B, ``[units, units]``.
+        dead_a: Which units of A have no variance, ``[units]``.
+        dead_b: Which units of B have no variance, ``[units]``.
+
+    Returns:
+        The index of B's unit at each new position, ``[units]``.
+    """
+    alive_a, alive_b = (torch.nonzero(~dead).squeeze(1) for dead in (dead_a, dead_b))
+    rows, columns = linear_sum_assignment(correlations[alive_a][:, alive_b].numpy(), maximize=True)
+    permutation = torch.full((len(dead_a),), -1)
+    permutation[alive_a[rows]] = alive_b[columns]
+    left = torch.ones(len(dead_b), dtype=torch.bool)
+    left[alive_b[columns]] = False
+    permutation[permutation < 0] = torch.nonzero(left).squeeze(1)
+    return permutation
 
 
 def _similarity(a: Weights, b: Weights, group: Group, names: Sequence[str]) -> Tensor:

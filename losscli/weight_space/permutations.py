@@ -9,29 +9,32 @@ network are pinned, and so are the operands of operators that are not known here
 
 from __future__ import annotations
 
-import contextlib
-import io
-import logging
 import math
 import operator
 import re
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.export import ExportedProgram, default_decompositions, export
+from torch import Tensor
 from torch.export.graph_signature import InputKind
 from torch.fx import Node
 
-from losscli.errors import ModelError
 from losscli.weight_space.axes import Axis, concatenate, cut, multiply, pin, regroup, tie, units
+from losscli.weight_space.tracing import TracedModel
 from losscli.weight_space.vectors import Weights
 
-__all__ = ["Group", "Member", "obstacles", "permutation_groups", "permute"]
+__all__ = [
+    "Group",
+    "HiddenUnits",
+    "Member",
+    "UnitAxis",
+    "hidden_units",
+    "obstacles",
+    "operator_name",
+    "permute",
+]
 
 
 @dataclass(frozen=True)
@@ -68,47 +71,78 @@ class Group:
         return tuple(dict.fromkeys(member.name for member in self.members))
 
 
-def permutation_groups(
-    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None = None
-) -> tuple[Group, ...]:
-    """Finds the groups of hidden units that may be permuted.
+@dataclass(frozen=True)
+class HiddenUnits:
+    """The hidden units of a traced model.
+
+    Attributes:
+        groups: The groups, in the order of the model's tensors. A permutation of a group in all its
+            members at once does not change the output of the model, or its ``logits``.
+        labels: The axes of the value of each node of the graph.
+        leaves: The leaf that stands for the units of each group.
+    """
+
+    groups: tuple[Group, ...]
+    labels: Mapping[Node, Any]
+    leaves: Mapping[Axis, int]
+
+    def on(self, node: Node) -> list[UnitAxis]:
+        """Finds the units on the axes of a tensor of the graph.
+
+        Args:
+            node: The node with the tensor as its value.
+
+        Returns:
+            Their places, for each axis and group; none if the value is not one tensor.
+        """
+        axes = self.labels.get(node)
+        return [
+            UnitAxis(self.leaves[leaf], i, positions)
+            for i, axis in enumerate(axes if isinstance(axes, list) else ())
+            for leaf, positions in units(axis)
+            if leaf in self.leaves
+        ]
+
+
+@dataclass(frozen=True)
+class UnitAxis:
+    """The positions of the units of a group on one axis of a tensor of the graph.
+
+    Attributes:
+        group: The number of the group.
+        axis: Index of the axis.
+        positions: Positions of each unit on the axis, ``[units, block]``.
+    """
+
+    group: int
+    axis: int
+    positions: Tensor
+
+
+def hidden_units(traced: TracedModel) -> HiddenUnits:
+    """Finds the hidden units of a model that may be permuted.
 
     Args:
-        model: The model, in eval mode. Tracing may modify it.
-        args: A small batch of positional inputs.
-        kwargs: Keyword inputs.
+        traced: The model.
 
     Returns:
-        The groups, in the order of the model's tensors. A permutation of a group in all its
-        members at once does not change the output of the model, or its ``logits``.
-
-    Raises:
-        ModelError: The model cannot be traced.
+        Its hidden units.
     """
-    program = _trace(_Scores(model), tuple(args), dict(kwargs or {}))
-    return _label(program, _names(model), Labels())
+    return _label(traced, Labels())
 
 
-def obstacles(
-    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None = None
-) -> tuple[str, ...]:
+def obstacles(traced: TracedModel) -> tuple[str, ...]:
     """Lists the reasons why a model has no groups of units that may be permuted.
 
     Args:
-        model: The model, in eval mode.
-        args: A small batch of positional inputs.
-        kwargs: Keyword inputs.
+        traced: The model.
 
     Returns:
         Operators that may depend on the order of units, and constants that prevent permutations.
-
-    Raises:
-        ModelError: The model cannot be traced.
     """
-    program = _trace(_Scores(model), tuple(args), dict(kwargs or {}))
-    names, labels, free = _names(model), Labels(), Labels(constants_free=True)
-    _label(program, names, labels)
-    groups = _label(program, names, free)
+    labels, free = Labels(), Labels(constants_free=True)
+    _label(traced, labels)
+    groups = _label(traced, free).groups
     return (*labels.order_sensitive, *(free.constants if groups else ()))
 
 
@@ -133,7 +167,7 @@ class Labels(dict[Node, Any]):
         """Pins axes because an operator may depend on the order along them."""
         for axis in axes:
             if any(units(axis)):
-                self.order_sensitive[_operator(node)] = None
+                self.order_sensitive[operator_name(node)] = None
             pin(axis)
 
     def constant(self, node: Node, name: str) -> Any:
@@ -145,20 +179,19 @@ class Labels(dict[Node, Any]):
         return _fresh(_shape(node)) if self.constants_free else _pinned_like(node)
 
 
-def _label(program: ExportedProgram, names: Mapping[str, str], labels: Labels) -> tuple[Group, ...]:
+def _label(traced: TracedModel, labels: Labels) -> HiddenUnits:
     axes: dict[str, list[Axis]] = {}
-    kinds = {spec.arg.name: spec for spec in program.graph_signature.input_specs}
-    for node in program.graph.nodes:
-        _check_shapes(node)
+    kinds = {spec.arg.name: spec for spec in traced.program.graph_signature.input_specs}
+    for node in traced.program.graph.nodes:
         if node.op == "placeholder":
             spec = kinds[node.name]
-            first = names.get((spec.target or "").removeprefix("model."))
+            first = traced.names.get(traced.name_of(spec.target))
             if spec.kind in {InputKind.PARAMETER, InputKind.BUFFER} and first and node.users:
                 if first not in axes:
                     axes[first] = _fresh(_shape(node))
                 labels[node] = axes[first]
             elif spec.kind in {InputKind.CONSTANT_TENSOR, InputKind.BUFFER}:
-                name = (spec.target or node.name).removeprefix("model.")
+                name = traced.name_of(spec.target or node.name)
                 labels[node] = labels.constant(node, f"the constant {name}")
             else:
                 labels[node] = _pinned_like(node)
@@ -167,7 +200,9 @@ def _label(program: ExportedProgram, names: Mapping[str, str], labels: Labels) -
         elif node.op == "output":
             for axis in _input_axes(node, labels):
                 pin(axis)
-    return _groups(axes, names)
+    members = _members(axes, traced.names)
+    groups = tuple(Group(leaf.size, tuple(listed)) for leaf, listed in members.items())
+    return HiddenUnits(groups, labels, {leaf: i for i, leaf in enumerate(members)})
 
 
 def permute(
@@ -197,92 +232,14 @@ def permute(
     return permuted
 
 
-class _Scores(nn.Module):
-    """A model that returns its scores only, for Hugging Face models with structured outputs."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        outputs = self.model(*args, **kwargs)
-        return getattr(outputs, "logits", outputs)
-
-
-def _trace(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ExportedProgram:
-    # Fused attention kernels would hide their operators from the trace.
-    fused = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with torch.no_grad(), _silence():
-            # Attention is not decomposed: its parts may not match the strides of its output.
-            table = default_decompositions()
-            attention = torch.ops.aten.scaled_dot_product_attention.default
-            table.pop(attention, None)  # type: ignore[no-untyped-call]
-            program = export(model.eval(), args, kwargs, strict=False)
-            lowered: ExportedProgram = program.run_decompositions(table)
-            return lowered
-    except Exception as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        what = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
-        raise ModelError(
-            f"the model cannot be traced by torch.export: {what}",
-            "Its forward must run the same operations for all inputs (torch.where instead of if), "
-            "or give a --model with the same tensors that does",
-        ) from error
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fused)
-
-
-@contextmanager
-def _silence() -> Iterator[None]:
-    """Suppresses the warnings and log messages of torch.export; exceptions propagate."""
-    before = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
-    try:
-        with (
-            warnings.catch_warnings(),
-            contextlib.redirect_stdout(io.StringIO()),
-            contextlib.redirect_stderr(io.StringIO()),
-        ):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)
-
-
-def _check_shapes(node: Node) -> None:
-    value = node.meta.get("val")
-    for tensor in value if isinstance(value, list | tuple) else [value]:
-        if isinstance(tensor, Tensor) and not all(isinstance(size, int) for size in tensor.shape):
-            raise ModelError(
-                f"the model cannot be traced: a shape in it depends on values ({node.name})",
-                "Its forward must give tensors of the same shapes for all inputs",
-            )
-
-
-def _names(model: nn.Module) -> dict[str, str]:
-    """Maps each name of a floating-point tensor in the state dict to its first alias."""
-    saved = model.state_dict().keys()
-    first: dict[int, str] = {}
-    named = [
-        *model.named_parameters(remove_duplicate=False),
-        *model.named_buffers(remove_duplicate=False),
-    ]
-    return {
-        name: first.setdefault(id(tensor), name)
-        for name, tensor in named
-        if name in saved and tensor.is_floating_point()
-    }
-
-
-def _groups(axes: Mapping[str, list[Axis]], names: Mapping[str, str]) -> tuple[Group, ...]:
+def _members(axes: Mapping[str, list[Axis]], names: Mapping[str, str]) -> dict[Axis, list[Member]]:
+    """Lists the members of each group by the leaf that stands for its units."""
     members: dict[Axis, list[Member]] = {}
     for name, first in names.items():
         for i, axis in enumerate(axes.get(first, ())):
             for leaf, positions in units(axis):
                 members.setdefault(leaf, []).append(Member(name, i, positions))
-    return tuple(Group(leaf.size, tuple(listed)) for leaf, listed in members.items())
+    return members
 
 
 # The rules of the operators. A rule takes a node of the graph and the labels of all tensors before
@@ -299,7 +256,7 @@ def _apply(node: Node, labels: Labels) -> Any:
         return axes[index] if isinstance(axes, tuple) else _pinned_like(node)  # type: ignore[index]
     if not all(isinstance(labels.get(source), list) for source in node.all_input_nodes):
         return _unknown(node, labels)
-    name = _operator(node)
+    name = operator_name(node)
     if match := _SPATIAL.fullmatch(name):
         return _spatial(node, labels, int(match[1]))
     tags = getattr(node.target, "tags", ())
@@ -309,7 +266,8 @@ def _apply(node: Node, labels: Labels) -> Any:
     return _RULES.get(name, _pointwise if pointwise else _unknown)(node, labels)
 
 
-def _operator(node: Node) -> str:
+def operator_name(node: Node) -> str:
+    """Returns the name of the operator of a node, without its overload."""
     return str(getattr(node.target, "overloadpacket", node.target)).removeprefix("aten.")
 
 
@@ -339,7 +297,7 @@ def _input_axes(node: Node, labels: Labels) -> Iterator[Axis]:
 
 def _unknown(node: Node, labels: Labels) -> Any:
     if not node.all_input_nodes:
-        return labels.constant(node, _operator(node))
+        return labels.constant(node, operator_name(node))
     labels.pin(node, _input_axes(node, labels))
     return _pinned_like(node)
 

@@ -1,20 +1,36 @@
-"""Lines and planes in weight space."""
+"""Lines, curves and planes in weight space."""
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Protocol, Self
+from typing import Literal, Protocol, Self
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from losscli.errors import CheckpointError, UsageError
 from losscli.weight_space.vectors import Weights, distance, equal, norm, pieces, working_type
 
-__all__ = ["Line", "Slice", "Span", "Triangle", "check_point_count", "grid", "midpoint"]
+__all__ = [
+    "Line",
+    "Path",
+    "PathKind",
+    "Slice",
+    "Span",
+    "Triangle",
+    "check_point_count",
+    "grid",
+    "midpoint",
+    "path_coefficients",
+]
+
+PathKind = Literal["bezier", "chain"]
+"""A Bézier curve, or straight lines from each point to the next."""
 
 
 # Largest coordinate; products of larger ones with weights overflow float32.
@@ -25,6 +41,9 @@ _MAX_POINTS = 10_000_000
 
 # Three points are collinear if the sine of every angle of their triangle is below this.
 _COLLINEAR_SINE = 1e-6
+
+# Nodes of the quadrature of the length of a curve.
+_NODES = 200
 
 # Two axes are parallel if the ratio of the eigenvalues of their cosine matrix is below this.
 _PARALLEL_RATIO = 1e-12
@@ -321,6 +340,90 @@ class Span:
             residual = (point - origin).sub_(u, alpha=x).sub_(v, alpha=y)
             square += float(residual.dot(residual))
         return x, y, math.sqrt(square)
+
+
+@dataclass(frozen=True)
+class Path:
+    """A path from A over bends to B, exact at both ends (Garipov et al. 2018, arXiv 1802.10026).
+
+    Attributes:
+        kind: Its kind.
+        ends: The moving tensors at A, at each bend in order, and at B, with the same names and
+            shapes.
+    """
+
+    kind: PathKind
+    ends: tuple[Weights, ...]
+
+    @property
+    def barycentric(self) -> bool:
+        """Always True, see `path_coefficients`."""
+        return True
+
+    def combine(
+        self, values: Sequence[Tensor], coordinates: Sequence[float], out: Tensor | None = None
+    ) -> Tensor:
+        """Combines the values at A, the bends and B into the value at t.
+
+        Differences are added to the value with the largest coefficient, as in `Triangle.combine`.
+
+        Returns:
+            Σ w_k values[k] with the coefficients w of `path_coefficients`.
+        """
+        coefficients = path_coefficients(self.kind, len(values), *coordinates)
+        terms = [(w, value) for w, value in zip(coefficients, values, strict=True) if w]
+        (_, base), *others = sorted(terms, key=lambda term: -abs(term[0]))
+        if not others:
+            return _lerp(base, base, 0.0, out)
+        *middle, (small, last) = others
+        point = _lerp(base, last, small, out)
+        for coefficient, value in middle:
+            point.add_(value - base, alpha=coefficient)
+        return point
+
+    def length(self, names: Iterable[str]) -> float:
+        """Computes the length ∫ ‖dφ/dt‖ dt.
+
+        Args:
+            names: The tensors to use.
+
+        Returns:
+            The sum of the lengths of a chain. For a Bézier curve, Gauss-Legendre quadrature: the
+            integrand is smooth but where the curve turns back at a point.
+        """
+        number = len(self.ends) - 1
+        gram = np.zeros((number, number))
+        for parts in _common_pieces(names, *self.ends):
+            steps = torch.stack([y - x for x, y in itertools.pairwise(parts)]).reshape(number, -1)
+            gram += (steps @ steps.T).numpy()
+        if self.kind == "chain":
+            return float(np.sqrt(np.diag(gram)).sum())
+        nodes, weights = np.polynomial.legendre.leggauss(_NODES)
+        basis = [path_coefficients("bezier", number, (1 + node) / 2) for node in nodes]
+        squares = np.einsum("pi,ij,pj->p", basis, gram, basis)
+        return float(number * (weights / 2 * np.sqrt(np.maximum(squares, 0))).sum())
+
+
+def path_coefficients(kind: PathKind, number: int, t: float) -> list[float]:
+    """Returns the coefficients of the points that determine a path.
+
+    Args:
+        kind: The kind of the path.
+        number: The number of points: the two ends and the bends.
+        t: The position on the path: 0 at the first point, 1 at the last.
+
+    Returns:
+        w with sum 1: for a Bézier curve the Bernstein polynomials binom(n, k) t^k (1 − t)^(n−k),
+        n = number − 1; for a chain those of the straight line between two points.
+    """
+    degree = number - 1
+    if kind == "bezier":
+        return [math.comb(degree, k) * t**k * (1 - t) ** (degree - k) for k in range(number)]
+    segment = min(int(t * degree), degree - 1)
+    along = t * degree - segment
+    coefficients = [0.0] * number
+    coefficients[segment : segment + 2] = 1 - along, along
+    return coefficients
 
 
 def midpoint(a: Weights, b: Weights, names: Iterable[str]) -> Weights:

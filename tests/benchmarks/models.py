@@ -76,13 +76,30 @@ class GPT2(nn.Module):
         self.layers = nn.Sequential(*(Layer(width, width // 64) for _ in range(depth)))
         self.norm = nn.LayerNorm(width)
 
-    def forward(self, tokens: Tensor) -> Tensor:
+    def features(self, tokens: Tensor) -> Tensor:
+        """The outputs of the last layer, ``[B, T, width]``."""
         places = torch.arange(tokens.shape[1], device=tokens.device)
-        x = self.norm(self.layers(self.words(tokens) + self.places(places)))
+        return self.norm(self.layers(self.words(tokens) + self.places(places)))  # type: ignore[no-any-return]
+
+    def forward(self, tokens: Tensor) -> Tensor:
         # The scores of the words come second, as every loss of classes has it.
-        return F.linear(x, self.words.weight).transpose(1, 2)
+        return F.linear(self.features(tokens), self.words.weight).transpose(1, 2)
 
     @staticmethod
     def products(tokens: int, words: int = 50257, width: int = 768, depth: int = 12) -> float:
         """Floating-point operations in the matrix products of a token: a multiply and an add."""
         return 2.0 * (depth * 12 * width**2 + words * width + depth * tokens * width)
+
+
+class TokenScores(GPT2):
+    """The same with the scores last and a head of its own class, which losscli may defer."""
+
+    def __init__(
+        self, words: int = 50257, context: int = 1024, width: int = 768, depth: int = 12
+    ) -> None:
+        super().__init__(words, context, width, depth)
+        self.head = nn.Linear(width, words, bias=False)
+        self.head.weight = self.words.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.head(self.features(tokens))  # type: ignore[no-any-return]

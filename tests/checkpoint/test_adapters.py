@@ -597,9 +597,7 @@ def change(folder: Path, **values: Any) -> None:
     ],
     ids=str,
 )
-def test_a_config_that_makes_no_sense_is_told(
-    values: dict[str, Any], told: str, tmp_path: Path
-) -> None:
+def test_an_invalid_config_is_reported(values: dict[str, Any], told: str, tmp_path: Path) -> None:
     adapt(mlp(), tmp_path, r=2, target_modules=["layers.0"])
     change(tmp_path, **values)
     assert told in refusal(tmp_path)

@@ -298,7 +298,7 @@ BROKEN: dict[str, tuple[Callable[[Metadata], object], str]] = {
 
 
 @pytest.mark.parametrize("kind", BROKEN)
-def test_metadata_that_make_no_sense_are_told_in_one_line(
+def test_invalid_metadata_is_reported_in_one_line(
     kind: str, losscli: Losscli, tmp_path: Path
 ) -> None:
     folder = tmp_path / "a"
@@ -319,7 +319,7 @@ def test_a_tensor_larger_than_memory_is_refused(losscli: Losscli, tmp_path: Path
     assert "'layers.0.weight' of shape [1125899906842624, 4] does not fit in mem" in done.stderr
 
 
-def test_a_part_that_is_cut_off_or_no_tensor_is_told(tmp_path: Path) -> None:
+def test_a_truncated_part_or_one_without_tensors_is_reported(tmp_path: Path) -> None:
     folder = Path(put(state(), tmp_path / "a"))
     part = folder / "__0_0.distcp"
     content = part.read_bytes()
@@ -376,7 +376,7 @@ def test_a_part_that_wants_code_is_refused_and_nothing_runs(tmp_path: Path) -> N
     assert not marker.exists()
 
 
-def test_values_that_are_no_tensors_are_never_unpickled(tmp_path: Path) -> None:
+def test_values_that_are_not_tensors_are_never_unpickled(tmp_path: Path) -> None:
     marker = tmp_path / "it ran"
     content = {"model": state(), "evil": Calling(os.system, f"touch '{marker}'")}
     name = put(content, tmp_path / "a")

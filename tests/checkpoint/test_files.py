@@ -406,7 +406,7 @@ def test_a_half_precision_checkpoint_fits_a_float32_model(tmp_path: Path) -> Non
     assert same(read(write(half, tmp_path / "a.pt")).select(state(1)).weights, half)
 
 
-def test_an_optimiser_alone_is_no_model(tmp_path: Path) -> None:
+def test_an_optimiser_alone_is_not_a_model(tmp_path: Path) -> None:
     content = {"state": {0: {"exp_avg": torch.ones(3)}, 1: {"exp_avg": torch.ones(2)}}}
     with pytest.raises(CheckpointError, match=r"several state dicts: 'optimizer\.state\.0', 'opt"):
         read(write({"optimizer": content}, tmp_path / "a.pt")).select(None)
@@ -417,7 +417,7 @@ def test_an_optimiser_alone_is_no_model(tmp_path: Path) -> None:
     [{}, {"epoch": 3}, [1, 2], torch.ones(3), [torch.ones(3)], {0: torch.ones(3)}, "text", None],
     ids=repr,
 )
-def test_a_file_without_named_tensors_is_no_checkpoint(content: Any, tmp_path: Path) -> None:
+def test_a_file_without_named_tensors_is_not_a_checkpoint(content: Any, tmp_path: Path) -> None:
     message = refusal(write(content, tmp_path / "a.pt"))
     assert message.endswith("contains no named tensors. Save the model's state_dict() in it")
 
@@ -437,7 +437,7 @@ def test_an_initialisation_has_no_digest_and_a_lost_file_says_so(tmp_path: Path)
 # What cannot be read
 
 
-def test_a_missing_file_is_told_with_where_it_was_sought(tmp_path: Path) -> None:
+def test_a_missing_file_is_reported_with_the_folder_that_was_searched(tmp_path: Path) -> None:
     for name in ("absent.pt", "absent.safetensors", "absent.pt#ema", "a\0b.pt", "a\0b#c"):
         message = refusal(tmp_path / name)
         assert message.startswith(f"there is no checkpoint {tmp_path}/{name}")
@@ -446,7 +446,7 @@ def test_a_missing_file_is_told_with_where_it_was_sought(tmp_path: Path) -> None
     assert "File name too long" in refusal("x" * 5000 + "#y")
 
 
-def test_a_folder_is_no_file(tmp_path: Path) -> None:
+def test_a_folder_is_not_a_file(tmp_path: Path) -> None:
     assert refusal(tmp_path) == f"{tmp_path} is a folder, not a checkpoint file. Name a file in it"
     assert "is a folder" in refusal(f"{tmp_path}#ema")
 
@@ -540,7 +540,7 @@ def test_no_damage_whatever_raises_anything_else(tmp_path: Path) -> None:
                 read(str(path))
 
 
-def test_an_archive_of_files_is_no_checkpoint(tmp_path: Path) -> None:
+def test_an_archive_of_files_is_not_a_checkpoint(tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "a.tar", "w") as archive:
         archive.add(write(state(), tmp_path / "a.pt"), "a.pt")
     assert "not a checkpoint that torch can read" in refusal(tmp_path / "a.tar")

@@ -201,7 +201,7 @@ def damage(folder: Path, kind: str) -> None:
         ("cut", "is not valid JSON"),
     ],
 )
-def test_a_broken_index_or_shard_is_told_in_one_line(
+def test_a_broken_index_or_shard_is_reported_in_one_line(
     kind: str, told: str, losscli: Losscli, tmp_path: Path
 ) -> None:
     folder = tmp_path / "gpt2"
@@ -342,7 +342,7 @@ def test_tensors_of_another_kind_are_not_cast(dtype: torch.dtype, tmp_path: Path
 
 
 @pytest.mark.parametrize("suffix", ["pt", "safetensors"])
-def test_a_tied_tensor_of_two_values_is_told(
+def test_a_tied_tensor_with_two_values_is_reported(
     suffix: str, tmp_path: Path, losscli: Losscli, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)

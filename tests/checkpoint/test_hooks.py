@@ -354,7 +354,7 @@ def test_versions_of_any_kind_break_nothing(versions: Any, tmp_path: Path) -> No
     assert torch.equal(found["0.parametrizations.weight.original1"], state["0.weight_v"])
 
 
-def test_a_model_that_is_another_is_told_at_once(tmp_path: Path) -> None:
+def test_another_model_is_reported_at_once(tmp_path: Path) -> None:
     many = {f"h.{i}": {"exp_avg": torch.ones(2), "exp_avg_sq": torch.ones(2)} for i in range(2000)}
     torch.save({"net": MLP("4-6-3").state_dict(), "adam": many}, tmp_path / "a.pt")
     model, copies = batchnorm(), []

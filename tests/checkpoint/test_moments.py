@@ -219,7 +219,7 @@ def test_a_tied_parameter_is_found_under_each_of_its_names() -> None:
         assert torch.equal(found.second_moments["1.weight"], moment)
 
 
-def test_before_the_first_step_there_are_no_moments() -> None:
+def test_there_are_no_moments_before_the_first_step() -> None:
     model = network()
     found = match(whole(model, train(model, steps=0)), model)
     assert (found.second_moments, found.steps, found.learning_rate) == ({}, {}, 0.01)

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import losscli as library
-from losscli.checkpoint import expand_folders, order_path
+from losscli.checkpoint import expand_folders, file_names, order_path
 from losscli.errors import CheckpointError
 from losscli.models import MLP
 from tests.checkpoint.test_distributed import put
@@ -275,7 +275,7 @@ def test_folders_that_are_checkpoints_are_compared_too(tmp_path: Path) -> None:
     assert "final is left out" in notes[0]
 
 
-def test_a_last_file_that_is_cut_off_is_told(tmp_path: Path) -> None:
+def test_a_truncated_last_file_is_reported(tmp_path: Path) -> None:
     save(tmp_path / "p", {**NUMBERED, "last.pt": 5})
     file = tmp_path / "p" / "last.pt"
     file.write_bytes(file.read_bytes()[:500])
@@ -427,3 +427,22 @@ def test_from_python_a_folder_with_a_key_is_its_files(function: str, folder: Pat
     assert named.table.rows == result.table.rows
     other = getattr(library, function)(["p#net"], **options)
     assert other.table.rows != result.table.rows
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (["a/x.pt", "a/y.safetensors"], ["x", "y"]),
+        (["runs/1/final.pt", "runs/2/final.pt"], ["1-final", "2-final"]),
+        (["1/a/x.pt", "2/a/x.pt", "2/b/y.pt"], ["1-a-x", "2-a-x", "2-b-y"]),
+        (["f.pt#model", "f.pt#ema"], ["model", "ema"]),
+        (["init:1", "init:2"], ["init-1", "init-2"]),
+        (["x.pt", "x.bin"], ["x-1", "x-2"]),
+        (["step-10.pt", "loss=0.5.pt"], ["step-10", "loss-0.5"]),
+        (["../a b.pt", "c\n.pt"], ["a-b", "c"]),
+    ],
+)
+def test_files_of_several_checkpoints_have_different_names(
+    names: list[str], expected: list[str]
+) -> None:
+    assert file_names(names) == expected

@@ -178,7 +178,7 @@ def test_a_model_with_extras_and_its_twin_are_two(tmp_path: Path) -> None:
     assert same(read(f"{name}#ema").select(state()).weights, state(2))
 
 
-def test_a_part_that_does_not_fit_is_told_without_its_prefix(tmp_path: Path) -> None:
+def test_a_part_that_does_not_fit_is_reported_without_its_prefix(tmp_path: Path) -> None:
     content = {**prefixed("net.", state(1, "4-5-2")), "criterion.weight": torch.ones(2)}
     name = write({"state_dict": content}, tmp_path / "a.pt")
     with pytest.raises(MismatchError) as caught:

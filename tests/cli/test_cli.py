@@ -168,7 +168,7 @@ def test_plot_reads_stdin(folder: Path, at_hand: Path) -> None:
         ("alpha,split,loss,loss_stderr\r\n1,x,y,z\r\n", "record 2"),
     ],
 )
-def test_plot_refuses_what_is_no_table(
+def test_plot_refuses_files_that_are_not_tables(
     content: str, message: str, losscli: Losscli, folder: Path
 ) -> None:
     Path("bad.csv").write_text(content)
@@ -407,7 +407,7 @@ def test_plot_never_loads_torch(losscli: Losscli, folder: Path) -> None:
 
 
 @pytest.mark.parametrize("unbuffered", [False, pytest.param(True, marks=pytest.mark.stress)])
-def test_a_reader_that_leaves_early_is_told_of_in_one_line(
+def test_a_reader_that_closes_the_pipe_early_is_reported_in_one_line(
     unbuffered: bool, folder: Path, at_hand: Path
 ) -> None:
     command = [sys.executable, "-u", "-m", "losscli"] if unbuffered else ["losscli"]
@@ -437,7 +437,7 @@ def test_a_reader_that_leaves_early_is_told_of_in_one_line(
         (["--version"], 1),
     ],
 )
-def test_a_help_text_that_is_read_no_further_is_no_error(arguments: list[str], status: int) -> None:
+def test_closing_the_pipe_of_a_help_text_is_not_an_error(arguments: list[str], status: int) -> None:
     """As by head. A result that is read no further is one."""
     reader, writer = os.pipe()
     os.close(reader)
@@ -481,7 +481,7 @@ def test_completion_is_shown_and_installed_without_a_complaint(
     assert "_losscli_completion" in done.stdout
 
 
-def test_a_command_that_exits_is_told_of_though_an_argument_looks_like_completion(
+def test_a_command_that_exits_is_reported_even_if_an_argument_looks_like_completion(
     folder: Path, losscli: Losscli
 ) -> None:
     (folder / "exits.py").write_text("def net(): raise SystemExit(0)\n")
@@ -499,7 +499,7 @@ def test_a_command_that_exits_is_told_of_though_an_argument_looks_like_completio
         ("plane a.pt --range 0,1e-3", "--range 0 1e-3"),
     ],
 )
-def test_numbers_with_a_comma_between_them_are_told_of(
+def test_numbers_separated_by_a_comma_are_reported(
     arguments: str, written: str, folder: Path, losscli: Losscli
 ) -> None:
     done = losscli(*arguments.split(), "-o", "out")
@@ -629,7 +629,7 @@ def test_a_signal_ends_the_run_with_one_line_and_no_file(
     assert files(folder) == before
 
 
-def test_a_closed_stdout_is_told_of_in_one_line(folder: Path) -> None:
+def test_a_closed_stdout_is_reported_in_one_line(folder: Path) -> None:
     (folder / "g.csv").write_text(f"{_LINE}\n0,train,1,1\n1,train,2,1\n")
     done = subprocess.run(
         f"{sys.executable} -m losscli plot g.csv --terminal >&-",
@@ -664,7 +664,7 @@ def test_what_a_model_prints_does_not_reach_stdout(folder: Path, at_hand: Path) 
     assert "forward" in done.stderr
 
 
-def test_a_closed_stderr_is_no_failure(folder: Path) -> None:
+def test_a_closed_stderr_is_not_a_failure(folder: Path) -> None:
     done = subprocess.run(
         f"{sys.executable} -m losscli interpolate a.pt b.pt --points 3 --no-figure -o out "
         "2>&- >/dev/null",
@@ -868,7 +868,7 @@ def test_a_shell_gets_its_completions(folder: Path) -> None:
     ],
     ids=lambda value: value[:60],
 )
-def test_whole_numbers_beyond_sense_are_refused(
+def test_invalid_integers_are_refused(
     command: str, message: str, losscli: Losscli, folder: Path
 ) -> None:
     before = set(folder.iterdir())
@@ -898,7 +898,7 @@ _CHECK += "lambda_max_error,minimal_ratio,verdict"
         ),
         (
             _LINE + "\n" + "".join(f"0,s{k},1,1\n" for k in range(201)),
-            "a figure can show at most 200 curves, not 201. Choose fewer by --split",
+            "a figure can show at most 200 curves, not 201. Choose fewer with --split",
         ),
         (
             "x,y,split,loss,loss_stderr\n" + "".join(f"0,0,s{k},1,1\n" for k in range(25)),
@@ -950,7 +950,7 @@ def test_a_run_of_too_many_panels_is_refused_before_it_is_evaluated(
         "export a.pt b.pt --alpha 0",
     ],
 )  # fmt: skip
-def test_out_is_no_folder(command: str, out: str, losscli: Losscli, folder: Path) -> None:
+def test_out_cannot_be_a_folder(command: str, out: str, losscli: Losscli, folder: Path) -> None:
     (folder / "g.csv").write_text(f"{_LINE}\n0,train,1,1\n1,train,2,1\n")
     before = set(folder.iterdir())
     done = losscli(*command.split(), "-o", out)
@@ -991,7 +991,7 @@ def test_help_and_version_say_that_stdout_is_closed(
     assert err.getvalue() == "losscli: stdout was closed before the result was written to it\n"
 
 
-def test_no_command_is_told_of(losscli: Losscli) -> None:
+def test_a_missing_command_is_reported(losscli: Losscli) -> None:
     done = losscli()
     assert (done.status, done.stderr) == (2, "losscli: no command given. See losscli --help\n")
 

@@ -257,7 +257,7 @@ def test_what_was_recalled_between_does_not_count_in_the_rate(
     ]
 
 
-def test_what_is_done_again_is_no_progress(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_repeated_work_does_not_count_as_progress(monkeypatch: pytest.MonkeyPatch) -> None:
     """Out of memory, a chunk begins anew."""
     events = [(10.0, 10.0, 0.0), (20.0, 0.0, 0.0), (30.0, 5.0, 0.0), (40.0, 20.0, 0.0)]
     assert lines(events, 40, monkeypatch) == [

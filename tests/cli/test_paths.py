@@ -208,7 +208,7 @@ def test_stems_are_named_after_the_command_and_the_ends(
         ("plot line.csv way.csv", 2, "have no axes in common"),
         ("plot square.csv square.csv", 2, "cannot be laid over another"),
         ("plot way.csv --terminal", 2, "the lines of interpolate alone"),
-        ("plot way.surface.csv", 1, "is no table that can be drawn"),
+        ("plot way.surface.csv", 1, "is not a table that losscli can draw"),
     ],
 )
 def test_bad_input_is_one_line_and_leaves_no_file(

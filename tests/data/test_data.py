@@ -175,7 +175,7 @@ def test_relative_names_are_relative_to_the_folder_given(
     ],
     ids=range(10),
 )
-def test_arrays_that_make_no_splits_are_told(
+def test_arrays_without_splits_are_reported(
     kind: str, arrays: dict[str, Tensor], message: str, tmp_path: Path
 ) -> None:
     path = tmp_path / "a"
@@ -236,7 +236,7 @@ def test_a_damaged_archive_is_refused_whatever_its_reader_raises(tmp_path: Path)
     assert refused > 100
 
 
-def test_counts_that_differ_are_told_before_an_archive_is_unpacked(
+def test_different_counts_are_reported_before_an_archive_is_unpacked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "data.npz"
@@ -248,7 +248,7 @@ def test_counts_that_differ_are_told_before_an_archive_is_unpacked(
     )
 
 
-def test_a_class_beyond_64_bits_is_told_as_it_is(tmp_path: Path) -> None:
+def test_a_class_beyond_64_bits_is_reported_unchanged(tmp_path: Path) -> None:
     savez(tmp_path / "data.npz", inputs=X, targets=np.full(len(X), 2**63, np.uint64))
     message = refusal(lambda: load(f"npz:{tmp_path / 'data.npz'}", trusted=False))
     assert message.endswith(
@@ -272,7 +272,7 @@ def test_pipes_in_a_folder_are_not_waited_for(kind: str, tmp_path: Path) -> None
     assert message.startswith(f"{tmp_path} contains no")
 
 
-def test_a_single_array_is_no_archive(tmp_path: Path) -> None:
+def test_a_single_array_is_not_an_archive(tmp_path: Path) -> None:
     with (tmp_path / "a.npz").open("wb") as file:
         np.save(file, X.numpy())
     message = refusal(lambda: load(f"npz:{tmp_path}/a.npz", trusted=False))
@@ -413,7 +413,7 @@ GOOD = {"t10k-images-idx3-ubyte": idx(IMAGES), "t10k-labels-idx1-ubyte": idx(LAB
     ],
     ids=range(17),
 )
-def test_idx_files_that_do_not_belong_together_are_told(
+def test_idx_files_that_do_not_belong_together_are_reported(
     files: dict[str, bytes], message: str, tmp_path: Path
 ) -> None:
     folder = mnist(tmp_path / "m", files)
@@ -433,7 +433,7 @@ def test_a_packed_file_that_was_cut_off_anywhere_is_refused(tmp_path: Path) -> N
         assert message.endswith("The download may be incomplete: download it again")
 
 
-def test_a_folder_that_is_none_is_told(tmp_path: Path) -> None:
+def test_a_path_that_is_not_a_folder_is_reported(tmp_path: Path) -> None:
     message = refusal(lambda: load(f"mnist:{tmp_path}/absent", trusted=False))
     assert message == f"there is no folder {tmp_path}/absent. Name the folder of the IDX files"
 
@@ -608,7 +608,7 @@ def test_a_wrong_key_is_a_usage_error(file: str, keys: str, message: str) -> Non
     assert found.startswith(f"data '{file},{keys}': ")
 
 
-def test_values_for_another_number_of_channels_are_told(file: str) -> None:
+def test_values_for_another_number_of_channels_are_reported(file: str) -> None:
     message = refusal(lambda: load(f"{file},mean=0.1-0.2", trusted=False))
     assert "2 values of mean or std for 3 channels. Give one value, or one per channel" in message
     # What is not scaled has no channels.

@@ -100,7 +100,7 @@ def test_arrays_of_several_dimensions(feature: Any, dtype: torch.dtype, tmp_path
     assert data.task == "classification"
 
 
-def test_targets_that_are_no_classes_are_regressed(tmp_path: Path) -> None:
+def test_targets_that_are_not_classes_are_regressed(tmp_path: Path) -> None:
     whole = table(a=[1.0, 2.0], b=[[0.5], [0.25]], c=[3.0, 4.0])
     data = load(f"{saved(tmp_path, whole)},inputs=b,targets=c", trusted=False)
     assert data.task == "regression"
@@ -699,7 +699,7 @@ def test_a_file_asks_nothing_of_the_hub(
     assert outcome.stderr.count("\n") == 1
 
 
-def test_where_the_hub_does_not_answer_it_is_said_at_once(
+def test_a_hub_that_does_not_answer_is_reported_at_once(
     losscli: Losscli, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import huggingface_hub

@@ -249,7 +249,7 @@ def test_size_resizes_the_shorter_side_and_cuts_out_the_centre(
         assert np.array_equal(cut, image[top : top + size, left : left + size])
 
 
-def test_images_are_decoded_anew_and_can_be_sent_to_workers(tmp_path: Path) -> None:
+def test_images_are_decoded_again_and_can_be_sent_to_workers(tmp_path: Path) -> None:
     from losscli.data.images import load_image_folder
 
     first, second = write(tmp_path / "a" / "1.png"), write(tmp_path / "b" / "2.png")
@@ -459,7 +459,7 @@ def test_a_gif_under_another_name_is_read(tmp_path: Path) -> None:
     assert np.array_equal(examples(read(tmp_path))[0], stacked([expected]))
 
 
-def test_pipes_and_devices_are_no_images(tmp_path: Path) -> None:
+def test_pipes_and_devices_are_not_images(tmp_path: Path) -> None:
     write(tmp_path / "a" / "1.png")
     (tmp_path / "b").mkdir()
     os.mkfifo(tmp_path / "b" / "1.png")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,10 +13,16 @@ from torch import Tensor, nn
 
 from losscli.data import DataSet, Split, allocations, device_budget, device_memory, placing
 from losscli.errors import OutOfMemoryError
-from losscli.evaluation.losses.built_in import LOSSES
+from losscli.evaluation.flops import Trace, operations
+from losscli.evaluation.losses.built_in import LOSSES, cross_entropy
 from losscli.evaluation.memory import halving, points_that_fit
 from losscli.evaluation.objective import Objective
+from losscli.evaluation.output_collector import OutputCollector
+from losscli.evaluation.recalibration import Recalibration
+from losscli.evaluation.strategies.base import Strategy
+from losscli.evaluation.strategies.points import LoadedPoint, StackedPoints
 from losscli.evaluation.sweep import sweep
+from losscli.models import CNN, MLP
 from tests.cases import CASES
 from tests.conftest import Losscli
 from tests.evaluation.test_objective import line_of, objective_of
@@ -73,9 +80,88 @@ def test_budgets_count_what_is_reserved_and_not_used(
     assert device_budget(GPU) == free // 4
     objective = objective_of(CASES[0])
     names = list(objective.tensors)
-    size = sum(tensor.nbytes for tensor in objective.tensors.values())
+    losses = 8 * len(objective.splits["all"])
+    size = sum(tensor.nbytes for tensor in objective.tensors.values()) + losses
+    activations = 2 * objective.batch_size * objective.activations
     objective.device = GPU
     assert points_that_fit(objective, names) == free // 4 // size
+    objective.strategy = Strategy.STACKED
+    assert points_that_fit(objective, names) == free // 4 // (size + activations)
+    # In turn, points take no weights of their own.
+    monkeypatch.setattr(Split, "is_on", lambda *_: True)
+    objective.strategy = Strategy.BOUND
+    assert points_that_fit(objective, names) == free // 4 // losses
+    first = {"all": objective.splits["all"].first(3)}
+    assert points_that_fit(objective, names, first) == free // 4 // (3 * 8)
+
+
+@pytest.mark.parametrize(
+    ("model", "shape", "values"),
+    [
+        # The input and the output of the first and of the second layer.
+        (MLP("12-9-5"), (12,), 12 + 9),
+        (MLP("3-9-9-2"), (3,), 9 + 9),
+        # The pooling of the first layer, with its indices in int64.
+        (CNN("4-6", channels=2, classes=3), (2, 6, 6), 4 * 36 + 4 * 9 + 2 * 4 * 9),
+    ],
+    ids=["wide-first", "wide-second", "cnn"],
+)
+def test_activations_are_what_one_operator_reads_and_writes(
+    model: nn.Module, shape: tuple[int, ...], values: int
+) -> None:
+    objective = _objective_on(model, shape)
+    assert objective.activations == values * 4
+
+
+@pytest.mark.parametrize("case", ["mlp-relu", "mlp-maxout", "normalising", "functional"])
+def test_points_at_once_take_no_more_memory_than_is_planned(case: str) -> None:
+    own = next(c for c in CASES if c.name == case)
+    objective = objective_of(own, batch_size=9)
+    a, line = line_of(own)
+    objective.load(a)
+    points = [(x / 7,) for x in range(8)]
+    stack = sum(t.nbytes for t in line.a.values()) * len(points)
+    planned = 2 * objective.batch_size * objective.activations * len(points)
+    batch = objective.first_batches()["all"]
+    trace = Trace()
+    with torch.no_grad(), StackedPoints(objective, line, points) as stacked:
+        losses = torch.empty(len(points), len(batch), dtype=torch.float64)
+        collector = OutputCollector(objective, batch.targets, losses, {})
+        inputs = objective.prepare(batch)
+        operations(objective.model, lambda: list(stacked.evaluate(inputs, collector)), trace)
+    assert 0 < trace.largest <= planned + stack
+
+
+def _objective_on(model: nn.Module, shape: tuple[int, ...], **options: Any) -> Objective:
+    split = Split(torch.rand(8, *shape), torch.zeros(8, dtype=torch.long))
+    return Objective(
+        model, cross_entropy, {}, DataSet({"all": split}), device=torch.device("cpu"), **options
+    )
+
+
+@pytest.mark.parametrize("fits", [True, False])
+def test_training_examples_that_do_not_fit_stay_on_the_host(
+    fits: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    training = Split(torch.rand(20, 2, 6, 6), torch.zeros(20, dtype=torch.long))
+    budget = training.nbytes - (not fits)
+    monkeypatch.setattr("losscli.evaluation.objective.device_budget", lambda _: budget)
+    moved: list[int] = []
+    to = Split.to
+
+    def moving(self: Split, device: torch.device) -> Split:
+        moved.append(len(self))
+        return to(self, device)
+
+    monkeypatch.setattr(Split, "to", moving)
+    plan = Recalibration.plan("train", training, 0)
+    model = CNN("4-6", channels=2, classes=3, batchnorm=True)
+    objective = _objective_on(model, (2, 6, 6), recalibration=plan)
+    assert moved == [8, *[len(training)] * fits]
+    # Its batches are moved one by one.
+    objective.recalibrate(LoadedPoint(objective))
+    assert objective.batchnorm
+    assert not objective.idle
 
 
 def _fails(*_: object, **__: object) -> None:

@@ -375,7 +375,9 @@ def test_what_does_not_fit_on_the_device_stays_and_goes_there_batch_by_batch(
     assert torch.equal(found["a"].losses, found["b"].losses)
 
 
-def test_a_first_example_that_is_small_deceives_nobody(cramped: Callable[[int], None]) -> None:
+def test_a_small_first_example_does_not_hide_the_size_of_others(
+    cramped: Callable[[int], None],
+) -> None:
     def collate(rows: list[Any]) -> Any:
         longest = max(len(x) for x, _ in rows)
         inputs = torch.stack([torch.nn.functional.pad(x, (0, longest - len(x))) for x, _ in rows])
@@ -544,7 +546,7 @@ def test_a_sampler_is_asked_once_for_all_passes(form: str, cramped: Callable[[in
         assert rows == [everything[i] for i in (3, 1, 4, 1, 5)]
 
 
-def test_keys_that_are_no_positions_are_kept(cramped: Callable[[int], None]) -> None:
+def test_keys_that_are_not_positions_are_kept(cramped: Callable[[int], None]) -> None:
     class Named(Dataset[Any]):
         def __getitem__(self, name: str) -> Any:
             return example(len(name))
@@ -836,7 +838,7 @@ def test_the_command_gives_the_same_table_streamed_and_from_memory(
     assert json.loads((code / "held-plain.json").read_text())["notes"] == []
 
 
-def test_a_dry_run_tells_what_is_streamed_and_how_often(losscli: Losscli, code: Path) -> None:
+def test_a_dry_run_reports_what_is_streamed_and_how_often(losscli: Losscli, code: Path) -> None:
     done = interpolate(losscli, "plain", "--dry-run")
     assert "passes       3 over the data" in done.stdout
     assert "in memory    0.0 MiB of data, not train: decoded again in each pass" in done.stdout
@@ -850,7 +852,7 @@ def test_a_dry_run_tells_what_is_streamed_and_how_often(losscli: Losscli, code: 
     assert told["examples"] == {"train": 9, "test": 9}
 
 
-def test_a_limit_of_what_is_iterated_is_its_first_examples_and_told(
+def test_a_limit_of_an_iterable_takes_its_first_examples_and_is_reported(
     losscli: Losscli, code: Path
 ) -> None:
     done = interpolate(losscli, "coming", "--limit", 100, "-o", "some", "--json")
@@ -900,7 +902,7 @@ def test_every_option_takes_the_same_examples_streamed_and_from_memory(
 
 
 @pytest.mark.parametrize("options", [[], ["--derivatives"], ["--layerwise"], ["--limit", 150]])
-def test_a_dry_run_tells_the_passes_that_there_are(
+def test_a_dry_run_reports_the_number_of_passes(
     options: list[object], losscli: Losscli, code: Path
 ) -> None:
     words = ["counting", *options, "--json", "-o", "x"]

@@ -218,7 +218,7 @@ def error(found: Tensor, truth: Tensor) -> float:
 
 @pytest.mark.parametrize("case", sample(CASES, 0, 2), ids=str)
 @pytest.mark.parametrize("way", list(Strategy))
-def test_no_way_has_a_larger_error_than_a_plain_float32_loop(
+def test_no_strategy_has_a_larger_error_than_a_plain_float32_loop(
     case: Cancelling, way: Strategy
 ) -> None:
     slice_, targets, objective = made(case)

@@ -171,7 +171,7 @@ class Deep(nn.Module):
 @pytest.mark.parametrize("normalise", [False, True])
 @pytest.mark.parametrize("scale", [1.0, 1e3])
 @pytest.mark.parametrize("number", [2, 37, 300])
-def test_rounding_is_no_dependence(
+def test_rounding_is_not_a_dependence(
     number: int, scale: float, normalise: bool, dtype: torch.dtype
 ) -> None:
     model = Deep(scale, normalise=normalise)
@@ -186,7 +186,7 @@ def test_nor_where_a_model_computes_in_a_narrower_type_than_it_is_asked_for(scal
     check_task(objective_of(model, number=64), model.state_dict())
 
 
-def test_without_a_wider_copy_rounding_is_told_by_its_size(
+def test_without_a_wider_copy_rounding_is_reported_with_its_size(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("losscli.evaluation.precision.host_budget", lambda: 0)

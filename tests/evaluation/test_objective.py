@@ -440,7 +440,7 @@ def test_labels_out_of_range_are_found_before_any_kernel_does(label: int) -> Non
         check_task(objective_of(case), case.state(1))
 
 
-def test_a_loss_that_is_no_number_an_example_is_refused() -> None:
+def test_a_loss_that_is_not_one_number_per_example_is_refused() -> None:
     case = CASES[0]
     data = DataSet({"all": Split(case.inputs, case.targets)})
     objective = Objective(case.build(), foreign.batch_mean, {}, data, device=torch.device("cpu"))

@@ -391,9 +391,10 @@ def test_statistics_count_as_memory_of_a_point(monkeypatch: pytest.MonkeyPatch) 
     _, line = line_of(PLAIN["residual"])
     weights = sum(t.numel() for t in line.a.values()) * 8
     statistics = 3 * 2 * 6 * (8 + 8)
-    monkeypatch.setattr("losscli.evaluation.memory._CPU_STACK", 10 * (weights + statistics))
+    point = weights + statistics + N * 8
+    monkeypatch.setattr("losscli.evaluation.memory._CPU_STACK", 10 * point)
     assert points_that_fit(objective, line.a) == 10
-    monkeypatch.setattr("losscli.evaluation.memory._CPU_STACK", 10 * (weights + statistics) - 1)
+    monkeypatch.setattr("losscli.evaluation.memory._CPU_STACK", 10 * point - 1)
     assert points_that_fit(objective, line.a) == 9
 
 
@@ -428,7 +429,7 @@ def test_out_of_memory_in_the_statistics_there_are_fewer_points_at_once(
     assert objective.batch_size == 16
 
 
-def test_a_layer_that_is_never_run_keeps_its_statistics_and_is_told_of(tmp_path: Path) -> None:
+def test_a_layer_that_is_never_run_keeps_its_statistics_and_is_reported(tmp_path: Path) -> None:
     class Aside(Residual):
         def __init__(self) -> None:
             super().__init__()
@@ -659,7 +660,7 @@ def test_what_cannot_be_re_estimated_is_refused(folder: Path, losscli: Losscli) 
     assert told.endswith("example of single, which has no variance. Give more\n")
 
 
-def test_a_batch_that_does_not_fit_is_told_of(
+def test_a_batch_that_does_not_fit_is_reported(
     folder: Path, losscli: Losscli, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def none(self: LoadedPoint, inputs: Any) -> Any:
@@ -730,7 +731,7 @@ def test_where_statistics_matter_the_cure_is_named_once(
 
 
 @pytest.mark.parametrize(("name", "number", "more"), STUDIES)
-def test_between_neighbours_there_is_no_hint(
+def test_neighbouring_points_get_no_hint(
     name: str, number: int, more: dict[str, Any], tmp_path: Path
 ) -> None:
     case = PLAIN["residual"]

@@ -205,7 +205,9 @@ def test_planes_paths_and_barriers_have_them(tmp_path: Path) -> None:
     assert found == pytest.approx(middles, rel=1e-10)
 
 
-def test_the_losses_with_the_vectors_of_the_file_are_told_where_they_differ(tmp_path: Path) -> None:
+def test_the_losses_with_the_vectors_of_the_file_are_reported_where_they_differ(
+    tmp_path: Path,
+) -> None:
     files, (a, b), given = save(perceptron, hooked, tmp_path, 1, 2)
     own = [
         oracle.mean(oracle.losses(given["model"], s, X, Y, LOSSES["cross_entropy"])) for s in (a, b)

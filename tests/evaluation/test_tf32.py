@@ -176,6 +176,12 @@ def test_the_summary_and_a_dry_run_name_the_strategy_and_its_difference() -> Non
         result = losscli.interpolate("a.pt", "b.pt", device="cpu", points=9, tf32=True)
     # In float32 the first layer is not shared here, since its factors are rounded all the same.
     assert exact.summary["strategy"] == {"name": "bound", "difference": 0.0}
+    slower = (
+        "points are evaluated by the strategy 'bound' instead of the faster 'shared', which fails "
+        "with this model or gives other losses"
+    )
+    assert slower in exact.summary["notes"]
+    assert slower not in result.summary["notes"]
     strategy = result.summary["strategy"]
     assert strategy["name"] == "shared"
     assert AGREEMENT["float32"] < strategy["difference"] < AGREEMENT["tf32"]
@@ -199,6 +205,9 @@ def test_a_dry_run_says_how_points_are_evaluated(
     strategy = json.loads(done.stdout)["strategy"]
     assert strategy["name"] in {strategy.name.lower() for strategy in Strategy}
     assert 0 <= strategy["difference"] < AGREEMENT["float32"]
-    monkeypatch.setattr("losscli.evaluation.cost.strategy_of", lambda *_: choice)
+    monkeypatch.setattr(
+        "losscli.evaluation.cost.record_choice",
+        lambda objective, _: setattr(objective, "first_choice", choice),
+    )
     done = losscli("interpolate", "a.pt", "b.pt", "--points", 3, "--dry-run")
     assert f"\nstrategy     {words}" in done.stdout

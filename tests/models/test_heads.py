@@ -161,7 +161,7 @@ def refused(losscli: Losscli, *options: Any, names: tuple[str, str] = ("a", "b")
     return done.stderr
 
 
-def test_labels_that_the_loss_cannot_take_are_told(losscli: Losscli) -> None:
+def test_labels_that_the_loss_cannot_use_are_reported(losscli: Losscli) -> None:
     save("BertForTokenClassification")
     told = refused(losscli, "-d", "mine.py:data")
     assert f"and the model's {C} outputs stand for the labels 0 to {C - 1}" in told
@@ -194,7 +194,7 @@ def test_a_model_without_a_head_is_told_from_its_config(losscli: Losscli) -> Non
 
 
 @pytest.mark.parametrize("value", [[None], "GPT2LMHeadModel", [["x"]], {"a": 1}, 3], ids=str)
-def test_architectures_that_are_no_names_are_told(value: Any, losscli: Losscli) -> None:
+def test_architectures_that_are_not_names_are_reported(value: Any, losscli: Losscli) -> None:
     save("BertForMaskedLM")
     file = Path("a/config.json")
     file.write_text(json.dumps(json.loads(file.read_text()) | {"architectures": value}))
@@ -213,7 +213,7 @@ def test_an_encoder_decoder_asks_for_what_it_decodes_from(losscli: Losscli) -> N
     assert "An encoder-decoder needs decoder_input_ids beside labels of their shape" in told
 
 
-def test_sequences_beyond_the_positions_of_a_model_are_told(losscli: Losscli) -> None:
+def test_sequences_longer_than_the_positions_of_a_model_are_reported(losscli: Losscli) -> None:
     shape = {"vocab_size": 260, "n_embd": 4, "n_layer": 1, "n_head": 1, "n_positions": 8}
     model = transformers.GPT2LMHeadModel(
         transformers.GPT2Config(**shape, bos_token_id=0, eos_token_id=0)

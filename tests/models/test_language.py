@@ -221,7 +221,7 @@ def test_tied_weights_move_as_one_in_every_way(way: Strategy) -> None:
     torch.testing.assert_close(evaluation.metrics["perplexity"], expected.mean(1))
 
 
-def test_a_model_of_transformers_need_not_be_loaded_anew_at_every_point() -> None:
+def test_a_model_of_transformers_is_not_reloaded_at_every_point() -> None:
     found = objective()
     check_task(found, state(0))
     find_strategy(found, line(state(0), state(1)), [(x / 4,) for x in range(5)])
@@ -296,7 +296,7 @@ def test_tokens_that_no_loss_can_be_taken_of_are_told_before(
     assert not list(folders.glob("x.*"))
 
 
-def test_sequences_that_come_later_are_looked_at_too() -> None:
+def test_later_sequences_are_checked_too() -> None:
     found = objective()
     check_task(found, state(0))
     targets = labels()

@@ -139,7 +139,7 @@ def test_sizes_may_be_numbers_too() -> None:
     ["784", "a-b", "0-3", "", "-", "5-", "-5-3", "3--2", "1.5-2", [7.5, 3.0], [3], [], 5, True],
     ids=str,
 )
-def test_sizes_that_are_no_layers_are_refused_with_an_example(sizes: Any) -> None:
+def test_sizes_that_are_not_layers_are_refused_with_an_example(sizes: Any) -> None:
     with pytest.raises(
         SpecError, match=r"not a list of sizes\. Write for example mlp:784"
     ) as caught:
@@ -280,7 +280,7 @@ def test_no_file_may_name_a_program(place: str, folder: Path, losscli: Losscli) 
         ("pt2:a.pt", "a.pt is not a program that torch"),
     ],
 )
-def test_what_is_no_program_is_one_line(
+def test_a_file_that_is_not_a_program_is_reported_in_one_line(
     model: str, message: str, folder: Path, losscli: Losscli
 ) -> None:
     done = losscli("interpolate", "a.pt", "b.pt", "-m", model, "-o", "x")

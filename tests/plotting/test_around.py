@@ -193,7 +193,7 @@ def test_of_many_checkpoints_the_first_and_the_last_are_named() -> None:
     assert "17 checkpoints, from dark to light in the order of the table" in said
 
 
-def test_what_is_not_finite_is_left_out_and_said_so() -> None:
+def test_values_that_are_not_finite_are_left_out_with_a_note() -> None:
     def height(name: str, d: str, c: float) -> float:
         return {0.9: NAN, 1.0: INF}.get(c, bowl(name, d, c)) if d == "3" else bowl(name, d, c)
 

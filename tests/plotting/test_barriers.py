@@ -136,7 +136,7 @@ def test_colours_darken_as_barriers_grow() -> None:
     assert light[0] - light[-1] > 0.5
 
 
-def test_zero_is_white_and_said_so() -> None:
+def test_zero_is_white_with_a_note() -> None:
     def height(i: int, j: int, split: str) -> float:
         return {1: 0.0, 2: 1e-9}.get(i + j, 1.0)
 
@@ -284,7 +284,7 @@ def test_two_matrices_cannot_be_laid_over_each_other() -> None:
     assert panels(draw([run(seeds(3))]))
 
 
-def test_the_number_of_points_is_told() -> None:
+def test_the_number_of_points_is_reported() -> None:
     figure = draw_barriers(run(seeds(3)))
     assert "at 11 points from α = 0 to 1" in sentence(figure)
     assert "points from" not in sentence(draw_barriers(replace(run(seeds(3)), summary={})))

@@ -527,7 +527,7 @@ def test_one_checkpoint_is_told_in_words_and_drawn_as_a_row_a_split() -> None:
     assert len(zeros) == 1
 
 
-def test_shares_of_signs_are_told_where_they_are_known() -> None:
+def test_shares_of_signs_are_reported_where_they_are_known() -> None:
     told = run(1, ("train",), lambda t, s: (*training(t, s)[:6], 0.875, "saddle"))
     # A table of an older version has the first share alone.
     assert "eigenvalues 87.5% positive." in sentence(draw_check(told))
@@ -539,7 +539,7 @@ def test_shares_of_signs_are_told_where_they_are_known() -> None:
     assert "eigenvalues 87.5% positive, 10% negative, 2.5% undecided." in sentence(figure)
 
 
-def test_why_nothing_is_decided_is_told() -> None:
+def test_the_reason_for_no_decision_is_reported() -> None:
     told = run(1, ("train",), lambda t, s: (*training(t, s)[:7], "undecided"))
     points = {
         "train": {"points": [{"reason": "λ min may be zero: it is within its error of zero"}]}
@@ -642,7 +642,7 @@ def test_odd_tables_are_drawn(case: str, log: bool) -> None:
     assert figure.legends or case == "no rows"
 
 
-def test_no_row_is_no_crash() -> None:
+def test_a_table_without_rows_does_not_crash() -> None:
     assert "There are no points" in sentence(draw_check(run(0)))
 
 

@@ -111,7 +111,7 @@ def test_full_figures_have_notes_where_compact_ones_have_none() -> None:
     assert compact == [""]
 
 
-def test_labels_stand_for_checkpoints_in_their_order() -> None:
+def test_labels_name_checkpoints_in_their_order() -> None:
     for name in ("interpolate", "around", "sharpness", "barriers", "check", "plane"):
         run = RUNS[name]()
         labels = [f"model {k}" for k in range(len(run.checkpoints))]
@@ -234,12 +234,12 @@ def test_a_style_sheet_is_followed(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (None, "cannot be read: No such file or directory. Name a file of Matplotlib settings"),
+        (None, "cannot be read: No such file or directory. Give a file of Matplotlib settings"),
         (b"\xff\xfe", "cannot be read: it is not UTF-8 text"),
         ("axes.grid: True\nnonsense\n", "line 2: 'nonsense' has no colon"),
         ("lines.width: 1", r"line 1: 'lines.width' is not a setting of Matplotlib"),
         ("lines.linewidth: thick", "line 1: .*Could not convert 'thick' to float"),
-        ("text.usetex: True", "line 1: text.usetex needs names that are TeX"),
+        ("text.usetex: True", "line 1: text.usetex needs names in TeX"),
     ],
 )
 def test_a_bad_style_sheet_is_refused(

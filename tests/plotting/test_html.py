@@ -476,7 +476,7 @@ def test_a_report_lays_runs_of_one_command_together_and_names_the_origin_of_each
     summary = runs[0].summary
     for said in (summary["loss"], *(c["name"] for c in summary["checkpoints"])):
         assert said in line["origin"][0][1]
-    assert "no summary beside the table" in pairs["origin"][0][1]
+    assert "no summary next to the table" in pairs["origin"][0][1]
     # Commands that cannot be overlaid have a section for each run.
     sections = read(report(["a", "b"], [runs[2], runs[2]], Drawing()))["sections"]
     assert [each["title"] for each in sections] == ["barriers: a", "barriers: b"]

@@ -273,7 +273,7 @@ def test_neither_pyplot_nor_the_users_matplotlibrc(tmp_path: Path) -> None:
     assert done.stdout.split() == [*digests, "red", "False"]
 
 
-def test_settings_of_the_caller_are_left_alone() -> None:
+def test_settings_of_the_caller_are_unchanged() -> None:
     before = dict(mpl.rcParams)
     render(draw_interpolation([curve()]), ".svg")
     assert dict(mpl.rcParams) == before
@@ -345,7 +345,7 @@ def test_log_axis() -> None:
     assert not any("$" in label for label in labels)
 
 
-def test_ticks_say_what_they_stand_for() -> None:
+def test_tick_labels_give_the_values_of_their_ticks() -> None:
     for points in (
         [(0.0, 2.3), (1.0, 2.3171)],
         [(0.0, 2.0e7), (1.0, -3.0e6)],
@@ -373,7 +373,7 @@ def number(label: str) -> float:
 
 
 @pytest.mark.usefixtures("laid_out")
-def test_names_are_no_mathematics_and_no_control_characters() -> None:
+def test_names_are_drawn_without_mathematics_and_control_characters() -> None:
     maths = r"$x_1$/\frac{1}{2}^%#&<b>"
     control = "line\nbreak\ttab\r\x1b[31m\x00\x07"
     evil = "evil\u202egnp.\u2066\ud800"
@@ -526,7 +526,7 @@ def test_metrics_have_panels_of_their_own() -> None:
         ((9900, 9700), None, 0.02),
     ],
 )
-def test_a_few_examples_are_no_cliff(
+def test_a_difference_of_a_few_examples_is_not_magnified(
     right: tuple[int, int], examples: int | None, least: float
 ) -> None:
     number = examples or 10_000

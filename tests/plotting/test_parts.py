@@ -263,7 +263,7 @@ def test_blocks_are_drawn_for_one_run_and_not_for_several() -> None:
     assert len(runs(draw([run, run]).axes[0])) == 2
 
 
-def test_odd_names_of_blocks_are_no_mathematics() -> None:
+def test_odd_names_of_blocks_are_not_drawn_as_mathematics() -> None:
     figure = draw_layerwise(layered([r"$x_1$", "a\nb\x1b[31m", "long." * 40, "模型"]))
     named = names_in_legend(figure)
     assert named[1:3] == [r"$x_1$", "a b[31m"]
@@ -433,7 +433,7 @@ def test_odd_tensors_are_drawn(tensors: list[Any]) -> None:
             assert low != high
 
 
-def test_one_checkpoint_is_not_told_of_as_two() -> None:
+def test_one_checkpoint_is_not_described_as_two() -> None:
     figure = draw_inspection(
         held([("huge", 4, math.inf), ("none", 0, 0.0), ("zero", 4, 0.0), ("ok", 4, 2.0)])
     )

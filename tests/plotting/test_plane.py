@@ -240,7 +240,7 @@ def test_distances_are_equal_on_both_axes() -> None:
     assert "x is stretched 5 times relative to y." in note(high)
 
 
-def test_checkpoints_are_told_one_by_one() -> None:
+def test_checkpoints_are_described_one_by_one() -> None:
     figure = draw_plane(
         run(checkpoints=[(0, 0, 0), (10, 0, 1e-9), (4, 8, 3.2)], own=lambda x, y: x)
     )

@@ -227,7 +227,7 @@ def changed(what: str, folder: Path) -> list[str]:
         ("metric", '--metric was ["code_of_mine.py:most,k=1"] and is ["code_of_mine.py:most,k=2"]'),
     ],
 )
-def test_a_changed_input_begins_anew_and_says_why(
+def test_a_changed_input_starts_the_run_over_and_the_reason_is_reported(
     what: str, told: str, folder: Path, log: Path
 ) -> None:
     (folder / "code_of_mine.py").write_text(
@@ -275,7 +275,7 @@ def test_results_of_another_run_and_force(folder: Path, log: Path, losscli: Loss
     assert found == truth([*LINE, "--force"], folder, losscli)
 
 
-def test_losses_that_are_zero_or_no_number_are_recalled(
+def test_losses_that_are_zero_or_nan_are_recalled(
     folder: Path, log: Path, losscli: Losscli
 ) -> None:
     (folder / "odd.py").write_text(

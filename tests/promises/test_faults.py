@@ -253,7 +253,7 @@ def _without_privilege() -> None:
 @forking
 @pytest.mark.skipif(sys.platform != "linux", reason="capabilities are of Linux")
 @pytest.mark.parametrize("name", WRITING)
-def test_a_folder_that_may_not_be_written_to(
+def test_a_folder_without_write_permission_is_an_error(
     name: str, folder: Path, log: Path, losscli: Losscli
 ) -> None:
     command = ready(name, losscli)
@@ -283,7 +283,7 @@ def test_a_folder_that_may_not_be_written_to(
         ("running", "b.pt", True),
     ],
 )
-def test_a_checkpoint_that_vanishes_is_missed_only_if_it_has_to_be_read_again(
+def test_a_removed_checkpoint_matters_only_if_it_is_read_again(
     when: str,
     lost: str,
     missed: bool,
@@ -515,7 +515,7 @@ def in_a_shell(line: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_a_pipe_that_breaks_in_a_shell_is_one_line(folder: Path, at_hand: Path) -> None:
+def test_a_broken_pipe_in_a_shell_is_reported_in_one_line(folder: Path, at_hand: Path) -> None:
     line = f"{shlex.join([str(at_hand / 'losscli'), *RUN[:3]])} -o - --points 1200 | head -1"
     done = in_a_shell(line)
     assert done.returncode == 0  # that of head

@@ -627,7 +627,7 @@ def claimants(folder: Path) -> Iterator[tuple[str, list[str]]]:
 @pytest.mark.skipif(
     not Path("/proc/self/statm").exists(), reason="memory is measured through /proc"
 )
-def test_who_claims_terabytes_is_refused_where_there_is_no_memory(
+def test_a_file_that_claims_terabytes_is_refused_before_memory_is_taken(
     losscli: Losscli, tmp_path: Path, little_memory: None
 ) -> None:
     """Nor is it taken for a lack of memory: the claim is held against the size of the file."""
@@ -646,9 +646,7 @@ def test_who_claims_terabytes_is_refused_where_there_is_no_memory(
     assert len(read) < 6
 
 
-def test_a_tensor_that_claims_more_than_its_file_is_told_of(
-    losscli: Losscli, tmp_path: Path
-) -> None:
+def test_a_tensor_larger_than_its_file_is_reported(losscli: Losscli, tmp_path: Path) -> None:
     for legacy in (False, True):
         torch.save({"w": torch.arange(3.0)}, tmp_path / "good.pt",
                    _use_new_zipfile_serialization=not legacy)  # fmt: skip

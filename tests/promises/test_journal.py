@@ -248,7 +248,7 @@ def test_the_file_is_as_its_description_says(stem: Path, path: Path) -> None:
 # -- what is broken is cut off ----------------------------------------------------------------
 
 
-def test_of_a_journal_that_is_cut_anywhere_the_whole_records_stay(stem: Path, path: Path) -> None:
+def test_a_truncated_journal_keeps_its_whole_records(stem: Path, path: Path) -> None:
     content, ends = three(stem)
     for cut in range(len(content)):
         path.write_bytes(content[:cut])
@@ -322,7 +322,7 @@ def test_records_that_change_places_do_not_count(stem: Path, path: Path) -> None
         assert len(journal) == 2
 
 
-def test_zeros_are_no_record(stem: Path, path: Path) -> None:
+def test_zeros_are_not_a_record(stem: Path, path: Path) -> None:
     # Where power is lost, a file may have got its length, and not its content.
     content, ends = three(stem)
     path.write_bytes(content[: ends[1]] + bytes(9000))
@@ -392,7 +392,7 @@ def test_shapes_beyond_numpy_are_not_recalled(stem: Path, path: Path) -> None:
             assert journal.recall("k") is None
 
 
-def test_what_rots_while_the_run_goes_on_is_evaluated_anew(stem: Path, path: Path) -> None:
+def test_records_damaged_during_the_run_are_evaluated_again(stem: Path, path: Path) -> None:
     _, ends = three(stem)
     with begin(stem) as journal:
         with path.open("r+b") as file:
@@ -410,7 +410,7 @@ def test_what_rots_while_the_run_goes_on_is_evaluated_anew(stem: Path, path: Pat
 # -- another run ------------------------------------------------------------------------------
 
 
-def test_a_changed_input_starts_anew_and_says_why(stem: Path, path: Path) -> None:
+def test_a_changed_input_starts_over_and_the_reason_is_reported(stem: Path, path: Path) -> None:
     three(stem)
     now = {"--limit": 200, "the checkpoint b.pt": "c" * 64}
     with begin(stem, "j", now) as journal:
@@ -475,7 +475,7 @@ def test_a_head_that_tells_nonsense_is_damaged(told: object, stem: Path, path: P
         assert journal.restart_reason == "its beginning is damaged"
 
 
-def test_another_version_starts_anew(stem: Path, path: Path) -> None:
+def test_another_version_starts_over(stem: Path, path: Path) -> None:
     path.write_bytes(b"losscli journal 2\n and something that only version 2 knows")
     with begin(stem) as journal:
         assert journal.restart_reason == "it was written by another version of losscli"
@@ -487,7 +487,9 @@ def test_another_version_starts_anew(stem: Path, path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [b"Dear diary,\n", bytes(5000), b"losscli"[::-1]])
-def test_what_is_no_journal_gets_another_name(content: bytes, stem: Path, path: Path) -> None:
+def test_a_file_that_is_not_a_journal_gets_another_name(
+    content: bytes, stem: Path, path: Path
+) -> None:
     path.write_bytes(content)
     with begin(stem) as journal:
         assert (
@@ -860,7 +862,7 @@ def test_a_link_is_not_followed(stem: Path, path: Path, tmp_path: Path) -> None:
     assert path.is_symlink()
 
 
-def test_a_folder_and_a_pipe_are_no_journals(stem: Path, path: Path) -> None:
+def test_a_folder_and_a_pipe_are_not_journals(stem: Path, path: Path) -> None:
     path.mkdir()
     with pytest.raises(OutputError, match="is a folder, but a run's journal"):
         begin(stem)

@@ -19,7 +19,7 @@ from losscli.checkpoint import read
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded")
 @pytest.mark.parametrize("cut", [True, False])
 @pytest.mark.parametrize("suffix", ["safetensors", "pt"])
-def test_a_file_that_is_cut_off_is_one_line_and_no_bus_error(
+def test_a_truncated_file_is_reported_in_one_line_without_a_bus_error(
     suffix: str, cut: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Any other such signal ends a process as it ever did."""

@@ -154,7 +154,7 @@ def test_a_table_beside_another_is_a_regular_file(
         (folder / name).unlink()
     odd("x.json")
     to = ("-o", "out.safetensors")
-    said = "x.json is no summary of x.csv"
+    said = "x.json is not the summary of x.csv"
     refused(
         losscli, folder, said, "export", "a.pt", "b.pt", "--csv", "x.csv", "--best", "train", *to
     )

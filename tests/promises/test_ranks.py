@@ -252,7 +252,7 @@ FOUR = "a.pt b.pt c.pt d.pt -m mlp:6-5-3"
 
 
 @forks
-def test_two_processes_find_what_one_finds(more: Path, losscli: Losscli) -> None:
+def test_two_processes_give_the_results_of_one(more: Path, losscli: Losscli) -> None:
     commands = [
         "interpolate a.pt b.pt --points 11 --refine 0.02",
         "interpolate a.pt b.pt --points 5 --derivatives",
@@ -267,12 +267,13 @@ def test_two_processes_find_what_one_finds(more: Path, losscli: Losscli) -> None
         "around a.pt b.pt --along hessian --points 3",
         "sharpness a.pt b.pt --rho 0.1 --rho 0.2 --samples 2 --split test",
         "plane a.pt --axes hessian --path b.pt --path c.pt --points 3 -m mlp:6-5-3",
+        "connect a.pt b.pt --steps 3 --points 9 --no-plane",
     ]
     lines = [f"{line} -q --no-figure -o @{i}" for i, line in enumerate(commands)]
     lines += ["interpolate a.pt b.pt --points 3 --dry-run", "list losses"]
     lines += ["interpolate a.pt b.pt --points 5 -o - -q"]
     expected = alone([line.replace("@", "one") for line in lines], losscli)
-    assert [outcome.status for outcome in expected] == [0] * 16, expected
+    assert [outcome.status for outcome in expected] == [0] * 17, expected
     before = {path.name for path in more.iterdir()}
 
     def hear(rank: int) -> None:
@@ -286,7 +287,7 @@ def test_two_processes_find_what_one_finds(more: Path, losscli: Losscli) -> None
             sys.addaudithook(hear)
 
     first, other = forked([line.replace("@", "two") for line in lines], 2, hear)
-    assert [outcome.status for outcome in (*first, *other)] == [0] * 32, first
+    assert [outcome.status for outcome in (*first, *other)] == [0] * 34, first
     # No other rank than 0 writes or talks, and what rank 0 writes are the files of one process.
     assert {outcome.stdout + outcome.stderr for outcome in other} == {""}
     new = {path.name for path in more.iterdir()} - before
@@ -457,7 +458,7 @@ def by_torchrun(command: str, **environment: str) -> list[str]:
 
 @forks
 @pytest.mark.parametrize("start", [by_forks, pytest.param(by_torchrun, marks=pytest.mark.stress)])
-def test_a_rank_that_dies_takes_nothing_finished_with_it(
+def test_finished_work_survives_the_death_of_a_rank(
     start: Callable[..., list[str]], folder: Path, line: Callable[[str], str]
 ) -> None:
     first, other = forked([line("whole")], 2)
@@ -736,7 +737,7 @@ NEEDED = ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 @pytest.mark.parametrize("missing", [NEEDED, NEEDED[:1], NEEDED[1:], NEEDED[2:]])
 @pytest.mark.parametrize("rank", ["0", "3"])
-def test_an_environment_that_tells_of_ranks_in_part_is_one_line_at_once(
+def test_an_incomplete_environment_of_ranks_is_reported_in_one_line(
     rank: str,
     missing: tuple[str, ...],
     losscli: Losscli,
@@ -758,7 +759,7 @@ def test_an_environment_that_tells_of_ranks_in_part_is_one_line_at_once(
     assert not list(folder.glob("out*"))
 
 
-def test_a_long_wait_for_other_ranks_is_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_long_wait_for_other_ranks_is_reported_once(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
     monkeypatch.setattr("losscli.evaluation.rendezvous.time.monotonic", lambda: now[0])
     for name, value in (("RANK", "0"), ("WORLD_SIZE", "2"), ("MASTER_ADDR", "node1")):

@@ -16,7 +16,8 @@ from tests import readme
 TEXT = readme.all_pages()
 COMMANDS = readme.commands(TEXT)
 SAMPLE = readme.sample(COMMANDS)
-PROJECT = tomllib.loads((readme.ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+PYPROJECT = tomllib.loads((readme.ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+PROJECT = PYPROJECT["project"]
 DEV = PROJECT["optional-dependencies"]["dev"]
 
 
@@ -74,6 +75,23 @@ def test_every_link_leads_somewhere(page: Path) -> None:
         assert file.exists(), file
         if place:
             assert place in readme.places(file), (file, place)
+
+
+def test_the_package_page_has_no_links_to_files_of_the_repository() -> None:
+    hook = PYPROJECT["tool"]["hatch"]["metadata"]["hooks"]["fancy-pypi-readme"]
+    (fragment,) = hook["fragments"]
+    text = (readme.ROOT / fragment["path"]).read_text(encoding="utf-8")
+    page, _, rest = text.partition(fragment["end-before"])
+    assert "--help -->" not in page
+    assert "--help -->" in rest
+    for substitution in hook["substitutions"]:
+        page, count = re.subn(substitution["pattern"], substitution["replacement"], page)
+        assert count
+    assert page.count("<details") == page.count("</details>") > 20
+    assert "![" not in page
+    targets = re.findall(r"\]\(([^)\s]*)\)", page)
+    assert targets
+    assert [target for target in targets if not target.startswith(("https://", "#"))] == []
 
 
 def test_every_promise_names_tests_that_exist() -> None:

@@ -243,7 +243,7 @@ def test_chunks_and_batches_that_memory_halved_stay_halved(
             assert same(one, truth)
 
 
-def test_the_way_that_was_settled_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_chosen_strategy_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     case, stem = TRIED[0], tmp_path / "run"
     with monkeypatch.context() as patch:
         patch.setattr("losscli.evaluation.strategy_choice.candidates", lambda _: [])

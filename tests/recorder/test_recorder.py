@@ -274,7 +274,7 @@ def test_the_optimisers_moments_are_saved_on_request(losscli: Losscli) -> None:
 
 
 class _WithState(nn.Linear):
-    """A layer with a number beside its tensors, which only torch's format stores."""
+    """A layer with a number next to its tensors, which only torch's format stores."""
 
     scale = 2
 
@@ -482,6 +482,7 @@ def test_of_two_ranks_the_first_writes_and_both_know_where_they_are() -> None:
             status = 0
         except BaseException:
             Path(f"failure-{rank}").write_text(traceback.format_exc())
+            raise
         finally:
             os._exit(status)
     statuses = [ended(pid) for pid in pids]
@@ -695,7 +696,7 @@ def test_misuse_is_one_line_and_writes_nothing(name: str) -> None:
     assert sorted(Path().iterdir()) == before
 
 
-def test_a_loss_that_is_no_number_is_refused() -> None:
+def test_a_loss_that_is_not_a_number_is_refused() -> None:
     recorder = losscli.Recorder(network(), "run", steps=3)
     with pytest.raises(UsageError, match="loss must be a number, not a Tensor"):
         recorder.step(torch.ones(2))

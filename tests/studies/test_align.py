@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import textwrap
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,11 +14,13 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import losscli as library
-from losscli.errors import NondeterministicModelError
+from losscli.checkpoint import state as checkpoint_state
+from losscli.errors import NondeterministicModelError, OutputError
 from losscli.models import MLP
-from losscli.weight_space.permutations import Group, Member
+from losscli.weight_space.permutations import Group, Member, permute
 from losscli.weight_space.vectors import distance
 from tests import foreign
+from tests.cases import sample
 from tests.conftest import Losscli
 from tests.networks import NETWORKS, Dense
 
@@ -147,6 +150,93 @@ def test_a_network_that_was_shuffled_is_found_again_with_its_buffers(tmp_path: P
     assert all(torch.equal(found.checkpoint.weights[name], state[name]) for name in state)
 
 
+# The stream and the heads of transformers, normalised groups, time steps, units without variance.
+@pytest.mark.parametrize("name", sample(["grouped", "gpt", "gru", "shared", "resnet"], 1, 3))
+def test_by_activations_a_shuffled_network_is_found_again(name: str) -> None:
+    network = next(n for n in NETWORKS if n.name == name)
+    a = network.model(3).float().state_dict()
+    generator = torch.Generator().manual_seed(4)
+    order = [torch.randperm(group.size, generator=generator) for group in network.groups]
+    b = permute(a, network.groups, order)
+    data = {"all": (network.inputs, torch.arange(7) % 3)}
+    found = library.align(a, b, model=network.build, data=data, by="activations")
+    assert found.summary["distance"]["before"] > 1
+    assert all(torch.equal(found.checkpoint.weights[key], a[key]) for key in a)
+    activations = found.summary["activations"]
+    assert activations["correlation"]["after"] == pytest.approx(1, abs=1e-6)
+    assert (activations["split"], activations["examples"]) == ("all", 7)
+    assert found.summary["notes"] == [
+        "the data have no split train: statistics are those of all, the only one"
+    ]
+
+
+def test_by_activations_the_text_names_the_examples_and_units_without_variance(
+    losscli: Losscli, folder: Path
+) -> None:
+    for name, unit in (("a.pt", 1), ("b.pt", 3)):
+        saved = torch.load(name)
+        saved["state_dict"]["layers.0.bias"].fill_(1)[unit] = -100
+        torch.save(saved, name)
+    done = losscli(*ALIGN, "--by", "activations", "--limit", "20")
+    assert done.status == 0, done.stderr
+    assert "over 20 examples of train; without variance: 1 of A, 1 of B" in done.stdout
+    b = torch.load("b.pt")["state_dict"]
+    aligned = load_file("aligned.safetensors")
+    # B's unit 3, which is always 0, is where A's is.
+    assert torch.equal(aligned["layers.0.weight"][1], b["layers.0.weight"][3])
+    assert losscli(*ALIGN, "--by", "weights", "--force").status == 0
+
+
+def test_several_checkpoints_are_aligned_as_each_alone(losscli: Losscli, folder: Path) -> None:
+    (folder / "runs/one").mkdir(parents=True)
+    (folder / "runs/two").mkdir()
+    for seed, name in enumerate(("one/x.pt", "two/x.pt")):
+        torch.manual_seed(7 + seed)
+        torch.save(MLP("6-5-3").state_dict(), folder / "runs" / name)
+    names = ["runs/one/x.pt", "runs/two/x.pt"]
+    done = losscli("align", "a.pt", *names, "-o", "aligned", "--json")
+    assert done.status == 0, done.stderr
+    entries = json.loads(done.stdout)["aligned"]
+    files = ["aligned/one-x.safetensors", "aligned/two-x.safetensors"]
+    assert [entry["file"] for entry in entries] == files
+    assert sorted(map(str, Path("aligned").iterdir())) == files
+    table = losscli("align", "a.pt", *names, "-o", "aligned", "--force").stdout
+    lists = library.align("a.pt", names)
+    for name, file, entry, own in zip(names, files, entries, lists, strict=True):
+        assert losscli("align", "a.pt", name, "-o", "x.safetensors", "--force").status == 0
+        alone, one = load_file("x.safetensors"), load_file(file)
+        assert all(torch.equal(one[key], alone[key]) for key in alone)
+        assert all(torch.equal(own.checkpoint.weights[key], alone[key]) for key in alone)
+        assert entry["checkpoints"][1]["name"] == name
+        line = next(line for line in table.splitlines() if line.startswith(name))
+        assert f"{entry['distance']['after']:.4g}" in line
+        assert line.endswith(file)
+    # A folder is the checkpoints in it; what is there is not overwritten.
+    (folder / "runs/y.pt").write_bytes((folder / "b.pt").read_bytes())
+    assert losscli("align", "a.pt", "runs", "-o", "new", "-q").status == 0
+    assert [path.name for path in Path("new").iterdir()] == ["y.safetensors"]
+    assert "exists" in losscli("align", "a.pt", "runs", "-o", "new").stderr
+
+
+def test_of_several_files_all_are_written_or_none(
+    losscli: Losscli, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder / "c.pt").write_bytes((folder / "b.pt").read_bytes())
+    save = checkpoint_state.save
+
+    def fail(weights: object, metadata: object, path: Path, *more: object) -> None:
+        if path.stem == "c":
+            raise OutputError(f"{path} cannot be written: the disk is full")
+        save(weights, metadata, path, *more)
+
+    monkeypatch.setattr(checkpoint_state, "save", fail)
+    before = there(folder)
+    done = losscli("align", "a.pt", "b.pt", "c.pt", "-o", "aligned")
+    assert done.status == 1
+    assert done.stderr == "losscli: aligned/c.safetensors cannot be written: the disk is full\n"
+    assert there(folder) == before
+
+
 def test_initialisations_are_aligned_too_and_the_seed_is_the_orders(
     losscli: Losscli, folder: Path
 ) -> None:
@@ -217,6 +307,17 @@ FAILING = [
     (["bare.pt", "a.pt", "-o", "x.safetensors"], 2, "no model given"),
     (["a.pt", "nan.pt", "-o", "x.safetensors"], 1, "nan.pt: layers.0.weight has weights that"),
     (["a.pt", "b.pt", "-o", "x.safetensors", "--device", "no"], 1, "'no'"),
+    (["a.pt", "b.pt", "bare.pt", "-o", "x.safetensors"], 2, "one file for 2 checkpoints"),
+    (["a.pt", "b.pt", "bare.pt", "-o", "there.safetensors/x"], 1, "there is no folder"),
+    (["a.pt", "b.pt", "b.pt", "-o", "x"], 2, "b.pt is named 2 times"),
+    (["a.pt", "b.pt", "wide.pt", "-o", "x"], 1, "wide.pt does not fit the model"),
+    (["a.pt", "b.pt", "-o", "x.safetensors", "--by", "no"], 2, "'activations'"),
+    (["a.pt", "b.pt", "-o", "x.safetensors", "--by", "activations", "--limit", "1"], 2,
+     "--by activations has no more than one example of train"),
+    (["a.pt", "b.pt", "-o", "x.safetensors", "--by", "activations", "-d", "net.py:data"], 2,
+     "--by activations takes the split train, and the data's splits are one, two"),
+    (["a.pt", "huge.pt", "-o", "x.safetensors", "--by", "activations"], 1,
+     "a.pt or huge.pt: a hidden unit has values that are infinite or not a number"),
     (["init:0", "init:1", "-m", "mlp:6-3", "-d", "npz:data.npz", "-o", "x.safetensors"], 1,
      "the model mlp:6-3 has no hidden units that could be permuted. Alignment needs a hidden la"),
     (["init:0", "init:1", "-m", "net.py:Rising", "-d", "npz:data.npz", "-o", "x.safetensors"], 1,
@@ -237,6 +338,9 @@ def test_an_error_is_one_line_and_nothing_is_written(
     arguments: list[str], status: int, says: str, losscli: Losscli, folder: Path
 ) -> None:
     write("""
+        def data():
+            return {name: (torch.ones(5, 6), torch.arange(5) % 3) for name in ("one", "two")}
+
         class Branching(torch.nn.Module):
             def __init__(self):
                 super().__init__()
@@ -267,6 +371,8 @@ def test_an_error_is_one_line_and_nothing_is_written(
     state = torch.load("a.pt")["state_dict"]
     torch.save(state, "bare.pt")
     torch.save({**state, "layers.0.weight": state["layers.0.weight"] * torch.nan}, "nan.pt")
+    huge = torch.full_like(state["layers.0.weight"], 3e38)
+    torch.save({**state, "layers.0.weight": huge}, "huge.pt")
     torch.save(MLP("6-7-3").state_dict(), "wide.pt")
     Path("there.safetensors").write_bytes(b"precious")
     before = there(folder)
@@ -298,7 +404,7 @@ def test_another_function_is_refused_and_not_written(
     column = torch.arange(5).unsqueeze(1)
     # The weights behind the units are left out.
     wrong = Group(5, (Member("layers.0.weight", 0, column), Member("layers.0.bias", 0, column)))
-    monkeypatch.setattr(module, "permutation_groups", lambda *a: (wrong,))
+    monkeypatch.setattr(module, "hidden_units", lambda *a: SimpleNamespace(groups=(wrong,)))
     before = there(folder)
     done = losscli(*ALIGN)
     assert done.status == 1

@@ -377,7 +377,7 @@ def test_with_few_examples_known_well_enough_the_rest_is_not_looked_at(tmp_path:
         np.testing.assert_allclose(grown.table.floats(column), whole.table.floats(column), 1e-9)
 
 
-def test_every_checkpoint_is_held_against_the_sweep(
+def test_every_checkpoint_is_compared_with_the_sweep(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     files = save(RELU, tmp_path, (1, 2, 3, 4))
@@ -396,7 +396,7 @@ def test_every_checkpoint_is_held_against_the_sweep(
     assert Barriers.plan(files[:3], Settings(**options(RELU)), points=POINTS).run().table.rows
 
 
-def test_statistics_that_are_re_estimated_are_told_of(tmp_path: Path) -> None:
+def test_statistics_that_are_re_estimated_are_noted(tmp_path: Path) -> None:
     files = save(BATCHNORM, tmp_path)
     given = options(BATCHNORM) | {"points": 3}
     moved = losscli.barriers(files, **given)
@@ -517,7 +517,7 @@ ERRORS = [
     (("barriers", "a.pt", "missing.pt"), 1, "there is no checkpoint missing.pt"),
     (("barriers", "a.pt", "other.pt"), 1, "other.pt does not fit the model"),
     (("barriers", "a.pt", "b.pt", "--metric", "metrics.py:a"), 2, "would head two columns"),
-    (("plot", "out.curves.csv"), 1, "is no table that can be drawn"),
+    (("plot", "out.curves.csv"), 1, "is not a table that losscli can draw"),
     (("plot", "out.csv", "out.csv"), 2, "one matrix cannot be laid over another"),
     (("plot", "out.csv", "--terminal"), 2, "a terminal shows the lines of interpolate alone"),
 ]

@@ -474,7 +474,7 @@ COMMANDS = [
 
 
 @pytest.mark.usefixtures("unseen")
-def test_every_study_tells_of_batches(mine: Path, losscli: Losscli) -> None:
+def test_every_study_reports_batches(mine: Path, losscli: Losscli) -> None:
     for i, command in enumerate(COMMANDS):
         done = losscli(*command.split(), "-o", f"x{i}")
         assert done.status == 0, done
@@ -505,12 +505,17 @@ def test_of_one_batch_no_error_is_known(mine: Path, losscli: Losscli) -> None:
 
 @pytest.mark.usefixtures("unseen")
 @forks
-@pytest.mark.parametrize("commands", [[COMMANDS[k] for k in (0, 3, 8)],
-                                      pytest.param(COMMANDS, marks=pytest.mark.stress)])  # fmt: skip
-def test_two_processes_find_what_one_finds(
+@pytest.mark.parametrize(
+    "commands",
+    [
+        [COMMANDS[k] for k in (0, 3, 8)],  # points of a line and of a plane, and derivatives
+        pytest.param(COMMANDS, marks=pytest.mark.stress),
+    ],
+    ids=["sample", "all"],
+)
+def test_two_processes_give_the_results_of_one(
     commands: list[str], mine: Path, losscli: Losscli
 ) -> None:
-    """The sample has each kind of work: points of a line and of a plane, and derivatives."""
     torch.set_num_threads(1)
     for i, command in enumerate(commands):
         assert losscli(*command.split(), "-o", f"one{i}").status == 0
@@ -587,7 +592,7 @@ def test_align_evaluates_no_loss(folder: Path) -> None:
         (lambda o, t: o[:0, 0], r"gives \[0\]"),
     ],
 )
-def test_what_is_no_number_of_a_batch_is_refused(
+def test_an_invalid_loss_of_a_batch_is_refused(
     loss: Callable[..., Any], message: str, tmp_path: Path
 ) -> None:
     with pytest.raises(LossError, match=message):

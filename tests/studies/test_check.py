@@ -79,7 +79,7 @@ def test_the_same_point_upside_down_is_a_maximum_and_its_way_down_is_shown(tmp_p
     assert "escape" in result.more
 
 
-def test_beside_the_solution_the_point_is_not_critical_and_a_step_down_is_told(
+def test_near_the_solution_the_point_is_not_critical_and_a_step_down_is_reported(
     tmp_path: Path,
 ) -> None:
     x, y, solution = regression()
@@ -243,7 +243,7 @@ def test_only_a_block_is_looked_at_where_asked(tmp_path: Path) -> None:
     assert row_of(block)["lambda_max"] <= row_of(whole)["lambda_max"] + 1e-12
 
 
-def test_batchnorm_and_kinks_are_told_of(tmp_path: Path) -> None:
+def test_batchnorm_and_kinks_are_noted(tmp_path: Path) -> None:
     torch.manual_seed(0)
     file = save(tmp_path, "a", **CNN("3-4", batchnorm=True, classes=3).state_dict())
     data = {"all": (torch.rand(8, 1, 4, 4), torch.arange(8) % 3)}
@@ -284,7 +284,7 @@ class Attention(nn.Module):
         return nn.functional.scaled_dot_product_attention(q, k, v).mean(1)
 
 
-def test_the_kernel_of_attention_is_told_of(tmp_path: Path) -> None:
+def test_the_kernel_of_attention_is_noted(tmp_path: Path) -> None:
     torch.manual_seed(0)
     file = save(tmp_path, "a", **Attention().state_dict())
     data = {"all": (torch.rand(8, 4, 3), torch.arange(8) % 3)}
@@ -410,7 +410,7 @@ def falls(result: losscli.Result) -> tuple[bool, bool]:
         lambda w, u: 9e-4 * w + w**3 - w**4 / 10 + (u - 3) ** 2,
     ],
 )
-def test_a_slope_along_negative_curvature_is_no_saddle(
+def test_a_slope_along_negative_curvature_is_not_a_saddle(
     function: Callable[[Tensor, Tensor], Tensor], tmp_path: Path
 ) -> None:
     u = 3.0 if function(torch.tensor(0.0), torch.tensor(3.0)) == 0 else 0.0
@@ -801,7 +801,7 @@ def test_a_checkpoint_named_twice_is_refused(tmp_path: Path) -> None:
     x, y, solution = regression()
     file = save(tmp_path, "a", weight=solution)
     given = {"model": linear, "data": {"all": (x, y)}, "loss": squared}
-    with pytest.raises(UsageError, match="named twice"):
+    with pytest.raises(UsageError, match="given twice"):
         losscli.check([file, file], **given)
 
 

@@ -128,7 +128,7 @@ class _Turned:
         return self.now
 
 
-def test_a_batch_and_a_few_points_tell_the_rest(
+def test_time_is_estimated_from_one_batch_and_a_few_points(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     study = PLANS["interpolate"](**CPU)
@@ -265,7 +265,7 @@ def test_the_shortest_look_counts_and_few_are_taken() -> None:
     assert timed(objective, lambda: None, lambda: next(slow)) == 5
 
 
-def test_a_dry_run_tells_the_time_and_leaves_nothing(losscli: Losscli, folder: Path) -> None:
+def test_a_dry_run_reports_the_time_and_writes_nothing(losscli: Losscli, folder: Path) -> None:
     before = sorted(folder.iterdir())
     for command in (
         "interpolate a.pt b.pt",
@@ -337,7 +337,7 @@ def test_a_batch_that_does_not_fit_is_halved(folder: Path, monkeypatch: pytest.M
         (200000, "2 d 8 h"),
     ],
 )
-def test_time_is_told_in_words(folder: Path, seconds: float, words: str) -> None:
+def test_time_is_written_in_words(folder: Path, seconds: float, words: str) -> None:
     plan = {
         **dry_run.describe(PLANS["path"](**CPU)),
         "estimate": {

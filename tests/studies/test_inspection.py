@@ -45,7 +45,7 @@ def is_refused(
 # --- inspect --figure ----------------------------------------------------------------------------
 
 
-def test_inspect_draws_what_it_tells(losscli: Losscli, folder: Path) -> None:
+def test_inspect_draws_what_it_prints(losscli: Losscli, folder: Path) -> None:
     for names in (["a.pt"], ["a.pt", "b.pt"]):
         stem = "-".join(Path(name).stem for name in names)
         pictures = [f"{stem}.png", f"{stem}.svg"]
@@ -150,7 +150,7 @@ def test_of_equal_losses_the_first_counts_and_those_not_finite_do_not(
     first, second = done.stderr.splitlines()
     assert first.startswith("note: α = 0.25, ")
     assert second.startswith(
-        "note: x.csv has no summary beside it: A and B are not compared with it"
+        "note: x.csv has no summary next to it: A and B are not compared with it"
     )
     assert losscli(*BEST, "--best", "t", "-q", "--force").stderr == ""
 
@@ -175,12 +175,12 @@ ERRORS = {
     "a broken summary": (
         "--best t --csv broken.csv",
         1,
-        "broken.json is no summary of broken.csv",
+        "broken.json is not the summary of broken.csv",
     ),
     "of something else": (
         "--best t --csv plane.csv",
         1,
-        "plane.json is no summary of plane.csv",
+        "plane.json is not the summary of plane.csv",
     ),
     "of another type": (
         "--best t --csv typed.csv",
@@ -250,7 +250,7 @@ def test_another_state_dict_of_the_same_file_is_refused(losscli: Losscli, folder
     assert losscli("export", "both.pt#net", "both.pt#ema", *rest).status == 0
 
 
-def test_an_initialisation_is_no_file_to_export_from(losscli: Losscli, folder: Path) -> None:
+def test_an_initialisation_is_not_a_file_to_export_from(losscli: Losscli, folder: Path) -> None:
     line = ["interpolate", "init:0", "b.pt", "-m", "mlp:6-5-3", "-o", "x", "--no-figure", "-q"]
     assert losscli(*line, "--points", "3").status == 0
     done = losscli(*BEST, "--best", "train")

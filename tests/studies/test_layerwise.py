@@ -362,7 +362,7 @@ def test_a_sample_is_as_large_as_the_curves_together_ask_for(folder: Path) -> No
         assert one["change_stderr"] == pytest.approx(other["change_stderr"], rel=1e-6)
 
 
-def test_losses_that_are_not_finite_are_told_by_block(tmp_path: Path) -> None:
+def test_losses_that_are_not_finite_are_reported_per_block(tmp_path: Path) -> None:
     case = case_of("cnn-batchnorm")
     result = swept(case, tmp_path, range=(-40.0, 40.0), points=5)
     said = {n: b["splits"]["all"] for n, b in result.summary["blocks"].items()}
@@ -405,7 +405,7 @@ LAYERWISE = ["interpolate", "a.pt", "b.pt", "--layerwise", "--points", "4", "-o"
 
 
 @pytest.mark.usefixtures("unlaid")
-def test_the_command_writes_the_blocks_and_tells_of_each(losscli: Losscli, folder: Path) -> None:
+def test_the_command_writes_and_prints_each_block(losscli: Losscli, folder: Path) -> None:
     done = losscli(*LAYERWISE, "--figure", "x.png", "--figure", "x.svg")
     assert done.status == 0
     assert "x.blocks.csv" in done.stderr

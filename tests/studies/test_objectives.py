@@ -574,7 +574,7 @@ def test_align_evaluates_no_objective(mine: Path) -> None:
 
 @pytest.mark.usefixtures("unseen")
 @forks
-def test_two_processes_find_what_one_finds(mine: Path, losscli: Losscli) -> None:
+def test_two_processes_give_the_results_of_one(mine: Path, losscli: Losscli) -> None:
     torch.set_num_threads(1)
     commands = [
         f"interpolate a.pt b.pt --points 4 --derivatives {OPTIONS} --objective mine.py:residual",

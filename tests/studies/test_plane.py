@@ -227,7 +227,7 @@ def test_the_plane_of_a_path_is_that_of_its_principal_components(name: str, tmp_
         ([[5, 0, 0], [-5, 0, 0], [0, 2, 0], [0, -2, 0], [0, 0, 2.1], [0, 0, -2.1], [0, 0, 0]], []),
     ],
 )
-def test_components_that_explain_as_much_as_each_other_are_told_of(
+def test_components_with_equal_variance_are_noted(
     rows: list[list[float]], told: list[str], tmp_path: Path
 ) -> None:
     files = []
@@ -286,7 +286,7 @@ def test_other_numbers_of_checkpoints_are_refused(number: int, tmp_path: Path) -
         losscli.plane(files, **options(case))
 
 
-def test_two_checkpoints_are_no_path(tmp_path: Path) -> None:
+def test_two_checkpoints_do_not_make_a_path(tmp_path: Path) -> None:
     case = next(c for c in CASES if c.name == "mlp-relu")
     files = save(case, tmp_path, 1, 2)
     with pytest.raises(UsageError, match="--pca three checkpoints or more, and got 2"):
@@ -306,7 +306,7 @@ def test_two_equal_checkpoints_and_three_on_a_line_span_no_plane(tmp_path: Path)
         losscli.plane([a, str(tmp_path / "between.pt"), b], pca=True, **options(case))
 
 
-def test_a_single_value_of_each_coordinate_is_no_plane(tmp_path: Path) -> None:
+def test_a_single_value_per_coordinate_does_not_make_a_plane(tmp_path: Path) -> None:
     case = next(c for c in CASES if c.name == "mlp-relu")
     (file,) = save(case, tmp_path, 1)
     with pytest.raises(UsageError, match="--points 1 is not a plane"):

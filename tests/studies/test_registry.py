@@ -75,6 +75,7 @@ RUNS: dict[str, Callable[[], Sequence[Result]]] = {
         library.around("a.pt", along="hessian", points=3, basin_loss=9.0, model="mlp:6-5-3"),
         library.around("a.pt", directions=1, points=3, sampling_error=0.5),
     ],
+    "connect": lambda: [library.connect("a.pt", "b.pt", steps=2, points=3, limit=5)],
     "soup": lambda: [library.soup(PATH, greedy="test", model="mlp:6-5-3")],
     "inspect": lambda: [library.inspect("a.pt"), library.inspect(["a.pt", "b.pt"])],
 }
@@ -89,7 +90,8 @@ def test_a_command_writes_the_tables_that_the_registry_says(name: str, folder: P
         _check_table(result.table, command.table)
         for further, table in result.more.items():
             _check_table(table, command.further_tables[further])
-            assert further == "context" or command_of(table.columns) is None
+            # A part of a line, and a plane, are tables of the commands that make them.
+            assert further in {"context", "plane"} or command_of(table.columns) is None
         assert command.as_text(result).strip()
         # What is written is of the type that the registry says, to the last key.
         text = to_json(result.summary)

@@ -206,7 +206,7 @@ SAMPLES = Path(__file__).parents[2] / "sample_checkpoints"
         ("relu/path/step-00099.pt", 5.50, 0.04221),
     ],
 )
-def test_sample_checkpoints_have_the_sharpness_that_was_computed_apart(
+def test_sample_checkpoints_have_the_sharpness_that_was_computed_separately(
     name: str, critical: float, sam: float
 ) -> None:
     result = losscli.sharpness(SAMPLES / name, split="train", samples=1)

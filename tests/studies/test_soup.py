@@ -164,7 +164,7 @@ def test_a_file_that_changes_is_refused(three: list[str], monkeypatch: pytest.Mo
 
 REFUSED = {
     "one": ("soup a.pt", 2, "soup needs two checkpoints or more, and got 1"),
-    "twice": ("soup a.pt b.pt a.pt", 2, "a.pt is named 2 times. Name each checkpoint once"),
+    "twice": ("soup a.pt b.pt a.pt", 2, "a.pt is named 2 times. Give each checkpoint once"),
     "absent": ("soup a.pt absent.pt", 1, "absent.pt"),
     "another model": ("soup a.pt other.pt", 1, "other.pt does not fit a.pt"),
     "a folder": ("soup a.pt b.pt -o .", 2, "--out '.' is a folder"),
@@ -198,7 +198,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_is_no_average_is_refused(
+def test_weights_that_do_not_make_an_average_are_refused(
     case: str, losscli: Losscli, folder: Path, three: list[str]
 ) -> None:
     line, status, message = REFUSED[case]
@@ -225,7 +225,7 @@ def test_weights_are_read_from_text(text: str, expected: tuple[float, ...]) -> N
 
 
 @pytest.mark.parametrize("text", ["", "-", "1-", "1--", "1+0", "nan-1", "inf-1", "1 - 0", "1-0x"])
-def test_other_text_is_no_weights(text: str) -> None:
+def test_other_text_is_not_weights(text: str) -> None:
     with pytest.raises(UsageError, match=r"is not a list of numbers.*such as 1/2-1/2"):
         parse_weights(text, 2)
 
@@ -592,7 +592,7 @@ OFF_PLANE = {
     "a model": ("a.pt b.pt --alpha 1 -m mlp:6-5-3", 2, "have no effect without --plane"),
     "infinite": ("--plane p.csv --at inf 0", 2, "--at inf 0.0 is not a point of the plane"),
     "another table": ("--plane l.csv --at 0 0", 2, "--plane l.csv is not a table of plane"),
-    "alone": ("--plane alone.csv --at 0 0", 1, "alone.csv has no summary alone.json beside it"),
+    "alone": ("--plane alone.csv --at 0 0", 1, "alone.csv has no summary alone.json next to it"),
     "another model": (
         "--plane p.csv --at 0 0 -m mlp:6-5-3,activation=tanh",
         1,
@@ -616,7 +616,7 @@ def planes(losscli: Losscli, folder: Path, three: list[str]) -> Path:
 
 
 @pytest.mark.parametrize("case", OFF_PLANE)
-def test_what_is_no_point_of_a_plane_is_refused(case: str, losscli: Losscli, planes: Path) -> None:
+def test_an_invalid_point_of_a_plane_is_refused(case: str, losscli: Losscli, planes: Path) -> None:
     line, status, message = OFF_PLANE[case]
     if case == "changed":
         torch.save({"state_dict": MLP("6-5-3").state_dict()}, "b.pt")

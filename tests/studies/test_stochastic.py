@@ -305,7 +305,7 @@ def test_what_makes_no_sense_is_refused_in_one_line(
 
 @pytest.mark.usefixtures("unseen")
 @forks
-def test_two_processes_find_what_one_finds(mine: Path, losscli: Losscli) -> None:
+def test_two_processes_give_the_results_of_one(mine: Path, losscli: Losscli) -> None:
     torch.set_num_threads(1)
     commands = [
         f"{LINE.replace('3', '9')} -m mine.py:Noisy --loss mine.py:loss --stochastic 3",

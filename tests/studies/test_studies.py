@@ -275,7 +275,7 @@ def test_a_model_object_is_never_left_changed(folder: Path) -> None:
     assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
 
 
-def test_the_global_random_state_is_left_alone(folder: Path) -> None:
+def test_the_global_random_state_is_unchanged(folder: Path) -> None:
     torch.manual_seed(7)
     before = torch.random.get_rng_state()
     losscli.interpolate("a.pt", "b.pt", points=3)
@@ -360,7 +360,7 @@ def test_a_model_that_keeps_something_of_its_first_weights_is_refused(tmp_path: 
         losscli.interpolate(a, b, model=case.build, data={"all": (case.inputs, case.targets)})
 
 
-def test_whole_number_tensors_that_matter_are_told(tmp_path: Path) -> None:
+def test_integer_tensors_that_matter_are_noted(tmp_path: Path) -> None:
     class Permuting(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -583,7 +583,7 @@ def test_export_is_the_point_of_the_line(folder: Path) -> None:
         assert all(torch.equal(ends[n], state[n]) for n in state)
 
 
-def test_export_refuses_what_is_no_line(folder: Path) -> None:
+def test_export_refuses_inputs_that_do_not_make_a_line(folder: Path) -> None:
     torch.save(CNN("2").state_dict(), "cnn.pt")
     with pytest.raises(MismatchError, match="does not fit"):
         losscli.export("a.pt", "cnn.pt", 0.5)

@@ -168,7 +168,9 @@ def test_an_ambiguous_shape_is_one_line_and_nothing_is_written(
 
 
 @pytest.mark.parametrize("label", [-1, 5])
-def test_labels_of_tokens_are_held_against_the_number_of_scores(tmp_path: Path, label: int) -> None:
+def test_labels_of_tokens_are_compared_with_the_number_of_scores(
+    tmp_path: Path, label: int
+) -> None:
     checkpoints(tmp_path, lambda: Tagger(5))
     targets = whole(5, 9, 3)
     targets[7, 1] = label
@@ -392,7 +394,7 @@ def test_every_study_names_its_loss_and_where_it_came_from(
     assert "loss cross_entropy (checkpoint metadata)" in lines
 
 
-def test_where_the_loss_came_from_is_no_part_of_a_run(losscli: Losscli, folder: Path) -> None:
+def test_the_source_of_the_loss_does_not_identify_a_run(losscli: Losscli, folder: Path) -> None:
     arguments = ("interpolate", "a.pt", "b.pt", "--points", 3, "-o", "out", "--no-figure")
     assert losscli(*arguments).status == 0
     again = losscli(*arguments, "--loss", "cross_entropy", "--metric", "accuracy")
@@ -442,7 +444,7 @@ def test_a_loss_that_becomes_ever_smaller_is_never_rounded_to_nothing(
         (("plane", "b.pt", "--points", 3), "of the plane", 6),
     ],
 )
-def test_points_as_low_as_the_lowest_are_told_of(
+def test_points_as_low_as_the_lowest_are_reported(
     losscli: Losscli,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -463,7 +465,7 @@ def test_points_as_low_as_the_lowest_are_told_of(
         assert f": 0, shared by {ties} points" in done.stderr
 
 
-def test_points_of_a_block_as_low_as_its_lowest_are_told_of(tmp_path: Path) -> None:
+def test_points_of_a_block_as_low_as_its_lowest_are_reported(tmp_path: Path) -> None:
     def make() -> nn.Module:
         return nn.Sequential(nn.Linear(1, 2, bias=False), nn.Linear(2, 2, bias=False))
 
@@ -549,7 +551,7 @@ def test_accuracy_with_probabilities_is_that_of_the_most_probable_class(tmp_path
         ("cross_entropy", torch.tensor([[0.5, 0.8, -0.3]] * 9), "and cross_entropy takes"),
     ],
 )
-def test_targets_that_are_no_probabilities_are_refused(
+def test_targets_that_are_not_probabilities_are_refused(
     loss: str, targets: Tensor, told: str, tmp_path: Path
 ) -> None:
     with pytest.raises(LossError, match=f"the split 'all' has .*{told} probabilities from 0 to 1"):
@@ -568,7 +570,7 @@ def test_a_loss_that_writes_on_the_outputs_does_not_spoil_the_metrics(tmp_path: 
     assert written.table["loss"] == pytest.approx(plain.table["loss"], rel=1e-6)
 
 
-def test_accuracy_is_left_out_where_targets_are_no_labels(tmp_path: Path) -> None:
+def test_accuracy_is_left_out_if_targets_are_not_labels(tmp_path: Path) -> None:
     result = between(
         tmp_path, lambda: nn.Linear(4, 1), torch.randn(20, 4), whole(31, 20), loss=squares
     )

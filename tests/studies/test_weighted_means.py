@@ -263,7 +263,7 @@ def test_gradient_and_hessian_are_those_of_torchs_mean() -> None:
         np.testing.assert_allclose(found.dense().matrix, hessian, rtol=1e-7, atol=1e-12)
 
 
-def test_check_tells_the_mean_of_torch() -> None:
+def test_check_reports_the_mean_of_torch() -> None:
     x, y = classes()
     found = losscli.check(
         ["init:1"],

@@ -137,7 +137,7 @@ def test_slopes_are_those_of_finite_differences_of_a_plain_loop(name: str, tmp_p
         assert slope == pytest.approx((4 * one - two) / 3, rel=1e-6, abs=1e-9)
 
 
-def test_what_rounding_makes_is_no_extremum(tmp_path: Path) -> None:
+def test_rounding_does_not_make_an_extremum(tmp_path: Path) -> None:
     # In float32 a large constant drowns the slope: the curve is a flight of steps.
     a, b = save(tmp_path, "a", 1.0), save(tmp_path, "b", 1.0 + 1e-4)
 
@@ -182,7 +182,7 @@ def test_options_that_make_no_sense_are_refused(
         losscli.interpolate(a, b, **GIVEN, **options)  # type: ignore[arg-type]
 
 
-def test_bumps_beyond_noise_are_told_from_others(tmp_path: Path) -> None:
+def test_significant_bumps_are_distinguished_from_noise(tmp_path: Path) -> None:
     a, b = line(tmp_path)
     generator = torch.Generator().manual_seed(0)
     targets = 20 * torch.randn(50, generator=generator)
@@ -227,7 +227,9 @@ def test_a_context_must_be_a_line(context: str, text: str, losscli: Losscli, fol
     assert done.stderr.count("\n") == 1
 
 
-def test_the_command_tells_what_refinement_and_slopes_found(losscli: Losscli, folder: Path) -> None:
+def test_the_command_prints_what_refinement_and_slopes_found(
+    losscli: Losscli, folder: Path
+) -> None:
     done = losscli(
         "interpolate", "a.pt", "b.pt", "-o", "out", "--no-figure", "--points", 5,
         "--refine", 0.1, "--derivatives",
@@ -239,7 +241,7 @@ def test_the_command_tells_what_refinement_and_slopes_found(losscli: Losscli, fo
     assert header == "alpha,split,loss,loss_stderr,accuracy,slope,curvature"
 
 
-def test_a_context_of_something_else_is_told_of(losscli: Losscli, folder: Path) -> None:
+def test_a_context_of_another_run_is_reported(losscli: Losscli, folder: Path) -> None:
     losscli("interpolate", "b.pt", "a.pt", "-o", "other", "--points", 5, "--no-figure")
     zoom = ["interpolate", "a.pt", "b.pt", "--range", "0.1", "0.3", "--points", "3"]
     done = losscli(*zoom, "--context", "other.csv", "-o", "zoom", "--no-figure")

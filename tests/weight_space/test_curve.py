@@ -95,7 +95,7 @@ def test_a_flat_bottom_counts_once() -> None:
     assert [(m["alpha"], m["depth"]) for m in found["local_minima"]] == [(0.5, 1.0)]
 
 
-def test_a_shelf_is_no_minimum() -> None:
+def test_a_shelf_is_not_a_minimum() -> None:
     assert told([0.0, 0.5, 1.0, 2.0], [3.0, 2.0, 2.0, 1.0])["local_minima"] == []
 
 
@@ -152,7 +152,7 @@ def test_barrier_rise_and_their_paired_errors_agree_with_brute_force(seed: int) 
         assert found["largest_rise"]["stderr"] == pytest.approx(expected)
 
 
-def test_nothing_is_said_of_a_stretch_that_was_not_looked_at() -> None:
+def test_no_claim_is_made_about_a_range_that_was_not_evaluated() -> None:
     a, b, far = flat([2.0, 1.0, 3.0])
     found = describe([1.5], far[None], a, b)
     assert found["barrier"] is None

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from losscli.models import MLP
-from losscli.weight_space.matching import Matching, inner_product, match
-from losscli.weight_space.permutations import Group, Member, permutation_groups, permute
+from losscli.weight_space.matching import Matching, inner_product, match, match_units
+from losscli.weight_space.permutations import Group, Member, hidden_units, permute
+from losscli.weight_space.tracing import trace
 from losscli.weight_space.vectors import Weights, distance, norm
 from tests.cases import sample
 from tests.networks import NETWORKS, Network
@@ -33,7 +34,7 @@ def shuffled(network: Network, state: Weights, seed: int) -> tuple[Weights, list
 
 @functools.cache
 def groups_of(sizes: str) -> tuple[Group, ...]:
-    return permutation_groups(MLP(sizes).eval(), (torch.randn(2, 4),))
+    return hidden_units(trace(MLP(sizes).eval(), (torch.randn(2, 4),))).groups
 
 
 def check(matching: Matching, a: Weights, b: Weights, groups: tuple[Group, ...], names: list[str]):
@@ -149,3 +150,28 @@ def test_half_precision_is_summed_in_float64() -> None:
     matching = match(a, b, [group], ["w"])
     assert matching.products == (516.0, 517.0)
     assert permute(b, [group], matching.permutations)["w"].dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(("dead_a", "dead_b"), [((), ()), ((1,), (4,)), ((0, 3), (2,)), ((), (5,))])
+def test_correlated_units_meet_brute_force_and_those_without_variance_are_left(
+    dead_a: tuple[int, ...], dead_b: tuple[int, ...]
+) -> None:
+    generator = torch.Generator().manual_seed(5)
+    correlations = torch.rand(6, 6, generator=generator, dtype=torch.float64) * 2 - 1
+    masks = [torch.tensor([i in dead for i in range(6)]) for dead in (dead_a, dead_b)]
+    correlations[masks[0]] = 0
+    correlations[:, masks[1]] = 0
+    permutation = match_units(correlations, *masks).tolist()
+    assert sorted(permutation) == list(range(6))
+    # Of the fewer units with variance, all are matched with units with variance.
+    alive = [(i, j) for i, j in enumerate(permutation) if i not in dead_a and j not in dead_b]
+    assert len(alive) == 6 - max(len(dead_a), len(dead_b))
+
+    def total(p: tuple[int, ...]) -> float:
+        pairs = [(i, j) for i, j in enumerate(p) if i not in dead_a and j not in dead_b]
+        if len(pairs) < len(alive):
+            return -np.inf
+        return float(sum(correlations[i, j] for i, j in pairs))
+
+    best = max(map(total, itertools.permutations(range(6))))
+    assert total(tuple(permutation)) == pytest.approx(best, rel=1e-12)

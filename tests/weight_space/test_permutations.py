@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from losscli.errors import ModelError
 from losscli.weight_space.axes import Axis, concatenate, cut, multiply, pin, regroup, tie, units
-from losscli.weight_space.permutations import Group, Member, obstacles, permutation_groups, permute
+from losscli.weight_space.permutations import Group, Member, hidden_units, obstacles, permute
+from losscli.weight_space.tracing import trace
 from tests import foreign
 from tests.cases import sample
 from tests.networks import NETWORKS, Network, Random
@@ -128,7 +129,7 @@ def test_what_cannot_be_traced_is_refused_without_a_word_of_torchs(
     model: nn.Module, inputs: Tensor, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(ModelError, match="the model cannot be traced") as caught:
-        permutation_groups(model.eval(), (inputs,))
+        trace(model.eval(), (inputs,))
     assert "\n" not in str(caught.value)
     assert "for all inputs" in caught.value.cure
     assert capsys.readouterr() == ("", "")
@@ -138,7 +139,7 @@ def test_no_group_contains_what_a_thread_computes(capsys: pytest.CaptureFixture[
     # torch 2.6 records its result as a constant; newer versions refuse to trace it.
     refusals, groups = [], ()
     try:
-        groups = permutation_groups(foreign.Threaded().eval(), (torch.randn(2, 4),))
+        groups = hidden_units(trace(foreign.Threaded().eval(), (torch.randn(2, 4),))).groups
     except ModelError as error:
         refusals.append(str(error))
     assert groups == ()
@@ -150,7 +151,7 @@ def test_no_group_contains_what_a_thread_computes(capsys: pytest.CaptureFixture[
 def test_inputs_may_come_by_name() -> None:
     model = foreign.TwoInputs().eval()
     inputs = {"words": torch.randint(9, (2, 4)), "sizes": torch.randn(2, 3)}
-    (group,) = permutation_groups(model, (), inputs)
+    (group,) = hidden_units(trace(model, (), inputs)).groups
     assert group.names == ("words.weight", "sizes.weight", "head.weight")
 
 
@@ -166,7 +167,7 @@ class Wrapping(nn.Module):
 
 
 def test_of_wrapped_scores_the_logits_count() -> None:
-    (group,) = permutation_groups(Wrapping().eval(), (torch.randn(2, 4),))
+    (group,) = hidden_units(trace(Wrapping().eval(), (torch.randn(2, 4),))).groups
     assert group.names == ("layers.0.weight", "layers.0.bias", "layers.2.weight")
 
 
@@ -258,8 +259,8 @@ def test_what_holds_units_in_their_order_is_named(
     between: Callable[[Tensor], Tensor], found: tuple[str, ...]
 ) -> None:
     model, x = Held(between), torch.randn(2, 6)
-    assert permutation_groups(model, (x,)) == ()
-    assert obstacles(model, (x,)) == found
+    assert hidden_units(trace(model, (x,))).groups == ()
+    assert obstacles(trace(model, (x,))) == found
 
 
 def test_without_a_hidden_layer_nothing_holds_it() -> None:
@@ -268,4 +269,4 @@ def test_without_a_hidden_layer_nothing_holds_it() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return super().forward((x * torch.arange(6.0)).cumsum(1))
 
-    assert obstacles(Flat(6, 3), (torch.randn(2, 6),)) == ()
+    assert obstacles(trace(Flat(6, 3), (torch.randn(2, 6),))) == ()

@@ -195,7 +195,7 @@ def test_where_there_is_nothing_to_see_nothing_is_proposed(f: Function) -> None:
     assert not last.exhausted
 
 
-def test_rounding_is_told_from_the_curve_by_the_parameter() -> None:
+def test_rounding_is_distinguished_from_the_curve_by_the_parameter() -> None:
     def f(t: float) -> float:
         return 5 + 1e-5 * math.sin(1e4 * t)
 
@@ -270,7 +270,7 @@ def test_the_points_are_the_same_in_whatever_order_and_every_time() -> None:
     assert once.tolist() == again.tolist() == shuffled.tolist()
 
 
-def test_the_limit_is_kept_and_told() -> None:
+def test_the_limit_is_kept_and_reported() -> None:
     def rough(t: float) -> float:
         return math.sin(1e5 * t * t)
 

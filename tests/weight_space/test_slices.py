@@ -387,7 +387,7 @@ def test_a_direction_of_zero_or_twice_the_same_takes_no_part_in_a_projection() -
     assert Span(origin, u, u).project(step) == pytest.approx((0.75, 0.75, 1.0))
 
 
-def test_axes_of_very_different_lengths_are_told_apart() -> None:
+def test_axes_of_very_different_lengths_are_projected_separately() -> None:
     origin, u, v = points(torch.float64)
     long = {n: t * 1e12 for n, t in v.items()}
     target = _as_weights(flat(origin) + 3 * flat(u) + 2 * flat(v), origin)
@@ -416,7 +416,7 @@ def _between(a: dict[str, Tensor], b: dict[str, Tensor], alpha: float) -> dict[s
 
 
 @pytest.mark.parametrize("order", list(itertools.permutations(range(3))), ids=str)
-def test_whether_three_points_are_on_a_line_is_no_matter_of_their_order(
+def test_collinearity_does_not_depend_on_the_order_of_points(
     order: Sequence[int],
 ) -> None:
     flat_ones = [torch.tensor(v, dtype=torch.float64) for v in ([0.0, 0], [1.0, 0], [0.4, 1e-7])]
@@ -468,7 +468,7 @@ def test_a_grid_rises_evenly_from_its_first_point_to_its_last(
     np.testing.assert_allclose(points, np.linspace(low, high, count), rtol=1e-13, atol=1e-13)
 
 
-def test_the_points_to_include_come_besides_where_the_range_holds_them() -> None:
+def test_points_to_include_are_added_if_they_lie_in_the_range() -> None:
     ends = (0.0, 1.0)
     assert grid(2, -0.5, 2.0, include=ends) == [-0.5, 0.0, 1.0, 2.0]
     assert grid(4, -0.5, 1.0, include=ends) == [-0.5, 0.0, 0.5, 1.0]

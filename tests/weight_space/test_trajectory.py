@@ -257,7 +257,7 @@ def test_no_more_than_three_checkpoints_are_held_at_a_time() -> None:
 
 
 @pytest.mark.parametrize("task", [measure, principal_axes])
-def test_what_is_no_path_is_a_usage_error(task: Callable[..., object]) -> None:
+def test_checkpoints_that_do_not_make_a_path_are_a_usage_error(task: Callable[..., object]) -> None:
     states = bent(4)
     for count in range(3):
         with pytest.raises(

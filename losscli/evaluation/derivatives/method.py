@@ -194,7 +194,7 @@ class _DifferenceTest:
             if rule.decides(comparisons, len(self.alphas) - len(comparisons)):
                 break
             derivative, value = derivatives(alpha)[order], function(alpha)
-            # Near a minimum the slope is small, but not the terms whose rounding it has.
+            # Near a minimum the slope is small, but it has the rounding errors of large terms.
             losses = value if order == 0 else self._losses(alpha)
             size = max(float(terms.mean().abs()) for terms in (losses, value))
             comparison = rule.compare(derivative, size, value, self._along(function, alpha))

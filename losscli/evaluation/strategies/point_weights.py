@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from losscli.evaluation.strategies.base import Network
 from losscli.weight_space.slices import Slice
 
-__all__ = ["PointWeights", "combining_type"]
+__all__ = ["PointWeights", "SinglePointWeights", "combining_type"]
 
 # Values that are converted to another type at once: on a CPU few enough to stay in its cache.
 _PIECE = 1 << 14
 _PIECE_ELSEWHERE = 1 << 22
+
+# Bytes of a tensor that is combined together with others: for a larger one a GPU takes longer to
+# combine it than the host to launch the kernels.
+_SMALL = 1 << 20
+
+# Values in a buffer to whose multiples tensors are aligned: the fastest kernels of a GPU need
+# aligned operands.
+_ALIGNMENT = 128
 
 
 class PointWeights:
@@ -76,6 +86,85 @@ class PointWeights:
             _fill(outs, self._slice, name, [self._coordinates[p] for p in rows])
             # Only now: another thread that needs a row meanwhile writes the same values to it.
             missing.difference_update(rows)
+
+
+class SinglePointWeights:
+    """One set of weights, which is moved from one point of a slice to the next.
+
+    Small tensors of one type lie in one buffer, so that they take two kernels per point and not two
+    per tensor. Every number is computed as in `PointWeights`. A single `torch.lerp` of the ends in
+    the type of the model would not give these bits, since combinations are rounded from float64.
+
+    Args:
+        network: The model.
+        slice_: The slice.
+        tensors: The model's tensors that move along the slice. Large ones are overwritten.
+
+    Attributes:
+        tensors: The tensors of the point; `move_to` changes their values and not their memory.
+    """
+
+    def __init__(self, network: Network, slice_: Slice, tensors: Mapping[str, Tensor]) -> None:
+        self._slice = slice_
+        channels_last = _channels_last(network)
+        small: dict[torch.dtype, list[str]] = {}
+        self._large: list[str] = []
+        self.tensors: dict[str, Tensor] = {}
+        for name, own in tensors.items():
+            if own.nbytes <= _SMALL:
+                small.setdefault(own.dtype, []).append(name)
+            else:
+                self._large.append(name)
+                self.tensors[name] = (
+                    torch.empty_like(own, memory_format=torch.channels_last)
+                    if name in channels_last
+                    else own
+                )
+        self._buffers: list[_Buffer] = []
+        for dtype, names in small.items():
+            moved = [
+                [end[n].movedim(1, -1) if n in channels_last else end[n] for n in names]
+                for end in slice_.ends
+            ]
+            working = combining_type(tensors[names[0]])
+            ends = [torch.cat([_padded(t.to(working)) for t in end]) for end in moved]
+            weights = torch.empty_like(ends[0], dtype=dtype)
+            parts = torch.split(weights, [len(_padded(t)) for t in moved[0]])
+            for name, part, like in zip(names, parts, moved[0], strict=True):
+                tensor = part[: like.numel()].view(like.shape)
+                self.tensors[name] = tensor.movedim(-1, 1) if name in channels_last else tensor
+            self._buffers.append(_Buffer(ends, weights, torch.empty_like(ends[0])))
+
+    def move_to(self, point: Sequence[float]) -> None:
+        """Computes the weights at a point.
+
+        Args:
+            point: Its coordinates.
+        """
+        for buffer in self._buffers:
+            combined = self._slice.combine(buffer.ends, point, buffer.combined)
+            buffer.weights.copy_(combined)
+        for name in self._large:
+            _fill([self.tensors[name]], self._slice, name, [point])
+
+
+@dataclass(frozen=True)
+class _Buffer:
+    """Small tensors of one type, joined.
+
+    Attributes:
+        ends: Their values at each end of the slice, in the type of combinations.
+        weights: Their values at the point.
+        combined: The same before rounding.
+    """
+
+    ends: Sequence[Tensor]
+    weights: Tensor
+    combined: Tensor
+
+
+def _padded(tensor: Tensor) -> Tensor:
+    return F.pad(tensor.reshape(-1), (0, -tensor.numel() % _ALIGNMENT))
 
 
 def _channels_last(network: Network) -> frozenset[str]:

@@ -2,8 +2,9 @@
 
 `LoadedPoint` and `LoadedPoints` load every point as a user would: slow, and the reference. The
 others compute the weights of all points first and bind the model's tensors to them: one point after
-the other, in threads, or all at once. Their numbers are compared with the reference before they are
-relied on (`losscli.evaluation.strategy_choice`).
+the other, in threads, or all at once. `losscli.evaluation.strategies.sequential_points` has one set
+of weights for all points. All numbers are compared with the reference before they are relied on
+(`losscli.evaluation.strategy_choice`).
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import itertools
 import queue
 import warnings
+from abc import abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -25,7 +27,7 @@ from torch.utils._pytree import tree_leaves
 from losscli.data import Nest
 from losscli.errors import ModelError
 from losscli.evaluation.recalibration import Statistics, recording
-from losscli.evaluation.spectral import normalise
+from losscli.evaluation.spectral import SpectralLayer, normalise
 from losscli.evaluation.strategies.base import Network, NothingSharedError, OutputRecorder, Strategy
 from losscli.evaluation.strategies.first_layer import FirstLayer, FirstLayerFound, FirstLayerWatcher
 from losscli.evaluation.strategies.point_weights import PointWeights, combining_type
@@ -38,13 +40,37 @@ from losscli.evaluation.strategies.replicas import (
 )
 from losscli.weight_space.slices import Slice
 
-__all__ = ["BoundPoints", "LoadedPoint", "LoadedPoints", "Points", "StackedPoints"]
+__all__ = [
+    "BoundPoints",
+    "LoadedPoint",
+    "LoadedPoints",
+    "Points",
+    "StackedPoints",
+    "cudnn_weights",
+    "moving_spectral_layers",
+]
 
 _TakeBatch = Callable[[int, Replica, AbstractContextManager[Any]], None]
 """Takes a batch to a point with a replica; the context is for the forward pass."""
 
 
-class LoadedPoint:
+class _OnePass:
+    """Points that take each batch together."""
+
+    def passes(self) -> Iterator[range]:
+        """Iterates over the passes through the data.
+
+        Yields:
+            The indices of the points that take part in the next pass: all in the only one.
+        """
+        yield range(len(self))
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """The number of points."""
+
+
+class LoadedPoint(_OnePass):
     """The point with the weights that are loaded.
 
     Args:
@@ -100,7 +126,7 @@ class LoadedPoint:
         yield 0
 
 
-class LoadedPoints:
+class LoadedPoints(_OnePass):
     """P points of a slice, each loaded for every batch: slow, and the reference.
 
     Args:
@@ -176,7 +202,7 @@ class LoadedPoints:
         self._network.load({**weights, **self._own, **estimated})
 
 
-class BoundPoints:
+class BoundPoints(_OnePass):
     """P points of a slice with their weights in memory; each batch is evaluated at all of them.
 
     The outputs of the first layer are computed for all points at once if possible. On a CPU the
@@ -212,11 +238,7 @@ class BoundPoints:
         self._unshared: frozenset[int] | None = None
         self._stateless = is_stateless(network)
         self._estimated = [name for layer in network.statistics for name in layer.names]
-        self._spectral = [
-            layer
-            for layer in network.spectral
-            if not slice_.ends[0].keys().isdisjoint(layer.sources)
-        ]
+        self._spectral = moving_spectral_layers(network, slice_)
         self._normalised = [name for layer in self._spectral for name in layer.names]
         names = [*slice_.ends[0], *self._estimated, *self._normalised]
         self._own = {name: network.tensors[name].data for name in names}
@@ -229,7 +251,7 @@ class BoundPoints:
         self._weights = PointWeights(network, slice_, coordinates, moving)
         self._stacks = dict(self._weights.stacks)
         self._rows = dict(self._weights.rows)
-        self._copied = _cudnn_weights(network) & moving.keys()
+        self._copied = cudnn_weights(network) & moving.keys()
         # The first layer's weight, which a point that shares its products does not need.
         self._lazy: str | None = None
         # Whether recorded prefixes give the right outputs; None before the first one.
@@ -346,9 +368,10 @@ class BoundPoints:
     ) -> Iterator[None]:
         """Replaces what is shared in a forward pass at a point."""
         shares = layer is not None and p not in (self._unshared or ())
-        fill = partial(self._fill_lazy, p)
+        fill: Callable[[], None] | None = partial(self._fill_lazy, p)
         if layer is None or not shares or layer.weight != self._lazy:
-            fill()
+            self._fill_lazy(p)
+            fill = None
         with ExitStack() as stack:
             if layer is not None and shares:
                 replay = layer.replay_at(self._coordinates[p], replica.tensors, fill)
@@ -493,8 +516,29 @@ class StackedPoints(BoundPoints):
         return iter(range(len(self)))
 
 
-def _cudnn_weights(network: Network) -> frozenset[str]:
-    """The weights that cuDNN keeps in one buffer: those of recurrent layers on a GPU."""
+def moving_spectral_layers(network: Network, slice_: Slice) -> list[SpectralLayer]:
+    """Finds the spectrally normalised weights that move along a slice.
+
+    Args:
+        network: The model.
+        slice_: The slice.
+
+    Returns:
+        The weights.
+    """
+    moving = slice_.ends[0].keys()
+    return [layer for layer in network.spectral if not moving.isdisjoint(layer.sources)]
+
+
+def cudnn_weights(network: Network) -> frozenset[str]:
+    """Finds the weights that cuDNN keeps in one buffer: those of recurrent layers on a GPU.
+
+    Args:
+        network: The model.
+
+    Returns:
+        Their names. They must be copied into that buffer.
+    """
     # `flatten_parameters` made them views of it. If they were bound to other memory, every call
     # would warn and copy them into a new buffer.
     flat = {

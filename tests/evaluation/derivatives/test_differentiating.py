@@ -134,7 +134,7 @@ def test_the_plane_and_the_hessian(kind: str, files: list[str]) -> None:
         (Solution, squared_residual_of_detached, LossError, "the loss fails"),
     ],
 )
-def test_what_has_no_gradients_is_told_how_to_get_them(
+def test_an_error_says_how_to_get_missing_gradients(
     model: Callable[[], nn.Module],
     loss: Any,
     error: type[Exception],

@@ -570,7 +570,7 @@ def test_a_seed_gives_the_same_numbers_and_another_one_the_same_eigenvalues() ->
         assert float(a.vector @ c.vector) > 0.99
 
 
-def test_the_sign_of_a_vector_is_settled() -> None:
+def test_the_sign_of_a_vector_is_fixed() -> None:
     for pair in pairs_of(diagonal(SPECTRA["even"].tolist()).extremes(3, tolerance=1e-6, seed=0)):
         assert pair.vector.abs().max() == pair.vector.max()
 

@@ -196,7 +196,7 @@ def test_out_of_memory_graphs_are_freed_before_the_batch_is_halved(
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError, RuntimeError])
-def test_graphs_that_fail_are_freed_and_the_product_is_made_anew(
+def test_graphs_that_fail_are_freed_and_the_product_is_computed_again(
     monkeypatch: pytest.MonkeyPatch, error: type[Exception]
 ) -> None:
     case = CASES[0]

@@ -139,7 +139,7 @@ def test_a_probe_has_signs_of_its_own_and_they_are_drawn_again() -> None:
         assert all(abs(float(v @ other)) < 150 for other in others)
 
 
-def test_a_basis_is_no_larger_than_memory_allows(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_size_of_a_basis_is_limited_by_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         "losscli.evaluation.hessian.spectral_density.host_budget", lambda: 8 * 1000 * 10
     )

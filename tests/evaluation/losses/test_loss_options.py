@@ -197,9 +197,7 @@ def test_a_refused_loss_writes_nothing(folder: Path, losscli: Losscli) -> None:
     assert set(folder.iterdir()) == before
 
 
-def test_a_class_of_the_users_own_that_cannot_be_built_is_told(
-    folder: Path, losscli: Losscli
-) -> None:
+def test_a_user_class_that_cannot_be_built_is_reported(folder: Path, losscli: Losscli) -> None:
     (folder / "mine.py").write_text("class Loss:\n    def __init__(self, x):\n        1 / x\n")
     done = losscli("interpolate", "a.pt", "b.pt", "--loss", "mine.py:Loss,x=0", "-o", "x")
     assert done.status == 1
@@ -241,7 +239,7 @@ def test_examples_that_broadcasting_mixes_are_refused(
 @pytest.mark.parametrize(
     ("outputs", "targets"), [((N, N), (N, N)), ((N, N, 2), (N, N, 2)), ((N, N), (N, 1))], ids=str
 )
-def test_as_many_outputs_as_examples_are_no_accident(
+def test_outputs_as_many_as_examples_are_one_per_example(
     outputs: tuple[int, ...], targets: tuple[int, ...]
 ) -> None:
     y, t = random(*outputs), random(*targets, seed=3)
@@ -372,7 +370,7 @@ LEFT_OUT: dict[str, tuple[Any, Callable[[], nn.Module], str]] = {
 
 
 @pytest.mark.parametrize("name", LEFT_OUT)
-def test_a_metric_that_nobody_asked_for_is_left_out_where_it_does_not_apply(name: str) -> None:
+def test_a_default_metric_is_left_out_where_it_does_not_apply(name: str) -> None:
     loss, build, why = LEFT_OUT[name]
     found = run(loss, LABELS, build=build)
     assert found.table.columns == ("alpha", "split", "loss", "loss_stderr")

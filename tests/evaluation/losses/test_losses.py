@@ -285,7 +285,7 @@ def test_several_labels_an_example_are_answered_one_by_one() -> None:
         (accuracy, (5, 1), torch.zeros(5, 3), "accuracy needs"),
     ],
 )
-def test_shapes_that_do_not_fit_are_told_with_the_cure(
+def test_shapes_that_do_not_fit_are_reported_with_the_fix(
     loss: Callable[[Tensor, Tensor], Tensor], y: tuple[int, ...], targets: Tensor, message: str
 ) -> None:
     with pytest.raises(LossError, match=message) as caught:
@@ -402,7 +402,7 @@ def test_a_sequence_without_tokens_has_no_weight_and_spoils_no_other() -> None:
     assert weights_of(causal_lm, scores, targets).tolist() == [1, 0, 1]
 
 
-def test_scores_where_no_token_counts_are_not_looked_at() -> None:
+def test_scores_where_no_token_counts_are_ignored() -> None:
     scores, targets = outputs(2, 4, 5), classes(5, 2, 4)
     targets[:, 2] = -100
     expected = causal_lm(scores, targets)

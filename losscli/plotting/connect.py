@@ -1,0 +1,211 @@
+"""The figure of ``losscli connect``: the loss on the curve and on the line, and their plane."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from matplotlib.artist import Artist
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patheffects import Normal, Stroke
+
+from losscli.plotting.line_axis import scale_alpha
+from losscli.plotting.lines import Series, draw_panel, split_entries
+from losscli.plotting.plane import read_grids
+from losscli.plotting.style import (
+    DASHES,
+    INK,
+    PALE,
+    add_foot,
+    add_title,
+    columns,
+    format_number,
+    freeze,
+    house_style,
+    label_loss,
+    name_split,
+    narrow,
+    new_figure,
+    plain,
+    round_positions,
+    shorten,
+    text_size,
+)
+from losscli.plotting.surface import (
+    PATH,
+    Contours,
+    Grid,
+    add_colour_bar,
+    draw_contours,
+    draw_dots,
+    label_contours,
+    limit_notes,
+    scale_losses,
+)
+from losscli.results.drawing import FULL, Drawing
+from losscli.results.result import Run
+from losscli.results.summaries import ConnectSummary
+
+__all__ = ["draw_connect"]
+
+_COLOURS = {"curve": PATH, "line": PALE}
+_HEIGHTS = {"loss": 2.6, "metric": 1.35, "plane": 3.0}  # inches
+
+
+def draw_connect(run: Run[ConnectSummary], drawing: Drawing = FULL) -> Figure:
+    """Draws losses and metrics on the curve and on the line over t, and the plane with the curve.
+
+    Args:
+        run: The run; without the table ``plane`` there is no plane.
+        drawing: How it is drawn.
+
+    Returns:
+        The figure, laid out and ready to `render`.
+    """
+    with house_style(drawing):
+        splits = [str(split) for split in run.table.unique("split")]
+        series = _series(run, splits)
+        metrics = list(run.table.metrics)
+        grids = read_grids(run.more["plane"]) if "plane" in run.more else []
+        across = columns(drawing, min(2, max(len(grids), 1)))
+        rows = math.ceil(len(grids) / across)
+        heights = [
+            _HEIGHTS["loss"],
+            *[_HEIGHTS["metric"]] * len(metrics),
+            *[_HEIGHTS["plane"]] * rows,
+        ]
+        figure = new_figure(drawing, sum(heights) + 0.5 * rows)
+        cells = figure.add_gridspec(len(heights), across, height_ratios=heights)
+        panels = [figure.add_subplot(cells[0, :])]
+        for row in range(1, 1 + len(metrics)):
+            panels.append(figure.add_subplot(cells[row, :], sharex=panels[0]))
+        for panel in panels[:-1]:
+            panel.tick_params(labelbottom=False)
+        scale_alpha(panels[-1], series)
+        notes = [] if series else ["There are no points"]
+        for panel, column in zip(panels, ("loss", *metrics), strict=True):
+            notes += draw_panel(
+                panel, series, column, drawing, log=drawing.log and column == "loss"
+            )
+            label = shorten(figure, plain(column), narrow(figure, 88), text_size())
+            panel.set_ylabel(label)
+        label = label_loss(figure, [run], drawing, log=drawing.log).replace("\n", ", ")
+        panels[0].set_ylabel(label if drawing.compact else f"{label}\nmean over examples")
+        panels[-1].set_xlabel(
+            drawing.words("t: from A (0) to B (1), on the curve and on the line", "t")
+        )
+        contours, planes = _draw_planes(run, figure, cells, grids, 1 + len(metrics), drawing)
+        notes += _notes(run, drawing, with_plane=bool(planes))
+        add_title(figure, drawing)
+        add_foot(
+            figure, drawing, notes, [_entries(), split_entries([run], splits, INK, series, drawing)]
+        )
+        freeze(figure, drawing)
+        round_positions(figure)
+        if planes:
+            corners = np.array(run.summary["plane"]["corners"])  # type: ignore[index]
+            for panel, drawn in zip(planes, contours, strict=True):
+                label_contours(panel, drawn, corners[:, 0], corners[:, 1], clearance=28)
+    return figure
+
+
+def _series(run: Run[ConnectSummary], splits: list[str]) -> list[Series]:
+    """Returns a series for each path and split, the line first, so that the curve is on top."""
+    series = []
+    for path in ("line", "curve"):
+        for index, split in enumerate(splits):
+            table = run.table.where("path", path).where("split", split)
+            t = np.array(table.floats("t"))
+            order = np.argsort(t, kind="stable")
+            order = order[np.isfinite(t[order])]
+            if not order.size:
+                continue
+            values = [c for c in table.columns if c not in {"path", "t", "split"}]
+            series.append(
+                Series(
+                    run=0,
+                    split=split,
+                    name=f"{path}, {plain(split)}",
+                    colour=_COLOURS[path],
+                    dashes=DASHES[index % len(DASHES)],
+                    x=t[order],
+                    ends=np.isin(t[order], (0.0, 1.0)),
+                    values={c: np.array(table.floats(c))[order] for c in values},
+                    examples=run.summary.get("examples", {}).get(split, math.nan),
+                )
+            )
+    return series
+
+
+def _draw_planes(
+    run: Run[ConnectSummary],
+    figure: Figure,
+    cells: object,
+    grids: list[Grid],
+    first_row: int,
+    drawing: Drawing,
+) -> tuple[list[Contours], list[Axes]]:
+    """Draws the plane of each split with the curve and the line on it."""
+    plane = run.summary.get("plane")
+    if not grids or plane is None:
+        return [], []
+    losses = np.concatenate([grid.loss.ravel() for grid in grids])
+    scale = scale_losses(losses, drawing)
+    curve, corners = np.array(plane["curve"]), np.array(plane["corners"])
+    contours, panels = [], []
+    across = cells.ncols  # type: ignore[attr-defined]
+    for number, grid in enumerate(grids):
+        row, column = divmod(number, across)
+        panel = figure.add_subplot(cells[first_row + row, column])  # type: ignore[index]
+        contours.append(draw_contours(panel, grid, scale))
+        panel.set_aspect("equal")
+        outline = [Stroke(linewidth=3.2, foreground="white"), Normal()]
+        panel.plot(*corners[[0, 2]].T, color=PALE, lw=1.4, path_effects=outline, zorder=4)
+        panel.plot(*curve.T, color=_COLOURS["curve"], lw=1.8, path_effects=outline, zorder=4)
+        draw_dots(
+            panel,
+            *corners.T,
+            faces=np.tile([1.0, 1.0, 1.0, 1.0], (3, 1)),
+            size=7,
+            behind=np.zeros(3, dtype=np.bool_),
+        )
+        for letter, (x, y) in zip("ACB", corners, strict=True):
+            panel.text(
+                *(x, y, f"  {letter}"),
+                va="bottom",
+                weight="bold",
+                color=INK,
+                zorder=6,
+                path_effects=[Stroke(linewidth=2.5, foreground="white"), Normal()],
+            )
+        name = name_split([run], grid.split, drawing)
+        panel.set_title(shorten(figure, name, narrow(figure, 250), text_size()), loc="left")
+        panel.set_xlabel(drawing.words("distance along C − A", "along C − A"))
+        if not column:
+            panel.set_ylabel(drawing.words("distance at right angles", "orthogonal"))
+        panels.append(panel)
+    add_colour_bar(figure, panels, scale, "loss" + (", log scale" if scale.log else ""))
+    return contours, panels
+
+
+def _entries() -> list[tuple[Artist, str]]:
+    names = {"curve": "trained curve", "line": "straight line"}
+    return [(Line2D([], [], color=_COLOURS[path]), label) for path, label in names.items()]
+
+
+def _notes(run: Run[ConnectSummary], drawing: Drawing, *, with_plane: bool) -> list[str]:
+    """Returns notes on what was found."""
+    notes = []
+    for name, split in run.summary.get("splits", {}).items():
+        highest, line = split.get("highest"), split.get("line", {}).get("barrier")
+        if highest is not None and line is not None:
+            notes.append(
+                f"{plain(name)}: the loss on the curve stays at or below "
+                f"{format_number(highest['loss'], 3)}; the barrier on the line is "
+                f"{format_number(line['height'], 3)}."
+            )
+    if with_plane:
+        notes += ["The plane goes through A, the trained bend C and B.", *limit_notes(drawing)]
+    return notes

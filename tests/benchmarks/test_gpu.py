@@ -1,0 +1,58 @@
+"""The script that checks a GPU runs from start to end without one, whatever a part does."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.benchmarks import gpu
+
+
+@pytest.mark.stress
+def test_a_tiny_run_takes_all_parts_and_says_what_needs_a_gpu(tmp_path: Path) -> None:
+    out = tmp_path / "gpu.json"
+    command = [sys.executable, "-m", "tests.benchmarks.gpu", "--tiny", "--out", str(out)]
+    ended = subprocess.run(command, check=True, cwd=gpu.ROOT, capture_output=True, text=True)
+    found = json.loads(out.read_text(encoding="utf-8"))
+    assert found.keys() == {"machine", *gpu.PARTS}
+    for name in gpu.PARTS:
+        assert "error" not in found[name]
+        assert found[name]["rows"]
+        assert f"\n{name}  " in "\n" + ended.stdout
+    differences = found["commands"]["rows"]["interpolate"]["difference"]
+    assert differences["loss"] < 1e-5
+    if not torch.cuda.is_available():
+        only_gpu = {
+            name
+            for name in gpu.PARTS
+            if set(map(str, found[name]["rows"].values())) == {gpu.NEEDS_GPU}
+        }
+        assert only_gpu == {"tests", "synchronisations", "memory"}
+
+
+def test_the_time_limits_add_up_to_eight_minutes_at_most() -> None:
+    assert sum(limit for _, limit in gpu.PARTS.values()) <= 8 * 60
+
+
+def test_a_part_that_takes_too_long_is_recorded() -> None:
+    found = gpu.run_part("peak", 0.05, tiny=True)
+    assert found == {"seconds": 0.05, "error": "took more than 0.05 s"}
+
+
+def test_a_part_that_fails_is_recorded() -> None:
+    found = gpu.run_part("nothing", 60, tiny=True)
+    assert "invalid choice: 'nothing'" in found["error"]
+    assert "rows" not in found
+
+
+def test_differences_are_relative_to_the_largest_number_of_a_column() -> None:
+    one = [{"name": "a", "loss": "1", "slope": ""}, {"name": "b", "loss": "4", "slope": "2"}]
+    other = [{"name": "a", "loss": "1.5", "slope": ""}, {"name": "b", "loss": "5", "slope": "2"}]
+    assert gpu._differences(one, other) == {"loss": 0.2, "slope": 0.0}
+    with pytest.raises(ValueError, match="other rows"):
+        gpu._differences(one, other[:1])
