@@ -96,7 +96,7 @@ def _begin(folder: Path) -> None:
     from losscli.cli.console import Console
 
     np.savez(folder / "data.npz", inputs=np.eye(6, dtype=np.float32), targets=np.arange(6) % 3)
-    options = f"-m mlp:6-5-3 -d npz:{folder}/data.npz -q -o {folder}"
+    options = f"-m mlp:6-5-3 -d npz:{folder}/data.npz -o {folder}"
     for command in (
         f"interpolate init:0 init:1 --points 3 {options}/line",
         f"plane init:0 init:1 init:2 --points 3 {options}/plane",
