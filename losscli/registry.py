@@ -35,6 +35,7 @@ __all__ = [
     "further_table_names",
     "further_table_of",
     "load",
+    "pair_position",
 ]
 
 COLUMN_TYPES: Mapping[str, Literal["integer", "path", "text"]] = {
@@ -471,8 +472,8 @@ COMMANDS: Mapping[str, Command] = {
                     *("a", "b", "split", "distance", "barrier", "barrier_stderr", "alpha"),
                     *("loss_a", "loss_b"),
                 ),
-                optional=("examples",),
-                errors=("barrier_stderr",),
+                optional=("examples", "disagreement", "disagreement_stderr", "cka"),
+                errors=("barrier_stderr", "disagreement_stderr"),
                 grid=("a", "b"),
                 pairs=True,
             ),
@@ -556,6 +557,18 @@ RESERVED_COLUMNS = frozenset(
     for column in (*table.columns, *table.optional)
 )
 """The columns of the tables with metrics that are no metrics: no metric may have such a name."""
+
+
+def pair_position(columns: Sequence[str]) -> str:
+    """Finds the column of ``barriers --x``, which follows those of the checkpoints.
+
+    Args:
+        columns: The columns of a table of ``barriers``.
+
+    Returns:
+        Its name; empty for a table of all pairs.
+    """
+    return "" if columns[2] == "split" else columns[2]
 
 
 def command_of(columns: Collection[str]) -> Command | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -38,6 +39,8 @@ class Run:
         data: ``digits`` or ``chebyshev``.
         batch: Examples per step; None for all of them.
         moments: Whether the state of the optimiser is kept.
+        spawn: The steps at which two children are spawned, which train on with other orders of the
+            examples.
     """
 
     model: str
@@ -52,11 +55,13 @@ class Run:
     data: str = "digits"
     batch: int | None = BATCH
     moments: bool = False
+    spawn: tuple[int, ...] = ()
 
 
 RELU = "mlp:64-40-40-10,activation=relu"
 TANH = "mlp:1-20-20-1,activation=tanh"
 SADDLE = "mlp:64-10-10,activation=tanh"
+SPAWN = 0, 16, 99, 303, 901
 FULL_BATCH: dict[str, Any] = {
     "weight_decay": 0.0,
     "path": 20,
@@ -78,6 +83,8 @@ RUNS = {
         suffix=".safetensors",
         path=30,
     ),
+    # Until the children part, the steps are those of relu.
+    "spawned": Run(RELU, "momentum", 0.05, 2000, suffix=".safetensors", spawn=SPAWN),
     "relu-seed1": Run(RELU, "momentum", 0.05, 2000, seed=1),
     "relu-seed2": Run(RELU, "momentum", 0.05, 2000, seed=2),
     "relu-adam": Run(RELU, "adam", 0.002, 2000, path=30),
@@ -158,26 +165,59 @@ def measure(model: nn.Module, inputs: Tensor, targets: Tensor) -> str:
     return f"loss {loss_of(outputs, targets).item():.4f}, accuracy {accuracy:.2%}"
 
 
+def update(
+    model: nn.Module, optimizer: torch.optim.Optimizer, data: dict[str, Tensor], rows: Tensor
+) -> None:
+    inputs, targets = data["train_inputs"], data["train_targets"]
+    loss = loss_of(model.train()(inputs[rows]), targets[rows])
+    optimizer.zero_grad()
+    torch.autograd.backward(loss)
+    optimizer.step()
+
+
+def spawn(
+    run: Run,
+    step: int,
+    folder: Path,
+    data: dict[str, Tensor],
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+) -> None:
+    """Trains two copies of a network on to the last step, with other orders of the examples."""
+    for child, seed in (("a", 1), ("b", 2)):
+        own = copy.deepcopy(model)
+        other = optimizer_of(run, own)
+        other.load_state_dict(optimizer.state_dict())
+        order = batches(len(data["train_inputs"]), run.batch, seed)
+        for _ in range(step, run.steps):
+            update(own, other, data, next(order))
+        save(own, run, run.steps, folder / f"step-{step:05}-{child}{run.suffix}", other)
+
+
 def train(run: Run, folder: Path, data: dict[str, Tensor]) -> nn.Module:
     model = build(run.model, run.seed)
     optimizer = optimizer_of(run, model)
-    inputs, targets = data["train_inputs"], data["train_targets"]
-    order = batches(len(inputs), run.batch, run.seed)
+    order = batches(len(data["train_inputs"]), run.batch, run.seed)
     kept = steps_kept(run)
     for step in range(run.steps + 1):
         if step:
-            rows = next(order)
-            loss = loss_of(model.train()(inputs[rows]), targets[rows])
-            optimizer.zero_grad()
-            torch.autograd.backward(loss)
-            optimizer.step()
+            update(model, optimizer, data, next(order))
+        if step in run.spawn:
+            spawn(run, step, folder, data, model, optimizer)
         paths = []
         if step in kept:
             paths.append(folder / "path" / f"step-{step:05}{run.suffix}")
-        if step in {0, run.steps}:
+        if step in {0, run.steps} and not run.spawn:
             paths.append(folder / f"{'final' if step else 'init'}{run.suffix}")
         for file in paths:
             save(model, run, step, file, optimizer)
+    if run.spawn:
+        names = [f"step-{step:05}" for step in run.spawn]
+        rows = (
+            f"{name}-a{run.suffix},{name}-b{run.suffix},{step}"
+            for name, step in zip(names, run.spawn, strict=True)
+        )
+        (folder / "pairs.csv").write_text("\n".join(["a,b,step", *rows, ""]))
     return model
 
 

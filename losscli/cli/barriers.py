@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated
 
@@ -23,6 +22,7 @@ from losscli.errors import printable
 from losscli.results.result import Result
 from losscli.results.summaries import BarriersSplit, BarriersSummary, PairBarrier
 from losscli.settings import Settings
+from losscli.table import Table
 
 if TYPE_CHECKING:
     from losscli.studies.base import Study
@@ -36,14 +36,37 @@ _MATRIX = 10
 @with_study_options
 def barriers(
     checkpoints: Annotated[
-        list[str],
+        list[str] | None,
         argument(
-            "Two or more; a folder of them, in natural order; - for names on stdin, one a line."
+            "Two or more; a folder of them, in natural order; - for names on stdin, one a line. "
+            "None with --pairs.",
         ),
-    ],
+    ] = None,
+    *,
     settings: Settings,
     write: Write,
     console: Console,
+    pairs: Annotated[
+        str | None,
+        option(
+            "The lines",
+            "A CSV with the columns a and b, the checkpoints of each pair, relative to the folder "
+            "of the file: only these pairs, and the barrier of each metric too, over the column "
+            "--x.",
+            "--pairs",
+            metavar="FILE",
+        ),
+    ] = None,
+    x: Annotated[
+        str | None,
+        option(
+            "The lines",
+            "The column of --pairs with a number for each pair, such as the step at which two "
+            "runs were spawned. Pairs with the same number are averaged.",
+            "--x",
+            metavar="COLUMN",
+        ),
+    ] = None,
     points: Annotated[
         int,
         option(
@@ -53,6 +76,18 @@ def barriers(
             metavar="N",
         ),
     ] = 11,
+    disagreement: Annotated[
+        bool,
+        option(
+            "The outputs",
+            "Also the share of examples on which two checkpoints predict different classes.",
+            "--disagreement",
+        ),
+    ] = False,
+    cka: Annotated[
+        bool,
+        option("The outputs", "Also the linear CKA of the outputs of two checkpoints.", "--cka"),
+    ] = False,
 ) -> None:
     """The barriers between all pairs of checkpoints, as a matrix.
 
@@ -63,23 +98,33 @@ def barriers(
     def plan() -> Study:
         from losscli.studies.barriers import Barriers
 
-        return Barriers.plan(names, settings, points=points, ranks=console.ranks)
+        return Barriers.plan(
+            names,
+            settings,
+            points=points,
+            pairs_file=pairs,
+            x=x,
+            disagreement=disagreement,
+            cka=cka,
+            ranks=console.ranks,
+        )
 
-    names = expand_names(checkpoints, console.ranks)
-    run_study("barriers", checkpoints, plan, write, console)
+    names = expand_names(checkpoints or [], console.ranks)
+    run_study("barriers", checkpoints or [pairs or ""], plan, write, console)
 
 
 def report(result: Result[BarriersSummary]) -> str:
     """Returns lines of text that describe the result of barriers."""
     summary = result.summary
     names = [printable(c["name"]) for c in summary["checkpoints"]]
-    pairs = math.comb(len(names), 2)
-    few = len(names) <= _MATRIX
+    rows = result.table.where("split", result.table["split"][0])
+    pairs, column = len(rows.rows), summary["pairs"]
+    few = len(names) <= _MATRIX and column is None
     number = {c["name"]: str(t) for t, c in enumerate(summary["checkpoints"], start=1)}
     lines = task_lines(summary, 9)
     lines += [f"{t:>2}  {name}" for t, name in enumerate(names, start=1)] if few else []
     points = len(summary["alphas"])
-    length = [x for i, row in enumerate(summary["distances"]) for x in row[i + 1 :] if is_finite(x)]
+    length = list(filter(is_finite, rows.floats("distance")))
     far = f"‖B − A‖ from {min(length):.4g} to {max(length):.4g}" if length else "‖B − A‖ not finite"
     lines.append(
         f"{format_count(len(names), 'checkpoint')}, {format_count(pairs, 'pair')}, "
@@ -89,6 +134,8 @@ def report(result: Result[BarriersSummary]) -> str:
         lines += ["", f"{printable(name)}, {format_examples(summary, name)}"]
         if few:
             lines += [f"  {line}" for line in _matrix(split)]
+        if column is not None:
+            lines += [f"  {line}" for line in _means(split, column)]
         findings = [
             (f"{which} barrier", _pair_barrier(split[which], number if few else {}))
             for which in ("largest", "smallest")
@@ -102,8 +149,41 @@ def report(result: Result[BarriersSummary]) -> str:
         if split["not_finite"]:
             unknown = f"{split['not_finite']:,} of {format_count(pairs, 'pair')}"
             findings.append(("not known", f"{unknown}: a loss on the line is not finite"))
+        if column is None:
+            findings += _outputs(result.table.where("split", name))
         lines += [f"  {label:<18}{text}" for label, text in findings]
     return "\n".join(lines) + "\n"
+
+
+def _means(split: BarriersSplit, column: str) -> list[str]:
+    """Returns a table of the means over the pairs with the same number."""
+    means = split["means"]
+    rows = [
+        [
+            printable(column),
+            "pairs",
+            *(printable(name.replace("_", " ")) for name in means[0]["values"]),
+        ]
+    ]
+    for at in means:
+        cells = []
+        for value in at["values"].values():
+            error = value["stderr"]
+            text = format_number(value["mean"]) if is_finite(value["mean"]) else "nan"
+            cells.append(text + (f" ± {format_number(error, 2)}" if is_finite(error) else ""))
+        rows.append([format_number(at["x"], 6), str(at["pairs"]), *cells])
+    return align_columns(rows, left=())
+
+
+def _outputs(rows: Table) -> list[tuple[str, str]]:
+    """Describes the ranges of disagreement and CKA over the pairs of a split."""
+    findings = []
+    for column, label in (("disagreement", "disagreement"), ("cka", "CKA")):
+        known = list(filter(is_finite, rows.floats(column))) if column in rows.columns else []
+        if known:
+            low, high = (format_number(x) for x in (min(known), max(known)))
+            findings.append((label, f"{low} to {high}"))
+    return findings
 
 
 def _matrix(split: BarriersSplit) -> list[str]:

@@ -16,6 +16,7 @@ import typer
 
 from losscli.errors import UsageError
 from losscli.results.drawing import Drawing
+from losscli.results.figures import check_animated
 from losscli.results.result import Output, default_stem, picture_of, stem_of
 from losscli.settings import Buffers, DType, Settings
 
@@ -462,9 +463,14 @@ class Write:
                         "no place",
                         "Give --out STEM",
                     )
+            figures: Sequence[Path] = ()
+        else:
+            figures = self.figure or (() if self.no_figure else picture_of(self.out))
+        if "fps" in self.drawing.stored:
+            check_animated(figures)
+        if self.to_stdout:
             return None
         stem = stem_of(self.out) if self.out is not None else Path(default_stem(command, names))
-        figures = self.figure or (() if self.no_figure else picture_of(self.out))
         return Output.plan(stem, figures, draw=not self.no_figure, force=self.force)
 
 

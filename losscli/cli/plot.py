@@ -17,7 +17,7 @@ from losscli.cli.imports import import_plotting
 from losscli.cli.options import argument, with_console, with_drawing
 from losscli.errors import UsageError
 from losscli.registry import COMMANDS, command_of
-from losscli.results.figures import has_panels
+from losscli.results.figures import check_animated, has_panels
 from losscli.results.result import Output, Run, draw, label_runs, picture_of, render_html, stem_of
 from losscli.results.runs import (
     check_curves,
@@ -82,6 +82,8 @@ def plot(
     options = choose_drawing(csvs, runs, {**drawing, "title": title})
     runs = label_runs(runs, options.label)
     check_curves(runs)
+    if "fps" in drawing:
+        check_animated(() if terminal else figure or picture_of(out))
     if terminal:
         if any(command_of(run.table.columns) is not COMMANDS["interpolate"] for run in runs):
             raise UsageError(

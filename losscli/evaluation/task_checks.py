@@ -41,7 +41,7 @@ from losscli.evaluation.precision import wider_copies
 from losscli.models import HEADLESS, is_headless
 from losscli.weight_space.vectors import Weights
 
-__all__ = ["check_independence", "check_task"]
+__all__ = ["check_independence", "check_task", "classifies"]
 
 # The most bytes of the outputs of a batch: a language model has a score per token and word.
 _OUTPUTS = {"cpu": 128 << 20}
@@ -355,7 +355,7 @@ def _check_metrics(objective: Objective, outputs: Any, targets: Nest) -> None:
     for metric, function in list(objective.metrics.items()):
         what = f"metric {metric!r}"
         try:
-            if metric in objective.optional and not _classifies(objective.loss):
+            if metric in objective.optional and not classifies(objective.loss):
                 raise LossError("the loss is not one of classification")  # noqa: TRY301
             scores = scores_in(outputs)
             unfit = isinstance(scores, Tensor) and not has_label(scores, realise(targets))
@@ -417,6 +417,6 @@ def _check_targets(objective: Objective, name: str) -> None:
         raise target_error(split.targets[place], objective.where(split), split.position(place))
 
 
-def _classifies(loss: PerExample) -> bool:
+def classifies(loss: PerExample) -> bool:
     """Whether outputs may be scores of classes, as far as the loss is known."""
     return loss.of_scores if isinstance(loss, TorchLoss) else function_of(loss) is not mse

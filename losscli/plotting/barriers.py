@@ -21,6 +21,7 @@ from matplotlib.transforms import Affine2D
 from numpy.typing import NDArray
 
 from losscli.plotting.html import Item, View, escape, layout_2d
+from losscli.plotting.pairs import draw_pairs, pairs_views
 from losscli.plotting.style import (
     INCH,
     INK,
@@ -48,6 +49,7 @@ from losscli.plotting.style import (
     text_width,
 )
 from losscli.plotting.surface import WIDE, finish_layout
+from losscli.registry import pair_position
 from losscli.results.drawing import FULL, Drawing
 from losscli.results.result import Run
 from losscli.results.summaries import BarriersSummary
@@ -64,6 +66,9 @@ _NONE = "#ffffff"
 _UNKNOWN = "#d4d4d4"
 _DIAGONAL = "#ebebeb"
 _EDGE = "#dedede"
+
+# The columns of the table that are drawn, and their names.
+_QUANTITIES = {"barrier": "barrier", "disagreement": "disagreement", "cka": "CKA of the outputs"}
 
 _NUMBERS = 12  # maximum number of checkpoints for numbers in the cells
 _SIDE_BY_SIDE = 6  # up to this many checkpoints, or without numbers, panels are side by side
@@ -87,42 +92,81 @@ def draw_barriers(run: Run[BarriersSummary], drawing: Drawing = FULL) -> Figure:
     Returns:
         The figure, laid out and ready to `render`.
     """
+    if pair_position(run.table.columns):
+        return draw_pairs(run, drawing)
     names = [str(name) for name in run.table.unique("a", "b")]
-    squares = _read(run.table, names)
+    quantities = [name for name in _QUANTITIES if name in run.table.columns]
+    matrices = [_read(run.table, names, quantity) for quantity in quantities]
+    squares, *further = matrices
     number = len(names)
     with house_style(drawing):
         two = len(squares) > 1 and not _SIDE_BY_SIDE < number <= _NUMBERS
         across = columns(drawing, 2 if two else 1)
         rows = math.ceil(len(squares) / across) or 1
         side = 3.5 if two else min(5.2, 2.4 + 0.45 * number)
-        figure = new_figure(drawing, rows * (side + 0.3) + 0.9, WIDE if two else WIDTH, rows=rows)
+        total = rows * len(quantities)
+        figure = new_figure(drawing, total * (side + 0.3) + 0.9, WIDE if two else WIDTH, rows=total)
         if drawing.compact:
             height = drawing.inches[1] or figure.get_figheight()
-            side = min(height / rows - 0.3, (figure.get_figwidth() - 1.0) / across)
-        cells = figure.add_gridspec(rows, across)
-        norm = _norm(squares, drawing)
+            side = min(height / total - 0.3, (figure.get_figwidth() - 1.0) / across)
+        cells = figure.add_gridspec(total, across)
         distinct, shared = distinct_checkpoints(run, names, drawing)
         labels = [shorten(figure, name, narrow(figure, _NAME)) for name in distinct]
-        panels: list[Axes] = []
-        for index, square in enumerate(squares):
-            panel = figure.add_subplot(cells[divmod(index, across)])
-            room = side * INCH / max(number, 1)
-            _draw(panel, square.heights, norm, room)
-            _label_axes(
-                panel, labels, room, below=index + across >= len(squares), left=not index % across
-            )
-            name = name_split([run], square.split, drawing)
-            panel.set_title(shorten(figure, name, narrow(figure, 250), text_size()), loc="left")
-            panels.append(panel)
-        if not panels:
-            panels = [figure.add_subplot(cells[0, 0])]
-        _add_colour_bar(
-            figure, panels, norm, drawing.words(f"barrier{loss_name([run])}", "barrier"), drawing
-        )
+        room = side * INCH / max(number, 1)
+        for k, (quantity, own) in enumerate(zip(quantities, matrices, strict=True)):
+            norm = _norm(own, drawing) if k == 0 else Normalize(0.0, _top(quantity, own))
+            panels: list[Axes] = []
+            for index, square in enumerate(own):
+                row, column = divmod(index, across)
+                panel = figure.add_subplot(cells[k * rows + row, column])
+                _draw(panel, square.heights, norm, room)
+                below = index + across >= len(own) and k == len(matrices) - 1
+                _label_axes(panel, labels, room, below=below, left=not column)
+                name = name_split([run], square.split, drawing)
+                panel.set_title(shorten(figure, name, narrow(figure, 250), text_size()), loc="left")
+                panels.append(panel)
+            if not panels:
+                panels = [figure.add_subplot(cells[k * rows, 0])]
+            label = _QUANTITIES[quantity]
+            if k == 0:
+                label = drawing.words(f"barrier{loss_name([run])}", "barrier")
+            _add_colour_bar(figure, panels, norm, label, drawing, log=drawing.log and k == 0)
         add_title(figure, drawing)
-        add_foot(figure, drawing, _notes(run, squares, shared), [_legend(squares, drawing)])
+        notes = [*_notes(run, squares, shared), *_output_notes(quantities)]
+        add_foot(figure, drawing, notes, [_legend(squares, further, drawing)])
         finish_layout(figure, drawing)
+        for panel in figure.axes:
+            _shrink_numbers(figure, panel, number)
     return figure
+
+
+def _shrink_numbers(figure: Figure, panel: Axes, number: int) -> None:
+    """Shrinks the numbers of a matrix to its cells, if the layout left less room than planned."""
+    box = panel.get_position(original=True)
+    side = min(box.width * figure.get_figwidth(), box.height * figure.get_figheight()) * INCH
+    room = side / max(number, 1)
+    size = max((float(text.get_fontsize()) for text in panel.texts), default=0.0)
+    texts = [text.get_text() for text in panel.texts]
+    widest = max((text_width(figure, text, size) for text in texts), default=0.0)
+    if widest > 0.95 * room:
+        for text in panel.texts:
+            text.set_fontsize(size * 0.9 * room / widest)
+
+
+def _top(quantity: str, squares: Sequence[_Square]) -> float:
+    """Returns the upper end of the scale of disagreement or CKA."""
+    shown = _shown(squares)
+    return 1.0 if quantity == "cka" or not shown.size else float(shown.max())
+
+
+def _output_notes(quantities: Sequence[str]) -> list[str]:
+    """Describes disagreement and CKA."""
+    notes = {
+        "disagreement": "Disagreement: the share of examples on which the predicted classes differ",
+        "cka": "CKA: linear centred kernel alignment of the outputs, 1 if they are the same up to "
+        "rotation and scale",
+    }
+    return [notes[name] for name in quantities if name in notes]
 
 
 def _pairs(table: Table) -> list[tuple[object, object]]:
@@ -243,9 +287,14 @@ def _label_axes(axes: Axes, labels: Sequence[str], room: float, *, below: bool, 
 
 
 def _add_colour_bar(
-    figure: Figure, panels: Sequence[Axes], norm: Normalize, label: str, drawing: Drawing
+    figure: Figure,
+    panels: Sequence[Axes],
+    norm: Normalize,
+    label: str,
+    drawing: Drawing,
+    *,
+    log: bool,
 ) -> None:
-    log = drawing.log
     label += ", log scale" * (log and not drawing.compact)
     bar = figure.colorbar(
         ScalarMappable(norm, _COLOURS),
@@ -269,7 +318,9 @@ def _add_colour_bar(
     bar.outline.set_visible(False)
 
 
-def _legend(squares: Sequence[_Square], drawing: Drawing) -> list[tuple[Artist, str]]:
+def _legend(
+    squares: Sequence[_Square], further: Sequence[Sequence[_Square]], drawing: Drawing
+) -> list[tuple[Artist, str]]:
     """Returns the legend entries of cells without a colour."""
     entries: list[tuple[Artist, str]] = []
     for square in squares:
@@ -283,6 +334,9 @@ def _legend(squares: Sequence[_Square], drawing: Drawing) -> list[tuple[Artist, 
         grey = Patch(fc=_UNKNOWN, ec=PALE, hatch="////", lw=0)
         text = drawing.words("unknown: a loss on the line is not finite", "not finite")
         entries.append((grey, text))
+    elif any(_unknown(square.heights).any() for own in further for square in own):
+        grey = Patch(fc=_UNKNOWN, ec=PALE, hatch="////", lw=0)
+        entries.append((grey, "not known"))
     return entries
 
 
@@ -300,6 +354,8 @@ def _notes(run: Run[BarriersSummary], squares: Sequence[_Square], shared: str) -
 
 def barriers_views(run: Run[BarriersSummary]) -> list[View]:
     """Returns the views of an interactive page: the matrix of all pairs of checkpoints."""
+    if pair_position(run.table.columns):
+        return pairs_views(run)
     names = [str(name) for name in run.table.unique("a", "b")]
     labels, shared = distinct_checkpoints(run, names, FULL)
     quantities = {
@@ -309,6 +365,9 @@ def barriers_views(run: Run[BarriersSummary]) -> list[View]:
     pairs = [[f"{escape(a)} and {escape(b)}" for a in labels] for b in labels]
     at = list(range(len(names)))
     columns = {"barrier": "barrier_stderr", "distance": ""}
+    for name, errors in (("disagreement", "disagreement_stderr"), ("cka", "")):
+        if name in run.table.columns:
+            columns[name], quantities[name] = errors, _QUANTITIES[name]
     items = []
     for quantity, errors in columns.items():
         more = _read(run.table, names, errors) if errors else []
@@ -319,7 +378,9 @@ def barriers_views(run: Run[BarriersSummary]) -> list[View]:
             hover = [(quantities[quantity], "z", "error" if more else "")]
             said: dict[str, list[list[float]]] = {}
             if more:
-                said = {"error": more[k].heights.tolist(), "alpha": alphas[k].heights.tolist()}
+                said = {"error": more[k].heights.tolist()}
+            if quantity == "barrier":
+                said["alpha"] = alphas[k].heights.tolist()
                 hover.append(("α of the barrier", "alpha", ""))
             trace = {
                 "type": "heatmap",

@@ -376,17 +376,34 @@ def text_width(figure: Figure, text: str, size: float | None = None) -> float:
 
 
 def shorten(figure: Figure, text: str, width: float, size: float | None = None) -> str:
-    """Keeps the end of a text that fits a width in points: names differ in their last parts."""
+    """Shortens a text.
+
+    Args:
+        figure: The figure.
+        text: The text.
+        width: The width in points.
+        size: The size of the text; that of text by default.
+
+    Returns:
+        The text, if it fits. Words, such as those of a label, keep their beginning; a name, a path
+        and a route of names keep their end, in which names differ.
+    """
     if text_width(figure, text, size) <= width:
         return text
+    words = " " in text and "/" not in text and "→" not in text
     fits, too_long = 0, len(text)
     while too_long - fits > 1:
         middle = (fits + too_long) // 2
-        if text_width(figure, "…" + text[-middle:], size) <= width:
+        if text_width(figure, _cut(text, middle, words=words), size) <= width:
             fits = middle
         else:
             too_long = middle
-    return "…" + text[len(text) - fits :]
+    return _cut(text, fits, words=words)
+
+
+def _cut(text: str, letters: int, *, words: bool) -> str:
+    """Keeps so many letters of a text, with an ellipsis for the others."""
+    return text[:letters].rstrip() + "…" if words else "…" + text[len(text) - letters :]
 
 
 def shorten_path(figure: Figure, name: str, width: float) -> str:

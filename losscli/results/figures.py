@@ -13,7 +13,7 @@ from losscli.results.drawing import FULL, Drawing
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["check_curve_count", "check_panel_count", "has_panels", "render_files"]
+__all__ = ["check_animated", "check_curve_count", "check_panel_count", "has_panels", "render_files"]
 
 # Laying out more panels takes minutes; more curves are indistinguishable.
 _MOST_PANELS = 24
@@ -41,6 +41,22 @@ def check_panel_count(panels: Panels, splits: int, metrics: int, cure: str) -> N
 def has_panels(path: Path) -> bool:
     """Returns whether a figure has panels side by side: neither a page nor a surface has."""
     return path.suffix.lower() not in {".html", MESH}
+
+
+def check_animated(figures: Sequence[Path]) -> None:
+    """Checks that ``--fps`` has an animation.
+
+    Args:
+        figures: The files.
+
+    Raises:
+        UsageError: None of them is an animation.
+    """
+    if not any(path.suffix.lower() in ANIMATIONS for path in figures):
+        raise UsageError(
+            f"--fps has no effect without a {' or '.join(ANIMATIONS)}",
+            "Leave it out, or give --figure x.gif",
+        )
 
 
 def check_curve_count(curves: int, cure: str) -> None:

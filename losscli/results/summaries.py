@@ -492,11 +492,33 @@ class PairBarrier(TypedDict, total=False):
     alpha: float | None
 
 
+class MeanOverPairs(TypedDict, total=False):
+    """A mean over pairs and its standard error, None for a single pair."""
+
+    mean: float
+    stderr: float | None
+
+
+class PairsAtPosition(TypedDict, total=False):
+    """The pairs of ``--pairs`` with one value of ``--x``: means of columns of the table."""
+
+    x: float
+    pairs: int
+    values: dict[str, MeanOverPairs]
+
+
 class BarriersSplit(TypedDict, total=False):
-    """The losses of the checkpoints and the barriers between them on one split."""
+    """The losses of the checkpoints and the barriers between them on one split.
+
+    ``barriers``, ``disagreement`` and ``cka`` are symmetric matrices; with ``--pairs`` there are
+    ``means`` instead.
+    """
 
     losses: list[float]
     barriers: list[list[float]]
+    disagreement: list[list[float]]
+    cka: list[list[float]]
+    means: list[PairsAtPosition]
     largest: PairBarrier | None
     smallest: PairBarrier | None
     without: int
@@ -504,9 +526,10 @@ class BarriersSplit(TypedDict, total=False):
 
 
 class BarriersSummary(Summary, total=False):
-    """The summary of ``barriers``."""
+    """The summary of ``barriers``; ``pairs`` is the column of ``--x``."""
 
     alphas: list[float]
+    pairs: str | None
     distances: list[list[float]]
     splits: dict[str, BarriersSplit]
     endpoint_difference: float

@@ -1,11 +1,11 @@
-"""The barriers between all pairs of checkpoints."""
+"""The barriers between pairs of checkpoints, and how far their outputs differ."""
 
 from __future__ import annotations
 
 import math
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import combinations, islice, pairwise
@@ -18,16 +18,26 @@ from losscli.checkpoint import CheckpointLike, expand_folders, name_checkpoints
 from losscli.data import Examples
 from losscli.errors import UsageError
 from losscli.evaluation.device import float32_precision
+from losscli.evaluation.losses.built_in import function_of
+from losscli.evaluation.losses.metrics import accuracy, of_mean, perplexity
 from losscli.evaluation.objective import Evaluation
+from losscli.evaluation.output_comparison import Comparison, Measures, check_outputs, compare
 from losscli.evaluation.ranks import Ranks
-from losscli.evaluation.sampling import Estimate
+from losscli.evaluation.sampling import Estimate, sample_order
 from losscli.evaluation.strategy_choice import choose_strategy
 from losscli.evaluation.sweep import check, sweep_each, sweep_plain
 from losscli.evaluation.tasks import ALONE, Execution
 from losscli.registry import COMMANDS
 from losscli.results.result import Result
-from losscli.results.summaries import BarriersSplit, BarriersSummary, Description, PairBarrier
-from losscli.settings import Progress, Settings, checked
+from losscli.results.summaries import (
+    BarriersSplit,
+    BarriersSummary,
+    Description,
+    MeanOverPairs,
+    PairBarrier,
+    PairsAtPosition,
+)
+from losscli.settings import PathLike, Progress, Settings, checked
 from losscli.studies.base import Study, count
 from losscli.studies.notes import (
     batchnorm_notes,
@@ -38,9 +48,12 @@ from losscli.studies.notes import (
     spectral_notes,
     storage_notes,
 )
+from losscli.studies.pairs import Pairs, read_pairs
 from losscli.studies.problem import counted, prepare
+from losscli.studies.task import like_loss
 from losscli.studies.verification import verify_fresh_model, verify_sweep
-from losscli.table import Table
+from losscli.table import Cell, Table
+from losscli.weight_space.curve import standard_error
 from losscli.weight_space.slices import Line, check_point_count, grid, midpoint
 from losscli.weight_space.vectors import Weights, distance, equal
 
@@ -52,9 +65,13 @@ _HINTS = 3
 
 @checked(Settings)
 def barriers(
-    names: CheckpointLike | Iterable[CheckpointLike],
+    names: CheckpointLike | Iterable[CheckpointLike] = (),
     *,
+    pairs: PathLike | None = None,
+    x: str | None = None,
     points: int = 11,
+    disagreement: bool = False,
+    cka: bool = False,
     progress: Progress = None,
     **settings: Any,
 ) -> Result[BarriersSummary]:
@@ -66,7 +83,16 @@ def barriers(
     Args:
         names: Two or more checkpoints, each once: files, ``FILE#KEY``, ``init:SEED``, or a folder
             of them.
+        pairs: Instead of them a CSV file with the columns ``a`` and ``b``, the checkpoints of each
+            pair, relative to the folder of the file. The barriers of the loss and of each metric
+            are then given over the column ``x``, with means over the pairs that share a value.
+        x: The name of a column of ``pairs`` with a number for each pair, for example the step at
+            which two runs were spawned (Frankle et al. 2020, arXiv 1912.05671).
         points: Evenly spaced values of α on each line, both ends among them.
+        disagreement: Whether to compute the share of examples on which two checkpoints predict
+            different classes (Fort et al. 2019, arXiv 1912.02757).
+        cka: Whether to compute the linear CKA of the outputs of two checkpoints (Kornblith et al.
+            2019, arXiv 1905.00414).
         progress: True shows a bar; a function is called with the number of points done so far.
         **settings: The attributes of `losscli.settings.Settings`: ``model``, ``data``, ….
 
@@ -77,7 +103,15 @@ def barriers(
     Raises:
         LosscliError: Something is missing, broken or does not fit.
     """
-    plan = Barriers.plan(name_checkpoints(names), Settings(**settings), points=points)
+    plan = Barriers.plan(
+        name_checkpoints(names),
+        Settings(**settings),
+        points=points,
+        pairs_file=None if pairs is None else str(pairs),
+        x=x,
+        disagreement=disagreement,
+        cka=cka,
+    )
     return plan.run_alone(progress)
 
 
@@ -89,12 +123,18 @@ class Barriers(Study):
         states: The tensors of each checkpoint; of those that are mapped from files, none is in
             memory but while it is looked at.
         alphas: The points of each line, in ascending order from 0 to 1.
+        pairs: The places of the two checkpoints of each pair, in the order of the rows.
+        listed: The pairs of ``--pairs``; None for all pairs.
+        measures: How outputs are compared.
     """
 
     command = "barriers"
 
     states: tuple[Weights, ...]
     alphas: tuple[float, ...]
+    pairs: tuple[tuple[int, int], ...]
+    listed: Pairs | None
+    measures: Measures
 
     @classmethod
     def plan(
@@ -103,11 +143,16 @@ class Barriers(Study):
         settings: Settings,
         *,
         points: int,
+        pairs_file: str | None = None,
+        x: str | None = None,
+        disagreement: bool = False,
+        cka: bool = False,
         ranks: Ranks | None = None,
     ) -> Barriers:
         """Reads and matches everything, evaluates nothing. See `barriers` for the arguments."""
         begun = time.perf_counter()
-        names = expand_folders(names)
+        listed = _list_pairs(names, pairs_file, x)
+        names = expand_folders(names) if listed is None else listed.checkpoints
         if len(names) < 2:
             raise UsageError(
                 f"barriers needs two checkpoints or more, and got {len(names)}",
@@ -123,7 +168,13 @@ class Barriers(Study):
             raise UsageError(
                 f"--points {points} leaves no point between two checkpoints", "Give 3 or more"
             )
-        check_point_count("--points", points, points * math.comb(len(names), 2))
+        place = {name: t for t, name in enumerate(names)}
+        pairs = (
+            list(combinations(range(len(names)), 2))
+            if listed is None
+            else [(place[a], place[b]) for a, b in listed.names]
+        )
+        check_point_count("--points", points, points * len(pairs))
         problem = prepare(names, settings, ranks=ranks)
         first, *others = states = [problem.open(t).weights for t, _ in enumerate(names)]
         moving = tuple(
@@ -131,36 +182,56 @@ class Barriers(Study):
             for name in problem.moving
             if not all(equal(first[name], other[name]) for other in others)
         )
-        return cls(problem, moving, begun, tuple(states), tuple(grid(points, 0, 1)))
+        metrics = problem.objective.metrics
+        if listed is not None and listed.column in {
+            column for name in metrics for column in _barrier_columns([name])
+        }:
+            raise UsageError(f"--x {listed.column} would head two columns", "Rename the column")
+        measured = like_loss(problem.objective.loss, accuracy) if disagreement else None
+        return cls(
+            problem,
+            moving,
+            begun,
+            tuple(states),
+            tuple(grid(points, 0, 1)),
+            tuple(pairs),
+            listed,
+            Measures(measured, cka),
+        )
 
     @property
     def options(self) -> dict[str, Any]:
-        """The values of α."""
-        return {"alphas": self.alphas}
-
-    @property
-    def pairs(self) -> Iterator[tuple[int, int]]:
-        """The places of the two checkpoints of each pair, in the order of the rows."""
-        return combinations(range(len(self.states)), 2)
+        """The values of α, the pairs of a file, and how outputs are compared."""
+        options: dict[str, Any] = {"alphas": self.alphas}
+        if self.listed is not None:
+            options["pairs"] = [self.listed.column, self.pairs, self.listed.positions]
+        if self.measures:
+            options["measures"] = [self.measures.accuracy is not None, self.measures.cka]
+        return options
 
     @property
     def slices(self) -> tuple[int, int]:
         """A line for each pair, between its ends: these are evaluated plainly."""
-        return math.comb(len(self.states), 2), len(self._inner)
+        return len(self.pairs), len(self._inner)
 
     @property
     def evaluations(self) -> int:
-        """How many points a run evaluates: each checkpoint once, and the lines between them."""
+        """How many points a run evaluates: each checkpoint once, and the lines between them.
+
+        Outputs are compared at both ends of each line.
+        """
         lines, points = self.slices
-        return len(self.states) + lines * points
+        return len(self.states) + lines * (points + 2 * bool(self.measures))
 
     @property
     def _inner(self) -> tuple[float, ...]:
         return self.alphas[1:-1]
 
-    def extra_description(self, description: Description) -> Description:  # noqa: ARG002
-        """Returns the number of pairs."""
-        return {"pairs": self.slices[0]}
+    def extra_description(self, description: Description) -> Description:
+        """Returns the number of pairs; both outputs of a pair are of one pass over the data."""
+        pairs = len(self.pairs)
+        passes = description["passes_over_data"] - pairs * bool(self.measures)
+        return {"pairs": pairs, "passes_over_data": passes}
 
     def weights(self, t: int) -> Weights:
         """Reads a checkpoint, which this study has done once and for all."""
@@ -174,35 +245,57 @@ class Barriers(Study):
         with float32_precision(tf32=settings.tf32):
             swept = time.perf_counter()
             check(objective, placed[0], placed[-1])
+            if self.measures:
+                check_outputs(objective, self.measures)
             difference, stays = self._verify(placed)
             found = self.evaluate(partial(self._evaluate, placed, distances), execution)
+            examples = {name: measured.examples for name, measured in found.items()}
+            compared = self._compare(placed, examples, execution)
             seconds = self.seconds(swept)
-        examples = {name: measured.examples for name, measured in found.items()}
         heights = {name: self._heights(measured) for name, measured in found.items()}
         lengths = [self._length(placed, distances, i, j) for i, j in self.pairs]
         splits = {
             name: self._split_summary(heights[name], measured, lengths)
             for name, measured in found.items()
         }
+        table = self._table(found, heights, lengths, compared)
+        for name, split in splits.items():
+            split.update(self._further_summary(table.where("split", name)))
         more = {"curves": self._curves(found)}
         summary: BarriersSummary = {
             **self.origin(),
             "alphas": list(self.alphas),
             "tables": list(more),
             **counted(objective, examples, self.problem.settings.seed),
-            "distances": self._matrix(lengths),
+            "pairs": None if self.listed is None else self.listed.column,
+            "distances": self._matrix(lengths) if self.listed is None else [],
             "splits": splits,
             "endpoint_difference": difference,
             "notes": [
                 *stays,
                 *self._notes(placed, splits, lengths),
+                *(_cka_notes(compared) if self.measures.cka else ()),
                 *sampling_notes(self, examples),
                 *seed_notes(self, more["curves"]),
             ],
             "seconds": seconds,
         }
-        return Result(
-            self._table(found, heights, lengths), summary, COMMANDS[self.command].draw, more
+        return Result(table, summary, COMMANDS[self.command].draw, more)
+
+    def _compare(
+        self, placed: Sequence[Weights], examples: Mapping[str, int], execution: Execution
+    ) -> list[dict[str, Comparison]]:
+        """Compares the outputs of all pairs on the examples that the losses are of."""
+        if not self.measures:
+            return []
+        objective, settings = self.problem.objective, self.problem.settings
+        splits = dict(objective.splits)
+        if settings.sampling_error is not None:
+            order = sample_order(splits, settings.seed)
+            splits = {n: split.take(order[n][: examples[n]]) for n, split in splits.items()}
+        before = self.evaluations - 2 * len(self.pairs)
+        return compare(
+            objective, placed, self.pairs, self.measures, splits, execution.after(before)
         )
 
     def _line(self, start: Weights, a: Weights, b: Weights) -> Line:
@@ -351,17 +444,45 @@ class Barriers(Study):
 
         return {
             "losses": measured.own.mean.tolist(),
-            "barriers": self._matrix([at.height for at in heights]),
+            "barriers": (
+                self._matrix([at.height for at in heights]) if self.listed is None else []
+            ),
             "largest": pair_barrier(max(known, key=lambda p: heights[p].height, default=None)),
             "smallest": pair_barrier(min(known, key=lambda p: heights[p].height, default=None)),
             "without": sum(at.height == 0 for at in heights),
             "not_finite": len(heights) - len(known),
         }
 
-    def _matrix(self, values: Sequence[float]) -> list[list[float]]:
+    def _further_summary(self, rows: Table) -> BarriersSplit:
+        """Summarises the further columns of a split, and the means over pairs of a file."""
+        if self.listed is None:
+            split: BarriersSplit = {}
+            if self.measures.accuracy is not None:
+                split["disagreement"] = self._matrix(rows.floats("disagreement"))
+            if self.measures.cka:
+                split["cka"] = self._matrix(rows.floats("cka"), 1.0)
+            return split
+        columns = ["barrier", *_barrier_columns(self.problem.objective.metrics)]
+        columns += [name for name in ("disagreement", "cka") if name in rows.columns]
+        positions = np.array(self.listed.positions, dtype=np.float64)
+        return {
+            "means": [
+                PairsAtPosition(
+                    x=float(x),
+                    pairs=int((positions == x).sum()),
+                    values={
+                        column: _mean_over_pairs(np.array(rows.floats(column))[positions == x])
+                        for column in columns
+                    },
+                )
+                for x in np.unique(positions)
+            ]
+        }
+
+    def _matrix(self, values: Sequence[float], diagonal: float = 0.0) -> list[list[float]]:
         """Returns the values of the pairs as a symmetric matrix."""
         size = len(self.states)
-        square = [[0.0] * size for _ in range(size)]
+        square = [[diagonal] * size for _ in range(size)]
         for (i, j), value in zip(self.pairs, values, strict=True):
             square[i][j] = square[j][i] = value
         return square
@@ -371,27 +492,68 @@ class Barriers(Study):
         found: Mapping[str, _SplitBarriers],
         heights: Mapping[str, Sequence[_Height]],
         lengths: Sequence[float],
+        compared: Sequence[Mapping[str, Comparison]],
     ) -> Table:
-        names = self.problem.names
-        sampled = self.sampled
+        names, listed, sampled = self.problem.names, self.listed, self.sampled
         own = {split: measured.own.mean.tolist() for split, measured in found.items()}
+        shown = [
+            *(("disagreement", "disagreement_stderr") if self.measures.accuracy else ()),
+            *(("cka",) if self.measures.cka else ()),
+        ]
+
+        def further(p: int, split: str) -> list[Cell]:
+            values = [getattr(compared[p][split], column) for column in shown]
+            few = found[split].examples < 2
+            return [
+                None if few and column.endswith("_stderr") else value
+                for column, value in zip(shown, values, strict=True)
+            ]
+
         return Table.build(
             [
-                *("a", "b", "split", "distance", "barrier", "barrier_stderr", "alpha"),
-                *("loss_a", "loss_b", *sampled),
+                *("a", "b", *([] if listed is None else [listed.column])),
+                *("split", "distance", "barrier", "barrier_stderr", "alpha", "loss_a", "loss_b"),
+                *([] if listed is None else _barrier_columns(self.problem.objective.metrics)),
+                *shown,
+                *sampled,
             ],
             (
                 [
-                    *(names[i], names[j], split, lengths[p]),
+                    *(names[i], names[j], *(() if listed is None else (listed.positions[p],))),
+                    *(split, lengths[p]),
                     heights[split][p].height,
                     heights[split][p].stderr if measured.examples > 1 else None,
-                    heights[split][p].alpha,
-                    *(own[split][i], own[split][j], *(measured.examples for _ in sampled)),
+                    *(heights[split][p].alpha, own[split][i], own[split][j]),
+                    *([] if listed is None else self._metric_barriers(measured, p)),
+                    *further(p, split),
+                    *(measured.examples for _ in sampled),
                 ]
                 for p, (i, j) in enumerate(self.pairs)
                 for split, measured in found.items()
             ),
         )
+
+    def _metric_barriers(self, measured: _SplitBarriers, p: int) -> list[float]:
+        """Finds the barrier of each metric on the line of a pair."""
+        # More of a metric is better, but for a perplexity, so that it is a depth below the chord.
+        i, j = self.pairs[p]
+        inner = np.array(self._inner)
+        stretch = slice(p * len(inner), (p + 1) * len(inner))
+        barriers = []
+        for name, metric in self.problem.objective.metrics.items():
+            own, line = (
+                np.array([of_mean(metric, float(x)) for x in means])
+                for means in (
+                    measured.own.metrics[name][[i, j]],
+                    measured.lines.metrics[name][stretch],
+                )
+            )
+            sign = 1 if function_of(metric) is perplexity else -1
+            with np.errstate(all="ignore"):
+                excess = sign * (line - ((1 - inner) * own[0] + inner * own[1]))
+            known = np.isfinite(excess).all()
+            barriers.append(max(0.0, float(excess.max())) if known else math.nan)
+        return barriers
 
     def _curves(self, found: Mapping[str, _SplitBarriers]) -> Table:
         names, last = self.problem.names, len(self.alphas) - 1
@@ -435,6 +597,44 @@ class Barriers(Study):
                     "the line is not finite"
                 )
         return notes
+
+
+def _list_pairs(names: Sequence[str], file: str | None, x: str | None) -> Pairs | None:
+    """Reads the pairs of ``--pairs``; None for all pairs."""
+    if file is None:
+        if x is not None:
+            raise UsageError("--x is a column of --pairs, which is missing", "Give --pairs FILE")
+        return None
+    if names:
+        raise UsageError(
+            f"--pairs {file} names the checkpoints, and {count(len(names), 'checkpoint')} "
+            f"{'is' if len(names) == 1 else 'are'} given too",
+            "Give one without the other",
+        )
+    if x is None:
+        raise UsageError(
+            "--pairs needs the name of its column with a number for each pair",
+            "Give --x COLUMN",
+        )
+    return read_pairs(file, x)
+
+
+def _barrier_columns(metrics: Iterable[str]) -> list[str]:
+    """Names the columns of the barriers of metrics."""
+    return [f"{metric}_barrier" for metric in metrics]
+
+
+def _mean_over_pairs(values: NDArray[np.float64]) -> MeanOverPairs:
+    """Averages over pairs; the standard error is None for a single one."""
+    error = standard_error(values) if len(values) > 1 else None
+    return {"mean": float(np.mean(values)), "stderr": error}
+
+
+def _cka_notes(compared: Sequence[Mapping[str, Comparison]]) -> list[str]:
+    """A note on outputs that are the same for every example, or not finite."""
+    if not any(math.isnan(c.cka) for splits in compared for c in splits.values()):
+        return []
+    return ["CKA is not known where the outputs are not finite or the same for every example"]
 
 
 @dataclass(frozen=True)

@@ -43,6 +43,7 @@ from losscli.studies.specs import SourcedSpec, Specs
 
 __all__ = [
     "data_of",
+    "like_loss",
     "loss_of",
     "metrics_of",
     "objective_of",
@@ -277,12 +278,12 @@ def metrics_of(
         if name in metrics or name in RESERVED_COLUMNS:
             raise UsageError(f"the name {name!r} would head two columns", "Rename the metric")
         metric, text = _per_example(each, METRICS, "metric")
-        metrics[name] = _like_loss(loss, metric)
+        metrics[name] = like_loss(loss, metric)
         texts.append(text)
     return metrics, texts, source
 
 
-def _like_loss(loss: PerExample, metric: PerExample) -> PerExample:
+def like_loss(loss: PerExample, metric: PerExample) -> PerExample:
     """Makes a built-in metric ignore the targets that the loss ignores, and read the same dim."""
     if function_of(metric) not in METRICS.values():
         return metric

@@ -35,6 +35,9 @@ def test_animations_and_surfaces_are_drawn_again(
         assert Path("z.gif").read_bytes() == Path("x.gif").read_bytes()
         assert Path("z.path.vtp").read_bytes() == Path("x.path.vtp").read_bytes()
     slower = losscli("plot", "x.csv", "--fps", 1, "-o", "slower.gif")
+    still = losscli("plot", "x.csv", "--fps", 1, "-o", "still.png")
+    assert (still.status, Path("still.png").exists()) == (2, False)
+    assert "--fps has no effect without a .gif or .mp4" in still.stderr
     assert slower.status == 0
     assert Path("slower.gif").read_bytes() != Path("x.gif").read_bytes()
 
@@ -66,6 +69,9 @@ def test_the_path_of_another_surface_is_kept(losscli: Losscli, folder: Path) -> 
         ),
         ((*PCA, "--fps", 0, "--figure", "x.gif"), "--fps 0 is not between 0.1 and 50"),
         ((*PCA, "--fps", "nan", "--figure", "x.gif"), "--fps nan is not between 0.1 and 50"),
+        ((*PCA, "--fps", 3, "--figure", "x.png"), "--fps has no effect without a .gif or .mp4"),
+        ((*PCA, "--fps", 3), "--fps has no effect without a .gif or .mp4"),
+        ((*PCA, "--fps", 3, "--out", "-"), "--fps has no effect without a .gif or .mp4"),
         (("inspect", "a.pt", "--figure", "x.gif"), "a .gif shows a path, and inspect has none"),
     ],
 )

@@ -127,6 +127,20 @@ def test_cells_are_symmetric_and_of_one_scale() -> None:
     np.testing.assert_array_equal(one[1, 3], other[0, 2])
 
 
+@pytest.mark.parametrize(("number", "size"), [(4, "paper"), (6, "8x3"), (12, "paper")])
+def test_numbers_stay_in_their_cells(number: int, size: str) -> None:
+    figure = draw_barriers(
+        run(seeds(number), lambda i, j, s: 1.234e-5 * (i + j), ("train", "test")),
+        Drawing(size=size),
+    )
+    figure.canvas.draw()
+    for panel in panels(figure):
+        room = panel.get_window_extent().width / number
+        assert panel.texts
+        for text in panel.texts:
+            assert text.get_window_extent().width <= room
+
+
 def test_colours_darken_as_barriers_grow() -> None:
     figure = draw_barriers(run(seeds(8), lambda i, j, s: 0.05 * (i + 8 * j)))
     found = colours(panels(figure)[0]) @ np.array([0.21, 0.72, 0.07])

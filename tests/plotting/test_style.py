@@ -8,7 +8,13 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from losscli.plotting.style import is_light, number_checkpoints, scale_checkpoints
+from losscli.plotting.style import (
+    is_light,
+    number_checkpoints,
+    scale_checkpoints,
+    shorten,
+    text_width,
+)
 
 ORDER = "checkpoint, in the order given"
 
@@ -72,3 +78,22 @@ def test_the_better_of_black_and_white_has_a_contrast_of_4_5() -> None:
         luminance = 0.2126 * red + 0.7152 * green + 0.0722 * blue
         black, white = (luminance + 0.05) / 0.05, 1.05 / (luminance + 0.05)
         assert (black if light else white) == max(black, white) > 4.5
+
+
+@pytest.mark.parametrize(
+    ("text", "start", "end"),
+    [
+        ("a model trained with weight decay and momentum", "a model", "…"),
+        ("runs/a-long-name-of-a-folder/of-seed-1/step-00100.pt", "…", "00100.pt"),
+        ("a-long-name-without-folders-step-00100", "…", "-00100"),
+        ("runs with spaces/a/long/name/init.pt → final.pt", "…", "final.pt"),
+    ],
+)
+def test_words_keep_their_beginning_and_names_their_end(text: str, start: str, end: str) -> None:
+    figure = Figure()
+    shown = shorten(figure, text, 120.0)
+    assert shown.startswith(start)
+    assert shown.endswith(end)
+    assert len(shown) < len(text)
+    assert text_width(figure, shown) <= 120.0
+    assert shorten(figure, text, 1000.0) == text

@@ -37,7 +37,9 @@ COMMANDS = {
     "interpolate": ["interpolate", "a.pt", "b.pt", "--points", "7", "-o", "out"],
     "trajectory": ["trajectory", "a.pt", "b.pt", "init:3", "--residuals", "4", *TO],
     "plane": ["plane", "a.pt", "--points", "4", *TO],
-    "barriers": ["barriers", "a.pt", "b.pt", "init:3", "--points", "5", *TO],
+    "barriers": [
+        *("barriers", "a.pt", "b.pt", "init:3", "--points", "5", "--disagreement", "--cka", *TO),
+    ],
     "around": ["around", "a.pt", "b.pt", "--directions", "2", "--points", "5", *TO],
     "eigenvectors": [
         *("plane", "a.pt", "--axes", "hessian", "--path", "b.pt", "--points", "3", *TO),

@@ -260,7 +260,7 @@ def test_two_processes_give_the_results_of_one(more: Path, losscli: Losscli) -> 
         f"trajectory {THREE} --residuals 3",
         f"plane {THREE} --points 5",
         f"barriers {THREE} --points 5",
-        f"barriers {THREE} --points 9 --sampling-error 0.5",
+        f"barriers {THREE} --points 9 --sampling-error 0.5 --disagreement --cka",
         "check a.pt b.pt --tolerance 1 --split test --density --blocks --probes 2 --lanczos 4",
         "check c.pt d.pt -m mlp:6-5-3 --split train --optimizer adam",
         "around a.pt b.pt --directions 3 --points 5",

@@ -69,7 +69,7 @@ RUNS: dict[str, Callable[[], Sequence[Result]]] = {
         library.sharpness(PATH, rho=[0.1, 0.2], samples=2, limit=5),
         library.sharpness("a.pt", samples=1, direction_split="test"),
     ],
-    "barriers": lambda: [library.barriers(PATH, points=3)],
+    "barriers": lambda: [library.barriers(PATH, points=3, disagreement=True, cka=True)],
     "around": lambda: [
         library.around(["a.pt", "b.pt"], directions=2, points=3, limit=5),
         library.around("a.pt", along="hessian", points=3, basin_loss=9.0, model="mlp:6-5-3"),

@@ -8,10 +8,23 @@ import torch
 from torch import Tensor
 
 from losscli.errors import LossError
-from losscli.evaluation.losses.built_in import PerExample, causal_lm, function_of, per_example_mean
+from losscli.evaluation.losses.built_in import (
+    PerExample,
+    causal_lm,
+    function_of,
+    options_of,
+    per_example_mean,
+)
 from losscli.evaluation.losses.class_targets import class_dim, counted, describe, probability_dim
 
-__all__ = ["METRICS", "accuracy", "counted_in_accuracy", "of_mean", "perplexity"]
+__all__ = [
+    "METRICS",
+    "accuracy",
+    "counted_in_accuracy",
+    "disagreement",
+    "of_mean",
+    "perplexity",
+]
 
 
 def accuracy(
@@ -41,33 +54,85 @@ def accuracy(
     Raises:
         LossError: The shapes do not fit, or both dimensions fit and ``dim`` is None.
     """
-    if soft and targets.is_floating_point() and outputs.shape == targets.shape:
-        own = probability_dim(targets, dim)
-        scores, predictions = outputs.max(own)
-        correct = (predictions == targets.argmax(own)).to(torch.float32)
-        return per_example_mean(correct.masked_fill(scores.isnan(), math.nan))
+    probabilities = _are_probabilities(outputs, targets, soft=soft)
+    scores, predictions = _predict(outputs, targets, dim, probabilities=probabilities)
+    labels = targets.argmax(probability_dim(targets, dim)) if probabilities else targets
+    correct = (predictions == labels).to(torch.float32).masked_fill(scores.isnan(), math.nan)
+    if probabilities:
+        return per_example_mean(correct)
+    return _mean_of_counted(correct, outputs, targets, dim, ignore_index)
+
+
+def disagreement(function: PerExample, outputs: Tensor, other: Tensor, targets: Tensor) -> Tensor:
+    """Computes the share of targets of each example for which two models predict other classes.
+
+    Fort et al. 2019, arXiv 1912.02757.
+
+    Args:
+        function: `accuracy` with its options: it reads the predictions in the same way.
+        outputs: The scores of one model.
+        other: Those of the other, of the same shape.
+        targets: The targets; only their shape matters, and which of them are ignored.
+
+    Returns:
+        ``[B]``. 0 if all targets of an example are ignored; nan if a score of a target that counts
+        is nan.
+
+    Raises:
+        LossError: The outputs are not scores of classes.
+    """
+    options = options_of(function)
+    dim, ignore_index = options.get("dim"), options.get("ignore_index")
+    probabilities = _are_probabilities(outputs, targets, soft=options.get("soft", False))
+    (scores, one), (other_scores, two) = (
+        _predict(x, targets, dim, probabilities=probabilities) for x in (outputs, other)
+    )
+    unknown = scores.isnan() | other_scores.isnan()
+    different = (one != two).to(torch.float32).masked_fill(unknown, math.nan)
+    if probabilities:
+        return per_example_mean(different)
+    return _mean_of_counted(different, outputs, targets, dim, ignore_index)
+
+
+def _are_probabilities(outputs: Tensor, targets: Tensor, *, soft: bool) -> bool:
+    """Whether targets are probabilities of classes."""
+    return soft and targets.is_floating_point() and outputs.shape == targets.shape
+
+
+def _predict(
+    outputs: Tensor, targets: Tensor, dim: int | None, *, probabilities: bool
+) -> tuple[Tensor, Tensor]:
+    """Returns the highest score for each target, nan if any is nan, and the predicted class."""
+    if probabilities:
+        highest, predictions = outputs.max(probability_dim(targets, dim))
+        return highest, predictions
     if outputs.shape == targets.shape:
-        scores, predictions = outputs, outputs > 0
-    elif (dim := class_dim(outputs, targets, "accuracy", dim)) is None:
+        return outputs, outputs > 0
+    if (dim := class_dim(outputs, targets, "accuracy", dim)) is None:
         raise LossError(
             f"accuracy needs outputs [B, C] and targets [B], not {describe(outputs)} and "
             f"{describe(targets)}",
             "Choose another --metric, or none",
         )
-    elif outputs.shape[dim] == 1:
+    if outputs.shape[dim] == 1:
         scores = outputs.squeeze(dim)
-        predictions = scores > 0
-    else:
-        # The maximum is nan if any score is.
-        scores, predictions = outputs.max(dim)
-    correct = (predictions == targets).to(torch.float32).masked_fill(scores.isnan(), math.nan)
+        return scores, scores > 0
+    # The maximum is nan if any score is.
+    highest, predictions = outputs.max(dim)
+    return highest, predictions
+
+
+def _mean_of_counted(
+    values: Tensor, outputs: Tensor, targets: Tensor, dim: int | None, ignore_index: int | None
+) -> Tensor:
+    """Averages over the targets of each example that are not ignored; 0 if all are."""
     ignored = ~counted_in_accuracy(outputs, targets, dim, ignore_index)
-    correct = correct.masked_fill(ignored, 0)
-    if correct.ndim < 2:
-        return correct
+    values = values.masked_fill(ignored, 0)
+    if values.ndim < 2:
+        return values
     shares = per_example_mean((~ignored).to(torch.float32))
     # Exactly the mean if none is ignored.
-    return per_example_mean(correct) / shares.masked_fill(shares == 0, 1)
+    return per_example_mean(values) / shares.masked_fill(shares == 0, 1)
 
 
 def counted_in_accuracy(

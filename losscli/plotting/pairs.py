@@ -1,0 +1,184 @@
+"""The figure of ``losscli barriers --pairs``: barriers over a number of each pair."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
+from numpy.typing import NDArray
+
+from losscli.plotting.html import View, curve, escape, layout_2d
+from losscli.plotting.style import (
+    PALETTE,
+    STEPS,
+    add_foot,
+    add_title,
+    count_points,
+    drawable,
+    freeze,
+    house_style,
+    loss_name,
+    name_split,
+    narrow,
+    plain,
+    round_positions,
+    scale_y,
+    shorten,
+    stacked_panels,
+    text_size,
+)
+from losscli.registry import pair_position
+from losscli.results.drawing import FULL, Drawing
+from losscli.results.result import Run
+from losscli.results.summaries import BarriersSummary
+from losscli.weight_space.curve import standard_error
+
+__all__ = ["draw_pairs", "pairs_views"]
+
+Floats = NDArray[np.float64]
+
+
+def _quantities(run: Run[BarriersSummary]) -> dict[str, str]:
+    """Lists the columns that are drawn over the position, and their names."""
+    columns = run.table.columns
+    start, end = columns.index("loss_b") + 1, len(columns)
+    known = {"disagreement": "disagreement", "cka": "CKA of the outputs"}
+    metrics = {
+        name: f"barrier of {plain(name.removesuffix('_barrier'))}"
+        for name in columns[start:end]
+        if name.endswith("_barrier")
+    }
+    return {
+        "barrier": f"barrier{loss_name([run])}",
+        **metrics,
+        **{name: text for name, text in known.items() if name in columns},
+    }
+
+
+def draw_pairs(run: Run[BarriersSummary], drawing: Drawing = FULL) -> Figure:
+    """Draws each quantity over the position: a point for each pair, and the mean over pairs.
+
+    Args:
+        run: The run.
+        drawing: How it is drawn; its limits and its logarithmic scale are those of the barrier of
+            the loss.
+
+    Returns:
+        The figure, laid out and ready to `render`.
+    """
+    column, quantities = pair_position(run.table.columns), _quantities(run)
+    splits = [str(split) for split in run.table.unique("split")]
+    with house_style(drawing):
+        figure, panels = stacked_panels(drawing, len(quantities) - 1)
+        missing: list[tuple[int, str]] = []
+        for panel, (quantity, label) in zip(panels, quantities.items(), strict=True):
+            log = drawing.log and quantity == "barrier"
+            missing += _draw_quantity(panel, run, quantity, splits, drawing, log=log)
+            text = shorten(figure, label, narrow(figure, 150), text_size())
+            panel.set_ylabel(f"{text}\nlog scale" if log and not drawing.compact else text)
+        panels[-1].set_xlabel(shorten(figure, plain(column), narrow(figure, 250), text_size()))
+        panels[-1].xaxis.set_major_locator(MaxNLocator("auto", steps=STEPS))
+        marks = [
+            (
+                Line2D([], [], color=colour, marker="o", ms=5, lw=1.4),
+                shorten(figure, name_split([run], split, drawing), narrow(figure, 250)),
+            )
+            for split, colour in zip(splits, _colours(splits), strict=True)
+        ]
+        notes = [
+            "Pale points: pairs. Line: mean over pairs. Bars: one standard error over pairs.",
+        ]
+        if missing:
+            notes.append(f"{count_points(missing)} not drawn.")
+        add_title(figure, drawing)
+        add_foot(figure, drawing, notes, [marks])
+        freeze(figure, drawing)
+        round_positions(figure)
+    return figure
+
+
+def _colours(splits: list[str]) -> list[str]:
+    return [PALETTE[k % len(PALETTE)] for k, _ in enumerate(splits)]
+
+
+def _draw_quantity(
+    axes: Axes,
+    run: Run[BarriersSummary],
+    quantity: str,
+    splits: list[str],
+    drawing: Drawing,
+    *,
+    log: bool,
+) -> list[tuple[int, str]]:
+    """Draws a column on a panel; returns the number of points of each split that are not drawn."""
+    column = pair_position(run.table.columns)
+    missing, reach = [], list[Floats]()
+    for split, colour in zip(splits, _colours(splits), strict=True):
+        rows = run.table.where("split", split)
+        x, y = np.array(rows.floats(column)), np.array(rows.floats(quantity))
+        shown = drawable(y, log=log) & drawable(x, log=False)
+        axes.plot(x[shown], y[shown], "o", ms=4, color=colour, alpha=0.35, mew=0)
+        places, means, errors = _means(x, y)
+        at = drawable(means, log=log)
+        axes.plot(places[at], means[at], "-o", ms=4.5, lw=1.4, color=colour, zorder=3)
+        low, high = (means - errors)[at], (means + errors)[at]
+        axes.vlines(places[at], low, high, color=colour, lw=1.4, zorder=3)
+        reach += [y[shown], *(ends[drawable(ends, log=log)] for ends in (low, high))]
+        if number := int((~shown).sum()):
+            missing.append((number, plain(split)))
+    limits = drawing.ylim if quantity == "barrier" else None
+    scale_y(axes, np.concatenate([*reach, np.empty(0)]), log=log, limits=limits)
+    return missing
+
+
+def _means(x: Floats, y: Floats) -> tuple[Floats, Floats, Floats]:
+    """Returns the distinct positions, the means over pairs, and their errors, 0 for one pair."""
+    places = np.unique(x[drawable(x, log=False)])
+    groups = [y[x == place] for place in places]
+    errors = np.nan_to_num([standard_error(group) for group in groups])
+    return places, np.array([group.mean() for group in groups]), errors
+
+
+def pairs_views(run: Run[BarriersSummary]) -> list[View]:
+    """Returns the view of an interactive page: each quantity over the position."""
+    column, quantities = pair_position(run.table.columns), _quantities(run)
+    splits = [str(split) for split in run.table.unique("split")]
+    items = []
+    for split, colour in zip(splits, _colours(splits), strict=True):
+        rows = run.table.where("split", split)
+        pairs = zip(rows["a"], rows["b"], strict=True)
+        names = [f"{escape(str(a))} and {escape(str(b))}" for a, b in pairs]
+        x = np.array(rows.floats(column))
+        for quantity, label in quantities.items():
+            tags, labels = {"quantity": quantity, "split": split}, (column, label)
+            y, errors = rows.floats(quantity), f"{quantity}_stderr"
+            places, means, over_pairs = _means(x, np.array(y))
+            mean = curve(
+                *(places.tolist(), means.tolist()),
+                name=f"{split}, mean over pairs",
+                colour=colour,
+                tags=tags,
+                labels=labels,
+                errors=over_pairs.tolist(),
+                counted=False,
+            )
+            points = curve(
+                *(x.tolist(), y),
+                name=split,
+                colour=colour,
+                tags=tags,
+                labels=labels,
+                errors=rows.floats(errors) if errors in rows.columns else (),
+                dots=True,
+                names=names,
+            )
+            items += [
+                mean,
+                replace(points, trace={**points.trace, "mode": "markers", "opacity": 0.5}),
+            ]
+    layout = layout_2d(column)
+    return [View("barriers", items, layout, quantities, logarithmic=[*quantities])]
