@@ -36,6 +36,9 @@ __all__ = ["FORWARD_PASSES", "PathTraining", "TrainedBends"]
 FORWARD_PASSES = 3
 """A step costs about as much as so many forward passes of its minibatch."""
 
+# A loss with a gradient of 0 in so many steps, such as an error rate, trains nothing.
+_TRIED = 10
+
 # The most records of the state, which is three times as large as the bends.
 _MOST_RECORDS = 50
 
@@ -186,6 +189,13 @@ class PathTraining:
             gradient = gradient.to(bends)
             bends.grad = torch.stack([w * gradient for w in coefficients[1:-1]])
             optimiser.step()
+            tried = step + 1
+            if tried == min(_TRIED, self.steps) and not optimiser.state[bends]["exp_avg"].any():
+                raise LossError(
+                    f"the gradient of the loss is 0 in the first {tried} steps of the training of "
+                    "the path",
+                    "Give a --loss that can be differentiated",
+                )
             losses.append(loss)
             execution.report(step + 1 - start)
         moments = optimiser.state[bends]

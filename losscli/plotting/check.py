@@ -625,7 +625,8 @@ def _draw_one(
     cells = zip(run.table["split"], run.table["verdict"], strict=True)
     verdicts: Group = [
         (
-            Line2D([], [], ls="none", ms=6.5, **_mark(str(verdict))),
+            # Only the text in a compact figure, since no panel has the mark.
+            Line2D([], [], ls="none", ms=6.5, **({} if drawing.compact else _mark(str(verdict)))),
             f"{plain(str(split))}: {plain(str(verdict))}",
         )
         for split, verdict in cells

@@ -35,6 +35,7 @@ from losscli.registry import pair_position
 from losscli.results.drawing import FULL, Drawing
 from losscli.results.result import Run
 from losscli.results.summaries import BarriersSummary
+from losscli.table import Table
 from losscli.weight_space.curve import standard_error
 
 __all__ = ["draw_pairs", "pairs_views"]
@@ -89,9 +90,11 @@ def draw_pairs(run: Run[BarriersSummary], drawing: Drawing = FULL) -> Figure:
             )
             for split, colour in zip(splits, _colours(splits), strict=True)
         ]
-        notes = [
-            "Pale points: pairs. Line: mean over pairs. Bars: one standard error over pairs.",
-        ]
+        first = run.table.where("split", splits[0]) if splits else run.table
+        notes = ["Bars: one standard error over examples."]
+        if len(set(first.floats(column))) < len(first.rows):
+            bars = "Bars: one standard error over pairs, of a single pair over examples."
+            notes = [f"Pale points: pairs. Line: mean over pairs. {bars}"]
         if missing:
             notes.append(f"{count_points(missing)} not drawn.")
         add_title(figure, drawing)
@@ -122,7 +125,7 @@ def _draw_quantity(
         x, y = np.array(rows.floats(column)), np.array(rows.floats(quantity))
         shown = drawable(y, log=log) & drawable(x, log=False)
         axes.plot(x[shown], y[shown], "o", ms=4, color=colour, alpha=0.35, mew=0)
-        places, means, errors = _means(x, y)
+        places, means, errors = _means(x, y, _errors(rows, quantity))
         at = drawable(means, log=log)
         axes.plot(places[at], means[at], "-o", ms=4.5, lw=1.4, color=colour, zorder=3)
         low, high = (means - errors)[at], (means + errors)[at]
@@ -135,12 +138,23 @@ def _draw_quantity(
     return missing
 
 
-def _means(x: Floats, y: Floats) -> tuple[Floats, Floats, Floats]:
-    """Returns the distinct positions, the means over pairs, and their errors, 0 for one pair."""
+def _errors(rows: Table, quantity: str) -> Floats:
+    """Returns the standard error of each pair over examples; nan where there is none."""
+    column = f"{quantity}_stderr"
+    return (
+        np.array(rows.floats(column)) if column in rows.columns else np.full(len(rows.rows), np.nan)
+    )
+
+
+def _means(x: Floats, y: Floats, errors: Floats) -> tuple[Floats, Floats, Floats]:
+    """Returns the distinct positions, the means over pairs, and their errors.
+
+    The error is that over pairs; of a single pair that over examples, or 0 if there is none.
+    """
     places = np.unique(x[drawable(x, log=False)])
-    groups = [y[x == place] for place in places]
-    errors = np.nan_to_num([standard_error(group) for group in groups])
-    return places, np.array([group.mean() for group in groups]), errors
+    groups = [(y[x == place], errors[x == place]) for place in places]
+    found = [own[0] if len(own) == 1 else standard_error(group) for group, own in groups]
+    return places, np.array([group.mean() for group, _ in groups]), np.nan_to_num(found)
 
 
 def pairs_views(run: Run[BarriersSummary]) -> list[View]:
@@ -156,14 +170,14 @@ def pairs_views(run: Run[BarriersSummary]) -> list[View]:
         for quantity, label in quantities.items():
             tags, labels = {"quantity": quantity, "split": split}, (column, label)
             y, errors = rows.floats(quantity), f"{quantity}_stderr"
-            places, means, over_pairs = _means(x, np.array(y))
+            places, means, of_means = _means(x, np.array(y), _errors(rows, quantity))
             mean = curve(
                 *(places.tolist(), means.tolist()),
                 name=f"{split}, mean over pairs",
                 colour=colour,
                 tags=tags,
                 labels=labels,
-                errors=over_pairs.tolist(),
+                errors=of_means.tolist(),
                 counted=False,
             )
             points = curve(

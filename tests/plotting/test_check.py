@@ -756,3 +756,13 @@ def test_of_many_blocks_some_are_named() -> None:
     )
     (axes,) = below(one, "gradient norm")
     assert len(axes.get_yticks()) == 40
+
+
+@pytest.mark.parametrize("eigenvalues", [0, 30])
+def test_a_small_legend_has_no_mark_that_is_not_in_the_picture(eigenvalues: int) -> None:
+    figure = draw_check(run(1, escape=True, eigenvalues=eigenvalues), Drawing(size="paper"))
+    drawn = {line.get_marker() for axes in figure.axes for line in axes.get_lines()}
+    handles = figure.legends[0].legend_handles
+    shown = {handle.get_marker() for handle in handles if isinstance(handle, Line2D)}
+    assert len(shown) > 1
+    assert shown - drawn <= {"None", "", None}

@@ -17,8 +17,9 @@ from torch.utils.data import TensorDataset
 
 import losscli as library
 from losscli.checkpoint import name_checkpoint
-from losscli.errors import LossError, UsageError
+from losscli.errors import LossError, OutOfMemoryError, UsageError
 from losscli.evaluation import path_training
+from losscli.evaluation.objective import Objective
 from losscli.evaluation.tasks import ALONE, Execution
 from losscli.models import CNN, MLP
 from losscli.settings import Settings
@@ -151,6 +152,67 @@ def test_a_minibatch_in_parts_is_the_same(folder: Path) -> None:
         assert torch.allclose(tensor, parts.bends[0].weights[name], rtol=1e-6, atol=1e-7)
 
 
+def runs_out_of_memory(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets memory run out for larger batches in passes with gradients."""
+    real = Objective.forward
+
+    def forward(self: Objective, model: Any, inputs: Any) -> Any:
+        if torch.is_grad_enabled() and len(inputs) > most:
+            raise torch.OutOfMemoryError
+        return real(self, model, inputs)
+
+    monkeypatch.setattr(Objective, "forward", forward)
+
+
+def in_float64(name: str) -> dict[str, Tensor]:
+    return {n: tensor.double() for n, tensor in state(name).items()}
+
+
+@pytest.mark.parametrize("loss", ["cross_entropy", "cross_entropy,weight=0.2-1-5"])
+def test_a_minibatch_that_does_not_fit_is_divided_and_stays_the_same(
+    loss: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ends = in_float64("a.pt"), in_float64("b.pt")
+    options = {**SMALL, "model": "mlp:6-5-3", "dtype": "float64", "loss": loss, "plane": False}
+    (whole,) = library.connect(*ends, **options).bends
+    runs_out_of_memory(3, monkeypatch)
+    (parts,) = library.connect(*ends, **options).bends
+    for name, tensor in whole.weights.items():
+        torch.testing.assert_close(parts.weights[name], tensor, rtol=1e-9, atol=1e-12)
+        assert not torch.equal(tensor, (ends[0][name] + ends[1][name]) / 2)
+
+
+def test_a_minibatch_is_not_divided_where_batchnorm_needs_all_of_it(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.ReLU(), nn.Linear(5, 3))
+    ends = []
+    for seed in range(2):
+        torch.manual_seed(seed)
+        ends.append({
+            n: t + torch.rand_like(t) if t.is_floating_point() else t.clone()
+            for n, t in model.state_dict().items()
+        })
+    runs_out_of_memory(4, monkeypatch)
+    with pytest.raises(OutOfMemoryError, match=r"minibatch of 8 examples .*--minibatch"):
+        library.connect(*ends, **SMALL, model=model)
+    with pytest.raises(UsageError, match="--buffers a keeps BatchNorm's statistics"):
+        library.connect(*ends, **SMALL, model=model, buffers="a")
+
+
+def test_without_a_training_split_it_is_refused(folder: Path, losscli: Losscli) -> None:
+    (folder / "own.py").write_text(
+        "import torch\n"
+        "def apart():\n"
+        "    split = torch.rand(9, 6), torch.zeros(9).long()\n"
+        "    return {'one': split, 'two': split}\n"
+    )
+    done = losscli("connect", "a.pt", "b.pt", *FEW, "--data", "own.py:apart", "-o", "out")
+    assert (done.status, len(done.stderr.splitlines())) == (2, 1)
+    assert "connect takes the split train, and the data's splits are one, two" in done.stderr
+    assert not list(folder.glob("out*"))
+
+
 def test_losses_are_those_of_loaded_checkpoints(folder: Path) -> None:
     result = library.connect("a.pt", "b.pt", **SMALL)
     save_file(dict(result.bends[0].weights), "c.safetensors")
@@ -263,6 +325,20 @@ def test_a_training_that_diverges_names_the_learning_rate(folder: Path) -> None:
 
     with pytest.raises(LossError, match=r"step \d.*is not finite. Lower --learning-rate"):
         library.connect("a.pt", "b.pt", **SMALL, learning_rate=1e20, loss=falling, metric="none")
+
+
+def test_a_loss_without_a_gradient_trains_nothing(
+    folder: Path, losscli: Losscli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Also if the first steps are those of several records.
+    monkeypatch.setattr(path_training, "minute_of_work", lambda _: 1)
+    (folder / "own.py").write_text(
+        "def errors(outputs, targets):\n    return (outputs.argmax(1) != targets).float()\n"
+    )
+    done = losscli("connect", "a.pt", "b.pt", *FEW, "--loss", "own.py:errors", "-o", "out")
+    assert done.status == 1
+    assert "the gradient of the loss is 0 in the first 4 steps" in done.stderr
+    assert {path.name for path in folder.glob("out*")} <= {"out.journal"}
 
 
 def test_the_files_are_written_and_not_over_others(folder: Path, losscli: Losscli) -> None:
