@@ -42,6 +42,8 @@ __all__ = ["interpolate", "report"]
 # Below this slope per unit length B is stationary, the tolerance of `losscli check`.
 _STATIONARY = 1e-3
 
+_PART = "the range covers only part of the line"
+
 
 @with_study_options
 def interpolate(
@@ -165,11 +167,16 @@ def report(result: Result[LineSummary]) -> str:
         lines += [f"  {label:<14}{text}" for label, text in findings]
         if blocks := summary.get("blocks"):
             lines += ["  each block alone, the others at A"]
-            lines += [f"    {line}" for line in _blocks(blocks, name)]
+            lines += [f"    {line}" for line in _blocks(blocks, name, _covers(low, high))]
     return "\n".join(lines) + "\n"
 
 
-def _blocks(blocks: Mapping[str, BlockSummary], split: str) -> list[str]:
+def _covers(low: float, high: float) -> bool:
+    """Returns whether a range has the whole line from A to B."""
+    return low <= 0 and high >= 1
+
+
+def _blocks(blocks: Mapping[str, BlockSummary], split: str, covers: bool) -> list[str]:
     """Returns a table of the curves of blocks that move alone."""
     rows = [("block", "values", "‖d‖", "loss at α = 1", "change from A", "lowest seen", "barrier")]
     for name, block in blocks.items():
@@ -195,7 +202,9 @@ def _blocks(blocks: Mapping[str, BlockSummary], split: str) -> list[str]:
             if barrier is None
             else f"{format_height(barrier)} at α = {barrier['alpha']:.4g}"
             if barrier["height"] > 0
-            else "none",
+            else "none"
+            if covers
+            else "none in the range",
         ))
     return align_columns(rows, left={0, *range(2, len(rows[0]))})
 
@@ -211,7 +220,7 @@ def _line_findings(
     if minimum is None:
         return [*rows, ("lowest seen", "none: no point has a finite loss")]
     rows.append(("lowest seen", _lowest(split, minimum, low, high)))
-    rows += [("barrier", _barrier(split)), ("largest rise", _rise(split))]
+    rows += [("barrier", _barrier(split, low, high)), ("largest rise", _rise(split, low, high))]
     rows += [
         _extrema("minima", split["local_minima"], low, high),
         _extrema("maxima", split["local_maxima"], low, high),
@@ -276,23 +285,35 @@ def _lowest(split: LineSplit, minimum: LowestOnLine, low: float, high: float) ->
     return text
 
 
-def _barrier(split: LineSplit) -> str:
+def _barrier(split: LineSplit, low: float, high: float) -> str:
     barrier = split["barrier"]
     if not (is_finite(split["loss_a"]) and is_finite(split["loss_b"])):
         return "not defined: the loss at A or B is not finite"
     if barrier is None:
         return "not evaluated: no point between A and B"
     if barrier["height"] > 0:
-        return f"{format_height(barrier)} at α = {barrier['alpha']:.4g}"
+        text = f"{format_height(barrier)} at α = {barrier['alpha']:.4g}"
+        if barrier["alpha"] in {low, high}:
+            return f"{text}, where the range ends"
+        return text if _covers(low, high) else f"{text} ({_PART})"
+    if not _covers(low, high):
+        return _none_in_part(low, high)
     return "none: never above the straight line between the losses at A and B"
 
 
-def _rise(split: LineSplit) -> str:
+def _rise(split: LineSplit, low: float, high: float) -> str:
     rise = split["largest_rise"]
     if rise is None:
         return "not evaluated: no point between A and B"
     if rise["height"] > 0:
-        return f"{format_height(rise)} from α = {rise['alpha_from']:.4g} to {rise['alpha_to']:.4g}"
+        text = f"{format_height(rise)} from α = {rise['alpha_from']:.4g} to {rise['alpha_to']:.4g}"
+        return text if _covers(low, high) else f"{text} ({_PART})"
+    if not _covers(low, high):
+        return _none_in_part(low, high)
     if split["monotonic"]:
         return "none: the loss never increases from A to B at the sampled points"
     return "none at the sampled points"
+
+
+def _none_in_part(low: float, high: float) -> str:
+    return f"none for α from {max(low, 0):g} to {min(high, 1):g} ({_PART})"

@@ -1,0 +1,90 @@
+"""The words of the report of ``interpolate``, on curves that are known in closed form."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import losscli
+from losscli.cli.interpolate import report
+from losscli.results.result import Result
+
+Curve = Callable[[Tensor], Tensor]
+
+
+class Scalar(nn.Module):
+    """Returns its one weight, which is α, for every example."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.zeros(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.w.expand(len(x), 1)
+
+
+def hill(w: Tensor) -> Tensor:
+    """4 w (1 − w): 0.36 at 0.1, 1 at 0.5."""
+    return 4 * w * (1 - w)
+
+
+def line(
+    folder: Path, curve: Curve, low: float, high: float, *, noise: float = 0.0, points: int = 11
+) -> Result[Any]:
+    """Runs ``interpolate`` where the loss of an example is curve(α) ± noise α."""
+    for name, value in (("a", 0.0), ("b", 1.0)):
+        torch.save({"w": torch.tensor([value])}, folder / f"{name}.pt")
+
+    def loss(outputs: Tensor, targets: Tensor) -> Tensor:
+        w = outputs.squeeze(1)
+        return curve(w) + noise * w * targets
+
+    return losscli.interpolate(
+        str(folder / "a.pt"),
+        str(folder / "b.pt"),
+        model=Scalar,
+        data={"all": (torch.zeros(8, 1), torch.tensor([1.0, -1.0] * 4))},
+        loss=loss,
+        metric=("none",),
+        range=(low, high),
+        points=points,
+        dtype="float64",
+    )
+
+
+def said(result: Result[Any], label: str) -> str:
+    found = re.search(rf"^  {label} +(.*)$", report(result), re.MULTILINE)
+    assert found, report(result)
+    return found[1]
+
+
+PART = "the range covers only part of the line"
+WHOLE = "none: never above the straight line between the losses at A and B"
+
+
+@pytest.mark.parametrize(
+    ("curve", "low", "high", "barrier", "rise"),
+    [
+        (lambda w: -hill(w), -0.5, 2, WHOLE, "1 from α = 0.5 to 1"),
+        (lambda w: -w, 0, 1, WHOLE, "none: the loss never increases from A to B at the sampled"),
+        (lambda w: -w + w**2, 0.9, 1.2, f"none for α from 0.9 to 1 ({PART})", f" 1 ({PART})"),
+        (lambda w: -w, 0.5, 2, f"none for α from 0.5 to 1 ({PART})", "none for α from 0.5 to 1 ("),
+        (lambda w: -w, -1, 0.5, f"none for α from 0 to 0.5 ({PART})", "none for α from 0 to 0.5 ("),
+        (hill, 0, 0.1, "0.36 at α = 0.1, where the range ends", f"0.36 from α = 0 to 0.1 ({PART})"),
+        (hill, 0.9, 1.9, "0.36 at α = 0.9, where the range ends", f"0.36 from α = 0 to 0.9 ({PART})"),
+        (hill, 0, 0.8, f"0.9984 at α = 0.48 ({PART})", f"0.9984 from α = 0 to 0.48 ({PART})"),
+        (hill, 0, 1, "1 at α = 0.5", "1 from α = 0 to 0.5"),
+    ],
+)  # fmt: skip
+def test_a_part_of_the_line_claims_nothing_of_the_rest(
+    curve: Curve, low: float, high: float, barrier: str, rise: str, tmp_path: Path
+) -> None:
+    result = line(tmp_path, curve, low, high)
+    assert said(result, "barrier").replace(" ± 0", "") == barrier
+    assert rise in said(result, "largest rise").replace(" ± 0", "")
