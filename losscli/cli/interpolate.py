@@ -250,23 +250,25 @@ def _extrema(which: str, extrema: Sequence[Extremum], low: float, high: float) -
         return label, f"none of the curve between {low:g} and {high:g}"
     minima = which == "minima"
     size = "depth" if minima else "height"
+    significant = sum(e["beyond_noise"] for e in extrema)
+    mixed = 0 < significant < len(extrema)
     sizes = [
-        (e["depth"], e["depth_stderr"], e["alpha"])
+        (e["depth"], e["depth_stderr"], e["alpha"], e["beyond_noise"])
         if minima
-        else (e["height"], e["height_stderr"], e["alpha"])
+        else (e["height"], e["height_stderr"], e["alpha"], e["beyond_noise"])
         for e in extrema
     ]
     largest = "; ".join(
         f"α = {alpha:.4g}, {size} {format_number(height)}"
         + (f" ± {format_number(error, 2)}" if is_finite(error) else "")
-        for height, error, alpha in sorted(sizes, key=lambda size: -size[0])[:3]
+        + (" (not significant)" if mixed and not beyond_noise else "")
+        for height, error, alpha, beyond_noise in sorted(sizes, key=lambda size: -size[0])[:3]
     )
-    significant = sum(e["beyond_noise"] for e in extrema)
     more = f"; {len(extrema) - 3} more" if len(extrema) > 3 else ""
-    return (
-        label,
-        f"{len(extrema)}, of which {significant} significant (> 2 s.e.): {largest}{more}",
-    )
+    text = "significant (> 2 s.e.)" if significant else "not significant"
+    if mixed:
+        text = f"of which {significant} {text}"
+    return label, f"{len(extrema)}, {text}: {largest}{more}"
 
 
 def _lowest(split: LineSplit, minimum: LowestOnLine, low: float, high: float) -> str:

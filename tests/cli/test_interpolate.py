@@ -77,7 +77,7 @@ WHOLE = "none: never above the straight line between the losses at A and B"
         (lambda w: -w, 0.5, 2, f"none for α from 0.5 to 1 ({PART})", "none for α from 0.5 to 1 ("),
         (lambda w: -w, -1, 0.5, f"none for α from 0 to 0.5 ({PART})", "none for α from 0 to 0.5 ("),
         (hill, 0, 0.1, "0.36 at α = 0.1, where the range ends", f"0.36 from α = 0 to 0.1 ({PART})"),
-        (hill, 0.9, 1.9, "0.36 at α = 0.9, where the range ends", f"0.36 from α = 0 to 0.9 ({PART})"),
+        (hill, 0.9, 1.9, "0.36 at α = 0.9, where the range ends", f"0.36 from α = 0 to 0.9 ({PART}"),
         (hill, 0, 0.8, f"0.9984 at α = 0.48 ({PART})", f"0.9984 from α = 0 to 0.48 ({PART})"),
         (hill, 0, 1, "1 at α = 0.5", "1 from α = 0 to 0.5"),
     ],
@@ -88,3 +88,27 @@ def test_a_part_of_the_line_claims_nothing_of_the_rest(
     result = line(tmp_path, curve, low, high)
     assert said(result, "barrier").replace(" ± 0", "") == barrier
     assert rise in said(result, "largest rise").replace(" ± 0", "")
+
+
+def ramp(w: Tensor) -> Tensor:
+    """A minimum at 1 that is deep, and one at 0.5 that is shallow."""
+    return torch.where(w < 0.75, 1 + 0.1 * (w - 0.5).abs(), 10 * (w - 1).abs())
+
+
+@pytest.mark.parametrize(
+    ("noise", "pattern"),
+    [
+        (0.0, r"2, significant \(> 2 s\.e\.\): α = 1, [^(]*; α = 0\.5, [^(]*"),
+        (
+            0.5,
+            r"2, of which 1 significant \(> 2 s\.e\.\): "
+            + r"α = 1, depth [^;(]*; α = 0\.5, depth [^;(]* \(not significant\)",
+        ),
+        (100.0, r"2, not significant: α = 1, depth [^;(]*; α = 0\.5, depth [^;(]*"),
+    ],
+)
+def test_what_is_not_significant_is_marked(noise: float, pattern: str, tmp_path: Path) -> None:
+    result = line(tmp_path, ramp, 0, 2, noise=noise, points=21)
+    minima = result.summary["splits"]["all"]["local_minima"]
+    assert [m["alpha"] for m in minima] == [0.5, 1]
+    assert re.fullmatch(pattern, said(result, "local minima")), said(result, "local minima")
