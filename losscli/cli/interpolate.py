@@ -277,13 +277,16 @@ def _lowest(split: LineSplit, minimum: LowestOnLine, low: float, high: float) ->
     below = minimum["below_b"]
     if is_finite(below) and below > 0:
         text += f", lower than B by {format_number(below, 3)}"
-        if is_finite(minimum["below_b_stderr"]):
-            text += f" ± {format_number(minimum['below_b_stderr'], 2)}"
+        if is_finite(error := minimum["below_b_stderr"]):
+            text += f" ± {format_number(error, 2)}"
+            text += "" if below > 2 * error else " (not significantly)"
     if minimum["alpha"] in {low, high} and minimum["ties"] == 1:
         text += ", where the range ends"
-    ends = [split["loss_a"], split["loss_b"]]
-    if any(is_finite(end) and end < minimum["loss"] for end in ends):
-        text += "; an end outside the range is lower"
+    ends = {"A": split["loss_a"], "B": split["loss_b"]}
+    lower = [end for end, loss in ends.items() if is_finite(loss) and loss < minimum["loss"]]
+    if lower:
+        verb = "is" if len(lower) == 1 else "are"
+        text += f"; {' and '.join(lower)}, outside the range, {verb} lower"
     return text
 
 
