@@ -11,6 +11,7 @@ from losscli.cli.console import Console
 from losscli.cli.options import Write, argument, option, with_study_options
 from losscli.cli.report import (
     align_columns,
+    format_count,
     format_examples,
     format_height,
     format_moving,
@@ -22,6 +23,7 @@ from losscli.cli.report import (
 from losscli.cli.run_study import run_study
 from losscli.errors import UsageError, printable
 from losscli.registry import COMMANDS, command_of
+from losscli.results.places import places_not_finite
 from losscli.results.result import Result
 from losscli.results.summaries import (
     BlockSummary,
@@ -163,7 +165,8 @@ def report(result: Result[LineSummary]) -> str:
         )
     for name, split in summary["splits"].items():
         lines += ["", f"{printable(name)}, {format_examples(summary, name)}"]
-        findings = _line_findings(split, low, high, summary["distance"])
+        curve = result.table.where("split", name)
+        findings = _line_findings(split, low, high, summary["distance"], curve)
         lines += [f"  {label:<14}{text}" for label, text in findings]
         if blocks := summary.get("blocks"):
             lines += ["  each block alone, the others at A"]
@@ -210,7 +213,7 @@ def _blocks(blocks: Mapping[str, BlockSummary], split: str, covers: bool) -> lis
 
 
 def _line_findings(
-    split: LineSplit, low: float, high: float, length: float
+    split: LineSplit, low: float, high: float, length: float, curve: Table
 ) -> list[tuple[str, str]]:
     rows = [
         ("loss at A", format_number(split["loss_a"])),
@@ -219,7 +222,11 @@ def _line_findings(
     minimum = split["minimum"]
     if minimum is None:
         return [*rows, ("lowest seen", "none: no point has a finite loss")]
-    rows.append(("lowest seen", _lowest(split, minimum, low, high)))
+    lowest = _lowest(split, minimum, low, high)
+    if number := split["not_finite"]:
+        where = places_not_finite(curve.floats("alpha"), curve.floats("loss"))
+        lowest += f"; not finite at {format_count(number, 'point')}, {where}"
+    rows.append(("lowest seen", lowest))
     rows += [("barrier", _barrier(split, low, high)), ("largest rise", _rise(split, low, high))]
     rows += [
         _extrema("minima", split["local_minima"], low, high),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -142,3 +143,38 @@ def test_an_end_outside_the_range_that_is_lower_is_named(
 ) -> None:
     text = text.replace(";", ", where the range ends;")
     assert said(line(tmp_path, curve, low, high), "lowest seen") == f"{text} lower"
+
+
+@pytest.mark.parametrize(
+    ("lost", "places"),
+    [
+        ([8, 9, 10], "from α = 0.6"),
+        ([10], "from α = 1"),
+        ([0], "up to α = -1"),
+        ([0, 1, 9, 10], "up to α = -0.8, from α = 0.8"),
+        ([3], "at α = -0.4"),
+        ([2, 3, 4], "from α = -0.6 to -0.2"),
+        ([0, 2, 4, 5, 8, 10], "up to α = -1, at α = -0.6, from α = -0.2 to 0 and 2 more"),
+    ],
+)
+def test_the_report_and_a_note_say_where_the_loss_is_not_finite(
+    lost: list[int], places: str, tmp_path: Path
+) -> None:
+    alphas = torch.tensor([(i - 5) / 5 for i in lost])
+
+    def broken(w: Tensor) -> Tensor:
+        at = (w[:, None] - alphas).abs().min(1).values < 1e-3
+        return torch.where(at, math.inf, w)
+
+    result = line(tmp_path, broken, -1, 1)
+    number = f"{len(lost)} point{'s' if len(lost) > 1 else ''}"
+    assert said(result, "lowest seen").endswith(f"; not finite at {number}, {places}")
+    have = "have" if len(lost) > 1 else "has"
+    note = f"{number} of all {have} a loss that is not finite: {places}"
+    assert note in result.summary["notes"]
+
+
+def test_a_line_without_a_finite_loss_says_so(tmp_path: Path) -> None:
+    result = line(tmp_path, lambda w: w + math.inf, 0, 1)
+    assert said(result, "lowest seen") == "none: no point has a finite loss"
+    assert "11 points of all have a loss that is not finite: at every α" in result.summary["notes"]
