@@ -117,12 +117,16 @@ def report(result: Result[ConnectSummary]) -> str:
     path, training = summary["path"], summary["training"]
     what = "Bézier curve" if path["kind"] == "bezier" else "chain of lines"
     longer = path["length"] / path["chord"]
-    trained = f"{format_count(training['steps'], 'step')} on {printable(training['split'])}"
+    examples = format_count(training["examples"], "example")
+    trained = (
+        f"{format_count(training['steps'], 'step')} on {printable(training['split'])} "
+        f"({examples}), mean loss of the last tenth {format_number(training['loss'])}"
+    )
     lines = [
         *task_lines(summary, 9),
         *(f"{letter}        {name}" for letter, name in zip("AB", names, strict=True)),
         f"path     {what} over {format_count(path['bends'], 'bend')}, {longer:.3g} × ‖B − A‖ long",
-        f"trained  {trained}, loss {format_number(training['loss'])}",
+        f"trained  {trained}",
         f"moving   {format_moving(summary)}",
     ]
     for name, split in summary["splits"].items():
@@ -139,6 +143,9 @@ def report(result: Result[ConnectSummary]) -> str:
         else:
             low, number = format_number(highest["loss"]), len(result.table.unique("t"))
             text = f"a path on which the loss stays at or below {low} at {number:,} points"
+            higher = max(split["curve"]["loss_a"], split["curve"]["loss_b"])
+            if highest["t"] not in {0.0, 1.0} and highest["loss"] > higher:
+                text += f", {format_number(highest['loss'] - higher, 3)} above the higher end"
             findings.append(("found", text))
         lines += [f"  {label:<15}{text}" for label, text in findings]
     return "\n".join(lines) + "\n"

@@ -17,6 +17,7 @@ from torch.utils.data import TensorDataset
 
 import losscli as library
 from losscli.checkpoint import name_checkpoint
+from losscli.cli.connect import report
 from losscli.errors import LossError, OutOfMemoryError, UsageError
 from losscli.evaluation import path_training
 from losscli.evaluation.objective import Objective
@@ -358,6 +359,23 @@ def test_the_files_are_written_and_not_over_others(folder: Path, losscli: Losscl
     assert refused.status == 1
     assert "out.bend-1.safetensors" in refused.stderr
     assert json.loads(losscli(*command, "--dry-run", "--json").stdout)["training_steps"] == 4
+
+
+def test_the_report_says_how_far_the_path_is_above_the_higher_end(folder: Path) -> None:
+    result = library.connect("a.pt", "b.pt", **SMALL, plane=False, split="train")
+    split = result.summary["splits"]["train"]
+    training = result.summary["training"]
+    trained = f"trained  4 steps on train ({training['examples']} examples), mean loss of the last "
+    assert f"{trained}tenth {training['loss']:.4g}\n" in report(result)
+    ends = [split["curve"]["loss_a"], split["curve"]["loss_b"]]
+    for t, loss, said in (
+        (0.5, max(ends) + 0.125, ", 0.125 above the higher end"),
+        (0.5, max(ends), ""),
+        (float(ends[1] > ends[0]), max(ends), ""),
+    ):
+        split["highest"] = {"t": t, "loss": loss}
+        text = f"a path on which the loss stays at or below {loss:.4g} at 5 points{said}\n"
+        assert text in report(result)
 
 
 @pytest.mark.parametrize(
