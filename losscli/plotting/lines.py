@@ -172,9 +172,15 @@ def _noise(series: Series, column: str) -> float:
 
 
 def _mark_gaps(axes: Axes, series: Sequence[Series], column: str, *, log: bool) -> list[str]:
-    """Marks values that are not finite at the upper edge, and values without a logarithm below."""
+    """Marks values that are not finite at the upper edge, and values without a logarithm below.
+
+    Where the loss has such a mark, other columns have none: a cross at the upper edge of a panel
+    of the accuracy looks like 100 %.
+
+    Returns:
+        Notes with the number of marked points.
+    """
     notes = []
-    prefix = "" if column == "loss" else f"{plain(column)}: "
     for upper in (True, False):
         counts = []
         crosses: Counter[float] = Counter()
@@ -182,6 +188,8 @@ def _mark_gaps(axes: Axes, series: Sequence[Series], column: str, *, log: bool) 
         for s in series:
             finite = drawable(s[column], log=False)
             missing = ~finite if upper else finite & ~drawable(s[column], log=log)
+            if column != "loss":
+                missing &= drawable(s["loss"], log=False)
             # Crosses of several curves at the same x form a column.
             depth = np.array([0.03 + 0.03 * (crosses[x] % _CROSSES) for x in s.x[missing]])
             crosses.update(s.x[missing].tolist())
@@ -197,11 +205,8 @@ def _mark_gaps(axes: Axes, series: Sequence[Series], column: str, *, log: bool) 
             )
             if upper and np.isfinite(s[column][missing]).any():
                 reason = "not finite or too large"
-            if column != "loss":
-                # The note on the loss already covers these points.
-                missing &= drawable(s["loss"], log=False)
             if number := int(missing.sum()):
                 counts.append((number, s.name))
         if counts:
-            notes.append(f"{prefix}{count_points(counts)} {reason}: not drawn (×)")
+            notes.append(f"{count_points(counts)}: {plain(column)} {reason} (×)")
     return notes

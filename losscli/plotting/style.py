@@ -944,12 +944,11 @@ def drawable(values: NDArray[np.float64], *, log: bool) -> NDArray[np.bool_]:
 
 
 def count_points(counts: Sequence[tuple[int, str]]) -> str:
-    """Returns the subject of a sentence, such as ``3 points of train and 1 point of test are``."""
+    """Returns the beginning of a note, such as ``3 points of train and 1 point of test``."""
     if len(counts) > 4:
-        return f"{sum(number for number, _ in counts)} points of {len(counts)} curves are"
+        return f"{sum(number for number, _ in counts)} points of {len(counts)} curves"
     parts = [f"{number} point{'s' * (number > 1)} of {name}" for number, name in counts]
-    text = " and ".join([", ".join(parts[:-1]), parts[-1]] if parts[1:] else parts)
-    return f"{text} {'is' if [n for n, _ in counts] == [1] else 'are'}"
+    return " and ".join([", ".join(parts[:-1]), parts[-1]] if parts[1:] else parts)
 
 
 def name_split(runs: Sequence[Run[Summary]], split: str, drawing: Drawing) -> str:

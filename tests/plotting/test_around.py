@@ -199,7 +199,7 @@ def test_values_that_are_not_finite_are_left_out_with_a_note() -> None:
 
     figure = draw_around([run(height=height)])
     said = " ".join(texts(figure)).replace("\n", " ")
-    assert "2 points of the mean of a.pt, train are not finite: not drawn (×)" in said
+    assert "2 points of the mean of a.pt, train: loss not finite (×)" in said
     thin = lines(figure.axes[0], 0.7)[0]
     assert np.isnan(thin.get_ydata()).sum() == len(RANDOM) + 2
 

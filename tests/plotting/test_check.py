@@ -425,8 +425,8 @@ def test_what_is_not_finite_is_blank_and_counted() -> None:
 
     figure = draw_check(run(11, ("train",), row))
     said = sentence(figure)
-    assert "2 points of train are not finite: not drawn (×)" in said
-    assert "λₘᵢₙ: 1 point of train is not finite: not drawn (×)" in said
+    assert "2 points of train: loss not finite (×)" in said
+    assert "1 point of train: λₘᵢₙ not finite (×)" in said
     assert "λₘₐₓ" not in said.split("Verdicts")[0]
     (line,) = lines(panel(figure, "loss"))
     assert np.isnan(np.asarray(line.get_ydata(), dtype=np.float64)).sum() == 2
@@ -436,7 +436,7 @@ def test_what_is_not_finite_is_blank_and_counted() -> None:
 
 def test_a_gradient_norm_of_zero_has_no_logarithm() -> None:
     figure = draw_check(run(3, ("train",), lambda t, s: (1.0, 0.0, 1.0, 0, 2.0, 0, 1.0, "minimum")))
-    assert "gradient norm: 3 points of train are not above 0: not drawn (×)" in sentence(figure)
+    assert "3 points of train: gradient norm not above 0 (×)" in sentence(figure)
 
 
 @pytest.mark.parametrize("checkpoints", [1, 12])

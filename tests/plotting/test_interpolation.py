@@ -288,9 +288,21 @@ def test_losses_that_are_not_finite_are_gaps() -> None:
     assert 0 < low < 0.5
     assert 2 < high < 3
     assert marked(figure.axes[0], "x") == [0.25, 0.75, 1.5]
-    assert note(figure) == "3 points of train are not finite: not drawn (×)"
+    assert note(figure) == "3 points of train: loss not finite (×)"
     one = draw_interpolation([curve([(0.0, 2.0), (0.5, NAN), (1.0, 0.5)])])
-    assert note(one) == "1 point of train is not finite: not drawn (×)"
+    assert note(one) == "1 point of train: loss not finite (×)"
+
+
+def test_metrics_have_no_cross_where_the_loss_is_not_finite() -> None:
+    points = [(0.0, 2.0), (0.25, NAN), (0.5, 1.0), (0.75, math.inf), (1.0, 0.5)]
+    figure = draw_interpolation([curve(points, accuracy=[0.5, NAN, NAN, NAN, 0.9])])
+    loss, accuracy = figure.axes
+    assert marked(loss, "x") == [0.25, 0.75]
+    assert marked(accuracy, "x") == [0.5]
+    assert note(figure).splitlines() == [
+        "2 points of train: loss not finite (×)",
+        "1 point of train: accuracy not finite (×)",
+    ]
 
 
 def test_points_between_gaps_are_seen() -> None:
@@ -335,8 +347,8 @@ def test_log_axis() -> None:
     assert 0.1 < axes.get_ylim()[0] < 0.5
     assert axes.get_ylim()[1] > 201
     assert note(figure).splitlines() == [
-        "1 point of train is not finite: not drawn (×)",
-        "2 points of train are not above 0: not drawn (×)",
+        "1 point of train: loss not finite (×)",
+        "2 points of train: loss not above 0 (×)",
     ]
     # The lowest loss of all is among those that are not drawn.
     assert marked(axes, "D") == []
@@ -512,7 +524,7 @@ def test_metrics_have_panels_of_their_own() -> None:
     assert perplexity.get_yscale() == "log"
     assert len(runs(accuracy)) == 1
     # The run without these columns does not count as missing.
-    assert note(figure) == "perplexity: 1 point of run 1, train is not finite: not drawn (×)"
+    assert note(figure) == "1 point of run 1, train: perplexity not finite (×)"
 
 
 @pytest.mark.parametrize(
@@ -674,7 +686,7 @@ def test_a_whole_line_with_gaps_says_so() -> None:
     rows = [(*row[:2], NAN if row[0] > 1.9 else row[2], row[3]) for row in table.rows]
     run = replace(zoom(), more={"context": Table.build(table.columns, rows)})
     said = " ".join(texts(draw_interpolation([run], Drawing(log=True)))).replace("\n", " ")
-    assert "The whole line: 2 points of train and 2 points of test are not finite" in said
+    assert "The whole line: 2 points of train and 2 points of test: loss not finite (×)" in said
 
 
 ODD = {
