@@ -27,6 +27,7 @@ from losscli.plotting.style import (
     add_title,
     distinct_checkpoints,
     drawable,
+    examples_notes,
     format_number,
     freeze,
     house_style,
@@ -147,7 +148,7 @@ def draw_around(runs: Sequence[Run[AroundSummary]], drawing: Drawing = FULL) -> 
         number = max(len(splits), 1)
         figure = new_figure(drawing, 0.6 + _HEIGHT * number)
         panels = figure.subplots(number, 1, sharex=True, squeeze=False)[:, 0].tolist()
-        notes = shared if groups else ["There are no points"]
+        notes = [*examples_notes(runs, splits), *shared] if groups else ["There are no points"]
         marks: dict[str, tuple[Artist, str]] = {}
         reach: list[Floats] = []
         for axes, split in zip(panels, splits, strict=False):

@@ -36,6 +36,7 @@ from losscli.plotting.style import (
     add_title,
     drawable,
     end_names,
+    examples_notes,
     freeze,
     house_style,
     label_loss,
@@ -92,7 +93,7 @@ def draw_interpolation(runs: Sequence[Run[LineSummary]], drawing: Drawing = FULL
         overview = panels.pop(0) if whole else None
         view = scale_alpha(panels[-1], series)
 
-        notes = [] if series else ["There are no points"]
+        notes = examples_notes(runs, splits) if series else ["There are no points"]
         notes += draw_panel(panels[0], series, "loss", drawing, log=log)
         label = label_loss(figure, runs, drawing, log=False)
         units = "batches" if all("batches" in run.summary for run in runs) else "examples"

@@ -323,6 +323,21 @@ def test_nothing_is_clipped() -> None:
     assert note(draw_interpolation([curve()])) == ""
 
 
+@pytest.mark.parametrize(
+    ("low", "high", "said"),
+    [
+        (2.303, 2.308, "The loss varies by only 0.22%, from 2.303 to 2.308"),
+        (-2.0001, -2.0, "The loss varies by only 0.005%, from −2.0001 to −2"),
+        (1.0, 1.011, ""),
+        (1.0, 1.0 + 1e-9, ""),
+        (3.0, 3.0, ""),
+    ],
+)
+def test_a_nearly_flat_curve_has_a_note(low: float, high: float, said: str) -> None:
+    figure = draw_interpolation([curve([(0.0, high), (0.5, low), (1.0, high)], stderr=None)])
+    assert note(figure) == said
+
+
 def test_band_is_one_standard_error() -> None:
     figure = draw_interpolation([curve(stderr=0.25)])
     axes = figure.axes[0]
@@ -572,6 +587,20 @@ def test_sampled_runs_do_not_claim_a_number_of_examples() -> None:
     summary = {"examples": {"train": 9}}
     assert "train" in legend(draw_interpolation([Run(sampled.table, summary)]))
     assert "train (n = 9)" in legend(draw_interpolation([Run(curve().table, summary)]))
+
+
+def test_numbers_of_examples_that_differ_are_in_a_note() -> None:
+    def runs_of(*numbers: int | None) -> list[Run]:
+        return [Run(curve().table, {"examples": {"train": n}} if n else {}) for n in numbers]
+
+    figure = draw_interpolation(runs_of(8000, 2000, None, 2000))
+    assert "Numbers of examples of train differ: 8000, 2000, 2000." in note(figure)
+    many = draw_interpolation(runs_of(*range(1, 10)))
+    assert "train differ: 1, 2, 3, 4, 5, 6 and 3 more." in note(many)
+    assert "differ" not in note(draw_interpolation(runs_of(2000, 2000, None)))
+    batches = Run(curve().table, {"batches": {"train": 12}})
+    mixed = draw_interpolation([*runs_of(12), batches])
+    assert "Numbers of examples of train differ: 12, 12 batches." in note(mixed)
 
 
 def test_local_minima_and_maxima_are_marked_where_they_are_beyond_noise() -> None:
