@@ -27,6 +27,7 @@ from losscli.plotting.style import (
     add_title,
     distinct_checkpoints,
     drawable,
+    error_label,
     examples_notes,
     format_number,
     freeze,
@@ -231,7 +232,7 @@ def _draw(
                 marks.setdefault(f"along {name}", (line, f"along {plain(name)}"))
             if np.nanmax(curves.errors, initial=0.0) > 0:
                 band = Patch(color=colour, alpha=0.18, lw=0)
-                marks.setdefault("error", (band, drawing.words("± one standard error", "± s.e.")))
+                marks.setdefault("error", (band, error_label(drawing)))
         if not drawing.no_markers and _mark_radii(axes, group, split):
             diamond = Line2D([], [], ls="none", marker="D", mfc="white", mec=colour, mew=1.3, ms=6)
             marks.setdefault("radius", (diamond, drawing.words("radius of the basin", "radius")))

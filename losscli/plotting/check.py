@@ -37,6 +37,7 @@ from losscli.plotting.style import (
     add_title,
     columns,
     drawable,
+    error_label,
     format_number,
     house_style,
     label_loss,
@@ -943,7 +944,7 @@ class _Escape:
         if (drawable(self.stderr, log=False) & (self.stderr > 0)).any():
             entries.append((
                 Patch(color=_COLOUR, alpha=0.18, lw=0),
-                drawing.words("± one standard error", "± s.e."),
+                error_label(drawing),
             ))
         return entries
 

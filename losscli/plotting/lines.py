@@ -15,12 +15,20 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from numpy.typing import NDArray
 
-from losscli.plotting.style import DASHES, count_points, drawable, name_split, plain, scale_y
+from losscli.plotting.style import (
+    DASHES,
+    count_points,
+    drawable,
+    error_label,
+    name_split,
+    plain,
+    scale_y,
+)
 from losscli.results.drawing import Drawing
 from losscli.results.result import Run
 from losscli.results.summaries import Summary
 
-__all__ = ["Series", "draw_panel", "split_entries"]
+__all__ = ["Series", "draw_panel", "has_bands", "split_entries"]
 
 _CROSSES = 6  # number of rows of crosses; further ones overlap
 _FEW_POINTS = 15  # up to this many points have a dot each
@@ -154,10 +162,14 @@ def split_entries(
     for index, split in enumerate(splits):
         line = Line2D([], [], color=colour, linestyle=DASHES[index % len(DASHES)])
         entries.append((line, prefix + name_split(runs, split, drawing)))
-    if any(np.nanmax(s["loss_stderr"], initial=0.0) > 0 for s in series):
-        label = drawing.words("± one standard error", "± s.e.")
-        entries.append((Patch(color=colour, alpha=0.18, lw=0), label))
+    if has_bands(series):
+        entries.append((Patch(color=colour, alpha=0.18, lw=0), error_label(drawing)))
     return entries
+
+
+def has_bands(series: Sequence[Series]) -> bool:
+    """Returns whether a loss has an error band."""
+    return any(np.nanmax(s["loss_stderr"], initial=0.0) > 0 for s in series)
 
 
 def _noise(series: Series, column: str) -> float:

@@ -63,6 +63,7 @@ __all__ = [
     "distinct_names",
     "drawable",
     "end_names",
+    "error_label",
     "examples_notes",
     "extent",
     "format_number",
@@ -974,6 +975,11 @@ def _number_of_examples(run: Run[Summary], split: str) -> str:
     else:
         number, unit = run.summary.get("examples", {}).get(split), ""
     return f"{number}{unit}" if number else ""
+
+
+def error_label(drawing: Drawing) -> str:
+    """Returns the label of the error bands of curves."""
+    return drawing.words("± one standard error of each point", "± s.e.")
 
 
 def examples_notes(runs: Sequence[Run[Summary]], splits: Sequence[str]) -> list[str]:

@@ -459,7 +459,7 @@ def test_escape_shows_the_checkpoint_and_its_gain(checkpoints: int) -> None:
     )
     assert f"the checkpoint  runs/{checkpoints - 1}.pt" in legend(figure)
     assert "lowest: 0.016 at distance −3, a gain of 0.324" in legend(figure)
-    assert "± one standard error" in legend(figure)
+    assert "± one standard error of each point" in legend(figure)
     # The losses are those of the second split.
     (curve,) = lines(axes)
     assert curve.get_linestyle() == "--"
@@ -526,7 +526,7 @@ def test_an_escape_that_gains_nothing_says_so() -> None:
         figure
     )
     assert "gain" not in " ".join(legend(figure))
-    assert "± one standard error" not in legend(figure)
+    assert "± one standard error of each point" not in legend(figure)
     assert figure.axes[-1].get_xlabel() == "distance along the smallest curvature (λ = 0.5)"
     nowhere = replace(drawn, more={"escape": up}, summary={**drawn.summary, "escape": None})
     assert draw_check(nowhere).axes[-1].get_xlabel().endswith("curvature")

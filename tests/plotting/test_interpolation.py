@@ -156,8 +156,9 @@ def texts(figure: Figure) -> list[str]:
 
 
 def note(figure: Figure) -> str:
-    """The sentences below the panels, above the legend."""
-    return "\n".join(box.get_title().get_text() for box in figure.legends[-1:])
+    """The sentences below the panels, above the legend, without the last one on error bands."""
+    found = "\n".join(box.get_title().get_text() for box in figure.legends[-1:])
+    return found.partition("Differences between points")[0].rstrip("\n")
 
 
 def runs(axes: Axes) -> list[Line2D]:
@@ -346,9 +347,15 @@ def test_band_is_one_standard_error() -> None:
     assert {(0.0, 2.25), (0.0, 1.75), (0.5, 1.25), (0.5, 0.75), (1.0, 0.75), (1.0, 0.25)} == corners
     assert axes.get_ylim()[0] < 0.25
     assert axes.get_ylim()[1] > 2.25
-    assert "± one standard error" in legend(figure)
+    label, paired = "± one standard error of each point", "Differences between points are known"
+    assert label in legend(figure)
+    assert paired in " ".join(texts(figure))
+    small = draw_interpolation([curve(stderr=0.25)], Drawing(size="paper"))
+    assert "± s.e." in legend(small)
+    assert paired not in " ".join(texts(small))
     without = draw_interpolation([curve(stderr=None)])
-    assert "± one standard error" not in legend(without)
+    assert label not in legend(without)
+    assert paired not in " ".join(texts(without))
 
 
 def test_log_axis() -> None:

@@ -243,7 +243,7 @@ def test_the_lowest_point_is_said_to_be_of_all_blocks() -> None:
         marks = [
             t.get_text() for t in draw_layerwise(layered(["x"], splits)).legends[1].get_texts()
         ]
-        assert marks[0] == "± one standard error"
+        assert marks[0] == "± one standard error of each point"
         assert marks[1].startswith(told or "lowest point, all blocks together")
 
 
