@@ -27,6 +27,8 @@ from losscli.plotting.style import (
     add_title,
     distinct_checkpoints,
     drawable,
+    error_label,
+    examples_notes,
     format_number,
     freeze,
     house_style,
@@ -147,7 +149,7 @@ def draw_around(runs: Sequence[Run[AroundSummary]], drawing: Drawing = FULL) -> 
         number = max(len(splits), 1)
         figure = new_figure(drawing, 0.6 + _HEIGHT * number)
         panels = figure.subplots(number, 1, sharex=True, squeeze=False)[:, 0].tolist()
-        notes = shared if groups else ["There are no points"]
+        notes = [*examples_notes(runs, splits), *shared] if groups else ["There are no points"]
         marks: dict[str, tuple[Artist, str]] = {}
         reach: list[Floats] = []
         for axes, split in zip(panels, splits, strict=False):
@@ -230,7 +232,7 @@ def _draw(
                 marks.setdefault(f"along {name}", (line, f"along {plain(name)}"))
             if np.nanmax(curves.errors, initial=0.0) > 0:
                 band = Patch(color=colour, alpha=0.18, lw=0)
-                marks.setdefault("error", (band, drawing.words("± one standard error", "± s.e.")))
+                marks.setdefault("error", (band, error_label(drawing)))
         if not drawing.no_markers and _mark_radii(axes, group, split):
             diamond = Line2D([], [], ls="none", marker="D", mfc="white", mec=colour, mew=1.3, ms=6)
             marks.setdefault("radius", (diamond, drawing.words("radius of the basin", "radius")))

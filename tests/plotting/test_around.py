@@ -171,7 +171,11 @@ def test_directions_with_names_have_line_styles_and_errors() -> None:
     figure = draw_around([run(directions=("v1", "v2", "vn"), coefficients=BOTH)])
     found = legend(figure)
     styles = ["along v1", "along v2", "along vn"]
-    assert sorted(found[1:]) == [*styles, "radius of the basin", "± one standard error"]
+    assert sorted(found[1:]) == [
+        *styles,
+        "radius of the basin",
+        "± one standard error of each point",
+    ]
     assert "negative: in the opposite direction" in figure.axes[0].get_xlabel()
     curves = [line for line in figure.axes[0].lines if len(line.get_xdata()) == 21]
     assert len({str(line._unscaled_dash_pattern) for line in curves}) == 3
@@ -199,7 +203,7 @@ def test_values_that_are_not_finite_are_left_out_with_a_note() -> None:
 
     figure = draw_around([run(height=height)])
     said = " ".join(texts(figure)).replace("\n", " ")
-    assert "2 points of the mean of a.pt, train are not finite: not drawn (×)" in said
+    assert "2 points of the mean of a.pt, train: loss not finite (×)" in said
     thin = lines(figure.axes[0], 0.7)[0]
     assert np.isnan(thin.get_ydata()).sum() == len(RANDOM) + 2
 
