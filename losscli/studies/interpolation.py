@@ -288,6 +288,7 @@ class Interpolation(Study):
                     self,
                     (self.start, self.end),
                     lambda: midpoint(self.start, self.end, self.moving),
+                    "at α = 0.5",
                 ),
             ]
             for block in self.blocks:
