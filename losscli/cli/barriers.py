@@ -81,9 +81,9 @@ def barriers(
         bool,
         option(
             "The lines",
-            "Correct each point between two checkpoints by REPAIR: each hidden unit's preactivation "
-            "gets the mean and the standard deviation between those of both, over the training "
-            "examples.",
+            "Correct each point between two checkpoints by REPAIR: each hidden unit's "
+            "preactivation gets the mean and the standard deviation between those of both, over "
+            "the training examples.",
             "--repair",
         ),
     ] = False,
@@ -142,6 +142,7 @@ def report(result: Result[BarriersSummary]) -> str:
         f"{format_count(len(names), 'checkpoint')}, {format_count(pairs, 'pair')}, "
         f"{points:,} points each; {far} over {format_moving(summary)}"
     )
+    lines += repair_lines(summary)
     for name, split in summary["splits"].items():
         lines += ["", f"{printable(name)}, {format_examples(summary, name)}"]
         if few:

@@ -190,13 +190,15 @@ def repair_lines(summary: LineSummary | BarriersSummary) -> list[str]:
     if repair is None:
         return []
     text = (
-        f"the points between two checkpoints are corrected by REPAIR on "
+        "the points between two checkpoints are corrected by REPAIR on "
         f"{format_count(repair['examples'], 'example')} of {printable(repair['split'])}, "
         f"{format_count(repair['units'], 'unit')} in {format_count(repair['layers'], 'layer')}: "
         "they are not on the line"
     )
     if skipped := repair["skipped_at_most"]:
-        text += f"; at most {format_count(skipped, 'unit')} without variance stayed as they were"
+        text += (
+            f"; at a point at most {format_count(skipped, 'unit')} had no variance, left as before"
+        )
     return [text]
 
 

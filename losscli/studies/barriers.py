@@ -97,7 +97,8 @@ def barriers(
             different classes (Fort et al. 2019, arXiv 1912.02757).
         cka: Whether to compute the linear CKA of the outputs of two checkpoints (Kornblith et al.
             2019, arXiv 1905.00414).
-        repair: Whether each point between two checkpoints is corrected by REPAIR, see `interpolate`.
+        repair: Whether each point between two checkpoints is corrected by REPAIR (Jordan et al.
+            2022, arXiv 2211.08403), see `interpolate`.
         progress: True shows a bar; a function is called with the number of points done so far.
         **settings: The attributes of `losscli.settings.Settings`: ``model``, ``data``, ….
 
