@@ -15,6 +15,7 @@ from losscli.cli.report import (
     format_moving,
     format_number,
     is_finite,
+    repair_lines,
     task_lines,
 )
 from losscli.cli.run_study import expand_names, run_study
@@ -76,6 +77,16 @@ def barriers(
             metavar="N",
         ),
     ] = 11,
+    repair: Annotated[
+        bool,
+        option(
+            "The lines",
+            "Correct each point between two checkpoints by REPAIR: each hidden unit's "
+            "preactivation gets the mean and the standard deviation between those of both, over "
+            "the training examples.",
+            "--repair",
+        ),
+    ] = False,
     disagreement: Annotated[
         bool,
         option(
@@ -106,6 +117,7 @@ def barriers(
             x=x,
             disagreement=disagreement,
             cka=cka,
+            repair=repair,
             ranks=console.ranks,
         )
 
@@ -130,6 +142,7 @@ def report(result: Result[BarriersSummary]) -> str:
         f"{format_count(len(names), 'checkpoint')}, {format_count(pairs, 'pair')}, "
         f"{points:,} points each; {far} over {format_moving(summary)}"
     )
+    lines += repair_lines(summary)
     for name, split in summary["splits"].items():
         lines += ["", f"{printable(name)}, {format_examples(summary, name)}"]
         if few:

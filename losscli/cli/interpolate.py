@@ -18,6 +18,7 @@ from losscli.cli.report import (
     format_number,
     format_ties,
     is_finite,
+    repair_lines,
     task_lines,
 )
 from losscli.cli.run_study import run_study
@@ -96,6 +97,16 @@ def interpolate(
             "--layerwise",
         ),
     ] = False,
+    repair: Annotated[
+        bool,
+        option(
+            "The line",
+            "Correct each point between A and B by REPAIR, with --range 0 1: each hidden unit's "
+            "preactivation gets the mean and the standard deviation between those of A and B, over "
+            "the training examples.",
+            "--repair",
+        ),
+    ] = False,
     context: Annotated[
         Path | None,
         option(
@@ -125,6 +136,7 @@ def interpolate(
             refine=refine,
             context=whole,
             layerwise=layerwise,
+            repair=repair,
             ranks=console.ranks,
         )
 
@@ -157,6 +169,7 @@ def report(result: Result[LineSummary]) -> str:
             f"α from {low:g} to {high:g}; ‖B − A‖ = {summary['distance']:.4g} over "
             f"{format_moving(summary)}"
         ),
+        *repair_lines(summary),
     ]
     if refined := summary["refined"]:
         lines.append(

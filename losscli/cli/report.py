@@ -11,10 +11,12 @@ from typing import TypeGuard
 
 from losscli.errors import printable
 from losscli.results.summaries import (
+    BarriersSummary,
     CostEstimate,
     Counts,
     Description,
     Height,
+    LineSummary,
     Origin,
     PairBarrier,
     Rise,
@@ -33,6 +35,7 @@ __all__ = [
     "format_ties",
     "is_finite",
     "plan",
+    "repair_lines",
     "task_lines",
 ]
 
@@ -81,6 +84,8 @@ def plan(description: Description) -> str:
     data = f"{d['passes_over_data']:,} over the data"
     if statistics and training:
         data += f", {statistics:,} over {training['split']} for statistics"
+    if repairing := d.get("passes_for_repair"):
+        data += f", {repairing:,} over the training examples for REPAIR"
     rows = [
         ("checkpoints", _route([c["name"] for c in d["checkpoints"]])),
         ("model", d["model"]),
@@ -177,6 +182,24 @@ def _route(names: Sequence[str]) -> str:
     if len(names) <= 3:
         return " → ".join(names)
     return f"{names[0]} → … → {names[-1]}, {len(names)} in all"
+
+
+def repair_lines(summary: LineSummary | BarriersSummary) -> list[str]:
+    """Returns a line that says what ``--repair`` did, if it was given."""
+    repair = summary.get("repair")
+    if repair is None:
+        return []
+    text = (
+        "the points between two checkpoints are corrected by REPAIR on "
+        f"{format_count(repair['examples'], 'example')} of {printable(repair['split'])}, "
+        f"{format_count(repair['units'], 'unit')} in {format_count(repair['layers'], 'layer')}: "
+        "they are not on the line"
+    )
+    if skipped := repair["skipped_at_most"]:
+        text += (
+            f"; at a point at most {format_count(skipped, 'unit')} had no variance, left as before"
+        )
+    return [text]
 
 
 def format_examples(summary: Counts, split: str) -> str:

@@ -19,7 +19,7 @@ from losscli.weight_space.permutations import HiddenUnits, hidden_units
 from losscli.weight_space.tracing import TracedModel, trace
 from losscli.weight_space.vectors import Weights
 
-__all__ = ["Correlations", "Traces", "correlate"]
+__all__ = ["Correlations", "Traces", "UnitMoments", "correlate", "tensors_at"]
 
 # A standard deviation of a unit below this number of units of rounding of its largest value is 0.
 _ROUNDING = 16
@@ -102,7 +102,7 @@ def correlate(
         CheckpointError: An activation is infinite or not a number.
         ModelError: The model has other hidden units for another number of examples.
     """
-    points = [_in_float32(objective, weights) for weights in (a, b)]
+    points = [tensors_at(objective, weights, torch.float32) for weights in (a, b)]
     moments: list[_Moments] = []
     sizes: list[int] = []
     for batch in objective.batches(examples):
@@ -135,12 +135,21 @@ def correlate(
     ]
 
 
-def _in_float32(objective: Objective, weights: Weights) -> dict[str, Tensor]:
-    """Returns the tensors of the model with some weights loaded, after its hooks converted them."""
+def tensors_at(objective: Objective, weights: Weights, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Loads weights and returns all tensors of the model, after its hooks converted them.
+
+    Args:
+        objective: The objective; its weights are overwritten.
+        weights: All tensors of the model.
+        dtype: The type to convert floating-point tensors to.
+
+    Returns:
+        Copies.
+    """
     with objective.as_stored():
         objective.load(weights)
     return {
-        name: tensor.to(torch.float32 if tensor.is_floating_point() else tensor.dtype, copy=True)
+        name: tensor.to(dtype if tensor.is_floating_point() else tensor.dtype, copy=True)
         for name, tensor in objective.tensors.items()
     }
 
@@ -165,11 +174,65 @@ def _run(
     return [found[i] for i, _ in enumerate(activations)]
 
 
-class _Moments:
-    """Sums over examples of the activations x of A and y of B in one tensor.
+class UnitMoments:
+    """The means and variances of units over samples.
 
     The first sample of each unit is subtracted from all, so that a unit with one value has exactly
     no variance, and sums of squares lose few digits.
+
+    Args:
+        dtype: The type of the sums.
+
+    Attributes:
+        number: The number of samples.
+        sums: The sums of the differences from the first sample, ``[units]``.
+    """
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self._dtype = dtype
+        self.number = 0
+
+    def add(self, values: Tensor) -> Tensor:
+        """Adds samples.
+
+        Args:
+            values: The samples, ``[units, samples]``.
+
+        Returns:
+            Their differences from the first sample of each unit, in the type of the sums.
+        """
+        wide = values.to(self._dtype)
+        if not self.number:
+            self._first = wide[:, :1].clone()
+            self._peaks = torch.zeros_like(wide[:, 0])
+            self.sums = torch.zeros_like(wide[:, 0])
+            self._squares = torch.zeros_like(wide[:, 0])
+            self._eps = torch.finfo(values.dtype).eps
+        self.number += values.shape[1]
+        self._peaks = torch.maximum(self._peaks, wide.abs().amax(1))
+        shifted = wide - self._first
+        self.sums += shifted.sum(1)
+        self._squares += shifted.square().sum(1)
+        return shifted
+
+    def is_finite(self) -> bool:
+        """Whether all values so far were finite."""
+        return bool(self._squares.isfinite().all())
+
+    @property
+    def means(self) -> Tensor:
+        """The means, ``[units]``."""
+        return self._first[:, 0] + self.sums / self.number
+
+    def deviations(self) -> tuple[Tensor, Tensor]:
+        """Returns the standard deviations, ``[units]``, and which are 0 but for rounding."""
+        variances = (self._squares - self.sums.square() / self.number).clamp(min=0) / self.number
+        none = variances <= (_ROUNDING * self._eps * self._peaks).square()
+        return variances.sqrt(), none
+
+
+class _Moments:
+    """Sums over examples of the activations x of A and y of B in one tensor.
 
     Args:
         group: The number of the group of the units.
@@ -178,44 +241,30 @@ class _Moments:
 
     def __init__(self, group: int, dtype: torch.dtype) -> None:
         self.group = group
-        self._dtype = dtype
-        self._number = 0
+        self._x, self._y = UnitMoments(dtype), UnitMoments(dtype)
+        self._products: Tensor | None = None
 
     def add(self, x: Tensor, y: Tensor) -> None:
         """Adds samples, ``[units, samples]``."""
-        if not self._number:
-            self._shifts = [v[:, :1].to(self._dtype) for v in (x, y)]
-            self._peaks = [torch.zeros_like(shift[:, 0]) for shift in self._shifts]
-            self._sums = [torch.zeros_like(shift[:, 0]) for shift in self._shifts]
-            self._squares = [torch.zeros_like(shift[:, 0]) for shift in self._shifts]
-            self._products = self._sums[0].new_zeros(len(x), len(y))
-            self._eps = torch.finfo(x.dtype).eps
-        self._number += x.shape[1]
-        shifted = []
-        for i, values in enumerate((x, y)):
-            wide = values.to(self._dtype)
-            self._peaks[i] = torch.maximum(self._peaks[i], wide.abs().amax(1))
-            shifted.append(wide - self._shifts[i])
-            self._sums[i] += shifted[i].sum(1)
-            self._squares[i] += shifted[i].square().sum(1)
-        self._products += shifted[0] @ shifted[1].T
+        products = self._x.add(x) @ self._y.add(y).T
+        self._products = products if self._products is None else self._products + products
 
     def is_finite(self) -> bool:
         """Whether all values so far were finite."""
-        return all(bool(squares.isfinite().all()) for squares in self._squares)
+        return self._x.is_finite() and self._y.is_finite()
 
     def correlations(self) -> Correlations:
         """Returns the correlations; 0 for a unit with no variance."""
-        n, (sum_x, sum_y) = self._number, self._sums
-        deviations, dead = [], []
-        for sums, squares, peaks in zip(self._sums, self._squares, self._peaks, strict=True):
-            variances = (squares - sums.square() / n).clamp(min=0) / n
-            none = variances <= (_ROUNDING * self._eps * peaks).square()
-            deviations.append(torch.where(none, torch.inf, variances.sqrt()))
-            dead.append(none)
-        covariances = (self._products - torch.outer(sum_x, sum_y) / n) / n
-        values = covariances / torch.outer(*deviations)
-        return Correlations(values.cpu().double(), dead[0].cpu(), dead[1].cpu())
+        assert self._products is not None  # there is an example
+        n = self._x.number
+        (deviations_x, dead_x), (deviations_y, dead_y) = (
+            own.deviations() for own in (self._x, self._y)
+        )
+        covariances = (self._products - torch.outer(self._x.sums, self._y.sums) / n) / n
+        values = covariances / torch.outer(
+            deviations_x.masked_fill(dead_x, torch.inf), deviations_y.masked_fill(dead_y, torch.inf)
+        )
+        return Correlations(values.cpu().double(), dead_x.cpu(), dead_y.cpu())
 
 
 def _joined(found: Sequence[Correlations], size: int) -> Correlations:

@@ -28,7 +28,7 @@ from losscli.evaluation.tasks import ALONE, Execution, Task
 from losscli.weight_space.slices import Slice
 from losscli.weight_space.vectors import Weights
 
-__all__ = ["check", "sweep", "sweep_each", "sweep_plain"]
+__all__ = ["check", "join_points", "sweep", "sweep_each", "sweep_plain"]
 
 # Points in a chunk for a rank, at least while others are left: a chunk costs about three more.
 _MIN_CHUNK = 8
@@ -184,7 +184,7 @@ def _evaluate_alone(
             name: Evaluation(torch.empty(0, len(split), dtype=objective.loss_type), metrics)
             for name, split in splits.items()
         }
-    return _join(objective, parts)
+    return join_points(parts)
 
 
 def _continue_from(
@@ -196,18 +196,25 @@ def _continue_from(
     return decode(arrays, splits, objective.columns)
 
 
-def _join(objective: Objective, parts: Sequence[Mapping[str, Evaluation]]) -> dict[str, Evaluation]:
-    """Concatenates the points of several chunks."""
+def join_points(parts: Sequence[Mapping[str, Evaluation]]) -> dict[str, Evaluation]:
+    """Concatenates the points of several evaluations.
+
+    Args:
+        parts: For each split the evaluation at some points.
+
+    Returns:
+        For each split the evaluation at all of them, in order.
+    """
     return {
         name: replace(
-            parts[0][name],
+            own,
             losses=torch.cat([part[name].losses for part in parts]),
             metrics={
                 metric: torch.cat([part[name].metrics[metric] for part in parts])
-                for metric in objective.columns
+                for metric in own.metrics
             },
         )
-        for name in parts[0]
+        for name, own in parts[0].items()
     }
 
 
@@ -254,7 +261,7 @@ def _evaluate_among_ranks(
     parts_of: list[list[dict[str, Evaluation]]] = [[] for _ in slices]
     for (k, *_), arrays in zip(chunks, execution.run(tasks), strict=True):
         parts_of[k].append(_continue_from(objective, splits, arrays))
-    return [_join(objective, evaluations) for evaluations in parts_of]
+    return [join_points(evaluations) for evaluations in parts_of]
 
 
 def _recall_chunks(execution: Execution, key: str | None, number: int) -> dict[int, Arrays]:

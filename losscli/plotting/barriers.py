@@ -21,6 +21,7 @@ from matplotlib.transforms import Affine2D
 from numpy.typing import NDArray
 
 from losscli.plotting.html import Item, View, escape, layout_2d
+from losscli.plotting.lines import repair_notes
 from losscli.plotting.pairs import draw_pairs, pairs_views
 from losscli.plotting.style import (
     INCH,
@@ -132,7 +133,7 @@ def draw_barriers(run: Run[BarriersSummary], drawing: Drawing = FULL) -> Figure:
                 label = drawing.words(f"barrier{loss_name([run])}", "barrier")
             _add_colour_bar(figure, panels, norm, label, drawing, log=drawing.log and k == 0)
         add_title(figure, drawing)
-        notes = [*_notes(run, squares, shared), *_output_notes(quantities)]
+        notes = [*_notes(run, squares, shared), *repair_notes([run]), *_output_notes(quantities)]
         add_foot(figure, drawing, notes, [_legend(squares, further, drawing)])
         finish_layout(figure, drawing)
         for panel in figure.axes:
@@ -410,6 +411,6 @@ def barriers_views(run: Run[BarriersSummary]) -> list[View]:
         single=("quantity", "split"),
         colours=stops,
         from_zero=True,
-        notes=[f"Checkpoints {shared}"] if shared else (),
+        notes=[*([f"Checkpoints {shared}"] if shared else ()), *repair_notes([run])],
     )
     return [view]

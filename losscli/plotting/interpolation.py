@@ -28,7 +28,13 @@ from losscli.plotting.line_axis import (
     read_series,
     scale_alpha,
 )
-from losscli.plotting.lines import Series, draw_panel, has_bands, split_entries
+from losscli.plotting.lines import (
+    Series,
+    draw_panel,
+    has_bands,
+    repair_notes,
+    split_entries,
+)
 from losscli.plotting.style import (
     INK,
     STEPS,
@@ -97,7 +103,8 @@ def draw_interpolation(runs: Sequence[Run[LineSummary]], drawing: Drawing = FULL
         overview = panels.pop(0) if whole else None
         view = scale_alpha(panels[-1], series)
 
-        notes = examples_notes(runs, splits) if series else ["There are no points"]
+        notes = [*repair_notes(runs), *examples_notes(runs, splits)]
+        notes = notes if series else ["There are no points"]
         notes += draw_panel(panels[0], series, "loss", drawing, log=log)
         label = label_loss(figure, runs, drawing, log=False)
         units = "batches" if all("batches" in run.summary for run in runs) else "examples"
@@ -166,7 +173,11 @@ def interpolation_views(runs: Sequence[Run[LineSummary]]) -> list[View]:
         return table_view(name, tables, "alpha", quantities, logarithmic=positive, **options)
 
     views = [
-        view("line", list(zip(run_names(runs), (run.table for run in runs), strict=True))),
+        view(
+            "line",
+            list(zip(run_names(runs), (run.table for run in runs), strict=True)),
+            notes=repair_notes(runs),
+        ),
     ]
     more = runs[0].more if len(runs) == 1 else {}
     if "context" in more:

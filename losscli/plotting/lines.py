@@ -26,9 +26,9 @@ from losscli.plotting.style import (
 )
 from losscli.results.drawing import Drawing
 from losscli.results.result import Run
-from losscli.results.summaries import Summary
+from losscli.results.summaries import BarriersSummary, LineSummary, Summary
 
-__all__ = ["Series", "draw_panel", "has_bands", "split_entries"]
+__all__ = ["Series", "draw_panel", "has_bands", "repair_notes", "split_entries"]
 
 _CROSSES = 6  # number of rows of crosses; further ones overlap
 _FEW_POINTS = 15  # up to this many points have a dot each
@@ -67,6 +67,24 @@ class Series:
 
     def __getitem__(self, column: str) -> NDArray[np.float64]:
         return self.values.get(column, np.full(len(self.x), np.nan))
+
+
+def repair_notes(runs: Sequence[Run[LineSummary]] | Sequence[Run[BarriersSummary]]) -> list[str]:
+    """Describes points that ``--repair`` corrected.
+
+    Args:
+        runs: The runs.
+
+    Returns:
+        A note for each split that preactivations were measured on.
+    """
+    found = [run.summary["repair"]["split"] for run in runs if "repair" in run.summary]
+    which = "Points" if len(found) == len(runs) else "Of some runs points"
+    return [
+        f"{which} between two checkpoints are corrected by REPAIR on {plain(split)}: they are not "
+        "on the line"
+        for split in dict.fromkeys(found)
+    ]
 
 
 def draw_panel(

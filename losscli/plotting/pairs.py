@@ -12,6 +12,7 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from losscli.plotting.html import View, curve, escape, layout_2d
+from losscli.plotting.lines import repair_notes
 from losscli.plotting.style import (
     PALETTE,
     STEPS,
@@ -95,6 +96,7 @@ def draw_pairs(run: Run[BarriersSummary], drawing: Drawing = FULL) -> Figure:
         if len(set(first.floats(column))) < len(first.rows):
             bars = "Bars: one standard error over pairs, of a single pair over examples."
             notes = [f"Pale points: pairs. Line: mean over pairs. {bars}"]
+        notes += repair_notes([run])
         if missing:
             notes.append(f"{count_points(missing)} not drawn.")
         add_title(figure, drawing)
@@ -195,4 +197,5 @@ def pairs_views(run: Run[BarriersSummary]) -> list[View]:
                 replace(points, trace={**points.trace, "mode": "markers", "opacity": 0.5}),
             ]
     layout = layout_2d(column)
-    return [View("barriers", items, layout, quantities, logarithmic=[*quantities])]
+    notes = repair_notes([run])
+    return [View("barriers", items, layout, quantities, logarithmic=[*quantities], notes=notes)]

@@ -230,6 +230,7 @@ class Description(Origin, total=False):
     points_at_once: int
     passes_over_data: int
     passes_for_statistics: int
+    passes_for_repair: int
     bytes_of_weights: int
     bytes_of_data: int
     streamed: bool
@@ -244,6 +245,16 @@ class Description(Origin, total=False):
     points_along_gradients: int
     training_steps: int
     estimate: CostEstimate
+
+
+class RepairSummary(TypedDict):
+    """What ``--repair`` corrected; ``skipped_at_most`` is the most units left out at a point."""
+
+    split: str
+    examples: int
+    layers: int
+    units: int
+    skipped_at_most: int
 
 
 # --- interpolate ---------------------------------------------------------------------------------
@@ -353,6 +364,7 @@ class LineSummary(Summary, total=False):
     refined: Refined | None
     splits: dict[str, LineSplit]
     blocks: dict[str, BlockSummary]
+    repair: RepairSummary
     endpoint_difference: float
 
 
@@ -532,6 +544,7 @@ class BarriersSummary(Summary, total=False):
     pairs: str | None
     distances: list[list[float]]
     splits: dict[str, BarriersSplit]
+    repair: RepairSummary
     endpoint_difference: float
 
 

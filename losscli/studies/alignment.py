@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args, overload
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from losscli.checkpoint import (
     Checkpoint,
@@ -143,7 +143,7 @@ def _align_each(names: Sequence[str], settings: Settings, by: By) -> Iterator[Al
     groups = _groups(problem)
     reached = {name for group in groups for name in group.names}
     _require_finite(problem.names[0], first, reached)
-    model = None if problem.training is None else _fresh(problem).to(objective.device)
+    model = None if problem.training is None else problem.model_to_trace().to(objective.device)
     traces = None if model is None else Traces(objective, model)
     for t, (before, dtype) in enumerate(runs, start=1):
         name, other = problem.names[t], problem.open(t)
@@ -347,7 +347,7 @@ def _groups(problem: Problem) -> tuple[Group, ...]:
     split = next(iter(objective.first_batches().values()))
     inputs = objective.data.prepare(split.take(slice(0, _TRACED)).inputs, torch.float32)
     args, kwargs = objective.arguments(map_nest(lambda t: t.detach().cpu().clone(), inputs))
-    traced = trace(_fresh(problem), args, kwargs)
+    traced = trace(problem.model_to_trace(), args, kwargs)
     groups = hidden_units(traced).groups
     if not groups:
         what = f"the model {problem.provenance['model']} has no hidden units that could be permuted"
@@ -358,9 +358,3 @@ def _groups(problem: Problem) -> tuple[Group, ...]:
             )
         raise ModelError(what, "Alignment needs a hidden layer")
     return groups
-
-
-def _fresh(problem: Problem) -> nn.Module:
-    """Builds a model for tracing, which may leave its marks on it."""
-    with torch.random.fork_rng(devices=[]):
-        return problem.fresh().cpu().float().eval()

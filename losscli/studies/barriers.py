@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import combinations, islice, pairwise
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from losscli.checkpoint import CheckpointLike, expand_folders, name_checkpoints
 from losscli.data import Examples
 from losscli.errors import UsageError
+from losscli.evaluation.cost import Clock, Timings
 from losscli.evaluation.device import float32_precision
 from losscli.evaluation.losses.built_in import function_of
 from losscli.evaluation.losses.metrics import accuracy, of_mean, perplexity
@@ -25,13 +26,14 @@ from losscli.evaluation.output_comparison import Comparison, Measures, check_out
 from losscli.evaluation.ranks import Ranks
 from losscli.evaluation.sampling import Estimate, sample_order
 from losscli.evaluation.strategy_choice import choose_strategy
-from losscli.evaluation.sweep import check, sweep_each, sweep_plain
+from losscli.evaluation.sweep import check, join_points, sweep_each, sweep_plain
 from losscli.evaluation.tasks import ALONE, Execution
 from losscli.registry import COMMANDS
 from losscli.results.result import Result
 from losscli.results.summaries import (
     BarriersSplit,
     BarriersSummary,
+    CostEstimate,
     Description,
     MeanOverPairs,
     PairBarrier,
@@ -50,6 +52,7 @@ from losscli.studies.notes import (
 )
 from losscli.studies.pairs import Pairs, read_pairs
 from losscli.studies.problem import counted, prepare
+from losscli.studies.repair import RepairedLines
 from losscli.studies.task import like_loss
 from losscli.studies.verification import verify_fresh_model, verify_sweep
 from losscli.table import Cell, Table
@@ -72,6 +75,7 @@ def barriers(
     points: int = 11,
     disagreement: bool = False,
     cka: bool = False,
+    repair: bool = False,
     progress: Progress = None,
     **settings: Any,
 ) -> Result[BarriersSummary]:
@@ -93,6 +97,8 @@ def barriers(
             different classes (Fort et al. 2019, arXiv 1912.02757).
         cka: Whether to compute the linear CKA of the outputs of two checkpoints (Kornblith et al.
             2019, arXiv 1905.00414).
+        repair: Whether each point between two checkpoints is corrected by REPAIR (Jordan et al.
+            2022, arXiv 2211.08403), see `interpolate`.
         progress: True shows a bar; a function is called with the number of points done so far.
         **settings: The attributes of `losscli.settings.Settings`: ``model``, ``data``, ….
 
@@ -111,6 +117,7 @@ def barriers(
         x=x,
         disagreement=disagreement,
         cka=cka,
+        repair=repair,
     )
     return plan.run_alone(progress)
 
@@ -126,6 +133,7 @@ class Barriers(Study):
         pairs: The places of the two checkpoints of each pair, in the order of the rows.
         listed: The pairs of ``--pairs``; None for all pairs.
         measures: How outputs are compared.
+        repair: Corrects the points between two checkpoints; None if they stay on the line.
     """
 
     command = "barriers"
@@ -135,6 +143,7 @@ class Barriers(Study):
     pairs: tuple[tuple[int, int], ...]
     listed: Pairs | None
     measures: Measures
+    repair: RepairedLines | None
 
     @classmethod
     def plan(
@@ -147,6 +156,7 @@ class Barriers(Study):
         x: str | None = None,
         disagreement: bool = False,
         cka: bool = False,
+        repair: bool = False,
         ranks: Ranks | None = None,
     ) -> Barriers:
         """Reads and matches everything, evaluates nothing. See `barriers` for the arguments."""
@@ -175,7 +185,7 @@ class Barriers(Study):
             else [(place[a], place[b]) for a, b in listed.names]
         )
         check_point_count("--points", points, points * len(pairs))
-        problem = prepare(names, settings, ranks=ranks)
+        problem = prepare(names, settings, ranks=ranks, training="--repair" if repair else "")
         first, *others = states = [problem.open(t).weights for t, _ in enumerate(names)]
         moving = tuple(
             name
@@ -197,6 +207,7 @@ class Barriers(Study):
             tuple(pairs),
             listed,
             Measures(measured, cka),
+            RepairedLines(problem) if repair else None,
         )
 
     @property
@@ -205,14 +216,19 @@ class Barriers(Study):
         options: dict[str, Any] = {"alphas": self.alphas}
         if self.listed is not None:
             options["pairs"] = [self.listed.column, self.pairs, self.listed.positions]
+        if self.repair:
+            options["repair"] = True
         if self.measures:
             options["measures"] = [self.measures.accuracy is not None, self.measures.cka]
         return options
 
     @property
     def slices(self) -> tuple[int, int]:
-        """A line for each pair, between its ends: these are evaluated plainly."""
-        return len(self.pairs), len(self._inner)
+        """A line for each pair, between its ends: these are evaluated plainly.
+
+        So are corrected points.
+        """
+        return (0, 0) if self.repair else (len(self.pairs), len(self._inner))
 
     @property
     def evaluations(self) -> int:
@@ -220,8 +236,8 @@ class Barriers(Study):
 
         Outputs are compared at both ends of each line.
         """
-        lines, points = self.slices
-        return len(self.states) + lines * (points + 2 * bool(self.measures))
+        points = len(self._inner) + 2 * bool(self.measures)
+        return len(self.states) + len(self.pairs) * points
 
     @property
     def _inner(self) -> tuple[float, ...]:
@@ -231,7 +247,25 @@ class Barriers(Study):
         """Returns the number of pairs; both outputs of a pair are of one pass over the data."""
         pairs = len(self.pairs)
         passes = description["passes_over_data"] - pairs * bool(self.measures)
-        return {"pairs": pairs, "passes_over_data": passes}
+        own: Description = {"pairs": pairs, "passes_over_data": passes}
+        if self.repair is not None:
+            own["passes_for_repair"] = self.repair.passes(*self._corrected)
+        return own
+
+    def extra_cost(self, timings: Timings, clock: Clock, seconds: float) -> CostEstimate:  # noqa: ARG002
+        """Returns the cost of corrections.
+
+        Returns:
+            Entries of the estimate.
+        """
+        if self.repair is None:
+            return {}
+        return {"seconds": seconds + self.repair.seconds(timings, *self._corrected)}
+
+    @property
+    def _corrected(self) -> tuple[int, int]:
+        """How many checkpoints and points ``--repair`` measures."""
+        return len(self.states), len(self.pairs) * len(self._inner)
 
     def weights(self, t: int) -> Weights:
         """Reads a checkpoint, which this study has done once and for all."""
@@ -262,6 +296,9 @@ class Barriers(Study):
         for name, split in splits.items():
             split.update(self._further_summary(table.where("split", name)))
         more = {"curves": self._curves(found)}
+        added: BarriersSummary = {}
+        if self.repair is not None:
+            added["repair"] = self.repair.summary(execution)
         summary: BarriersSummary = {
             **self.origin(),
             "alphas": list(self.alphas),
@@ -270,6 +307,7 @@ class Barriers(Study):
             "pairs": None if self.listed is None else self.listed.column,
             "distances": self._matrix(lengths) if self.listed is None else [],
             "splits": splits,
+            **added,
             "endpoint_difference": difference,
             "notes": [
                 *stays,
@@ -277,6 +315,7 @@ class Barriers(Study):
                 *(_cka_notes(compared) if self.measures.cka else ()),
                 *sampling_notes(self, examples),
                 *seed_notes(self, more["curves"]),
+                *(self.repair.notes if self.repair else ()),
             ],
             "seconds": seconds,
         }
@@ -327,6 +366,27 @@ class Barriers(Study):
 
     def _verify(self, placed: Sequence[Weights]) -> tuple[float, list[str]]:
         """Verifies the sweep at every checkpoint, on the line to the next one in the order."""
+        difference = 0.0 if self.repair else self._verify_sweeps(placed)
+        verify_fresh_model(self.problem, placed[-1])
+        pairs = zip(placed, self.states, strict=True)
+        notes = (integer_notes(self, point, weights) for point, weights in pairs)
+        hints = (
+            batchnorm_notes(
+                self,
+                (a, b),
+                partial(midpoint, a, b, self.moving),
+                f"halfway between {one} and {other}",
+            )
+            for (one, a), (other, b) in islice(
+                pairwise(zip(self.problem.names, placed, strict=True)),
+                0 if self.repair else _HINTS,
+            )
+        )
+        found = [*next(filter(None, notes), []), *spectral_notes(self)]
+        return difference, [*found, *next(filter(None, hints), [])]
+
+    def _verify_sweeps(self, placed: Sequence[Weights]) -> float:
+        """Chooses the strategy; returns the largest difference from loaded checkpoints."""
         # All lines are swept with one strategy, chosen on a line along which something moves.
         objective, inner = self.problem.objective, [(alpha,) for alpha in self._inner]
         start = self.on_device(placed[0])
@@ -339,22 +399,7 @@ class Barriers(Study):
             difference = max(
                 difference, verify_sweep(self.problem, line, [((0.0,), a), ((1.0,), b)], [(0.5,)])
             )
-        verify_fresh_model(self.problem, placed[-1])
-        pairs = zip(placed, self.states, strict=True)
-        notes = (integer_notes(self, point, weights) for point, weights in pairs)
-        hints = (
-            batchnorm_notes(
-                self,
-                (a, b),
-                partial(midpoint, a, b, self.moving),
-                f"halfway between {one} and {other}",
-            )
-            for (one, a), (other, b) in islice(
-                pairwise(zip(self.problem.names, placed, strict=True)), _HINTS
-            )
-        )
-        found = [*next(filter(None, notes), []), *spectral_notes(self)]
-        return difference, [*found, *next(filter(None, hints), [])]
+        return difference
 
     def _evaluate(
         self,
@@ -381,13 +426,18 @@ class Barriers(Study):
             objective.load(placed[i])
             return between
 
-        found = sweep_each(
-            objective,
-            (partial(line, i, j) for i, j in self.pairs),
-            points,
-            moving=self.moving,
-            splits=splits,
-            execution=execution.after(len(placed)),
+        beyond = execution.after(len(placed))
+        found = (
+            sweep_each(
+                objective,
+                (partial(line, i, j) for i, j in self.pairs),
+                points,
+                moving=self.moving,
+                splits=splits,
+                execution=beyond,
+            )
+            if self.repair is None
+            else self._evaluate_corrected(self.repair, placed, splits, beyond)
         )
         for (i, j), measured in zip(self.pairs, found, strict=True):
             for name, evaluation in measured.items():
@@ -403,6 +453,26 @@ class Barriers(Study):
             )
             for name in splits
         }
+
+    def _evaluate_corrected(
+        self,
+        repair: RepairedLines,
+        placed: Sequence[Weights],
+        splits: Mapping[str, Examples],
+        execution: Execution,
+    ) -> Iterator[dict[str, Evaluation]]:
+        """Evaluates the corrected points of each line, each loaded plainly."""
+        for p, (i, j) in enumerate(self.pairs):
+            points = repair.points(
+                (i, j), placed.__getitem__, self._moving_names(placed[i], placed[j]), self._inner
+            )
+            found = sweep_plain(
+                self.problem.objective,
+                points,
+                splits=splits,
+                execution=execution.after(p * len(self._inner)),
+            )
+            yield join_points(found)
 
     def _heights(self, measured: _SplitBarriers) -> list[_Height]:
         """Finds the barrier of each pair on one split."""

@@ -52,6 +52,7 @@ from losscli.studies.notes import (
 )
 from losscli.studies.problem import counted, prepare
 from losscli.studies.refiner import Refiner
+from losscli.studies.repair import RepairedLines
 from losscli.studies.verification import check_differentiable, verify_fresh_model, verify_sweep
 from losscli.table import Table
 from losscli.weight_space.curve import describe
@@ -73,6 +74,7 @@ def interpolate(
     refine: float | None = None,
     context: Table | None = None,
     layerwise: bool = False,
+    repair: bool = False,
     progress: Progress = None,
     **settings: Any,
 ) -> Result[LineSummary]:
@@ -90,6 +92,9 @@ def interpolate(
             this share of the curve's height, and every local minimum and maximum is located.
         context: The table of the whole line, of which this is a part, drawn next to it.
         layerwise: Whether each block of the network is moved along the line alone, too.
+        repair: Whether each point between A and B is corrected by REPAIR (Jordan et al. 2022, arXiv
+            2211.08403), with ``range=(0, 1)``: each hidden unit's preactivation gets the mean and
+            the standard deviation, over training examples, that lie between those of A and B.
         progress: True shows a bar; a function is called with the number of points done so far.
         **settings: The attributes of `losscli.settings.Settings`: ``model``, ``data``, ….
 
@@ -109,6 +114,7 @@ def interpolate(
         refine=refine,
         context=context,
         layerwise=layerwise,
+        repair=repair,
     )
     return plan.run_alone(progress)
 
@@ -126,6 +132,7 @@ class Interpolation(Study):
         refine: The error to refine to, as a share of the curve's height, if any.
         context: The table of the whole line, if it is to be drawn.
         blocks: The blocks that move alone, too.
+        repair: Corrects the points between A and B; None if they stay on the line.
     """
 
     command = "interpolate"
@@ -138,6 +145,7 @@ class Interpolation(Study):
     refine: float | None
     context: Table | None
     blocks: tuple[Block, ...]
+    repair: RepairedLines | None
 
     @classmethod
     def plan(
@@ -152,6 +160,7 @@ class Interpolation(Study):
         refine: float | None = None,
         context: Table | None = None,
         layerwise: bool = False,
+        repair: bool = False,
         ranks: Ranks | None = None,
     ) -> Interpolation:
         """Reads and matches everything, evaluates nothing. See `interpolate` for the arguments."""
@@ -180,8 +189,26 @@ class Interpolation(Study):
             raise UsageError(
                 "--context and --layerwise are two different figures", "Leave one of them out"
             )
+        if repair:
+            for option, given in (
+                ("--derivatives", derivatives),
+                ("--refine", refine is not None),
+                ("--layerwise", layerwise),
+                ("--context", context is not None),
+            ):
+                if given:
+                    raise UsageError(
+                        f"{option} is about the line, and the points of --repair are not on it",
+                        "Give one without the other",
+                    )
+            if not 0 <= range_[0] <= range_[1] <= 1:
+                raise UsageError(
+                    "--repair corrects points between A and B, and --range "
+                    f"{range_[0]:g} {range_[1]:g} goes beyond",
+                    "Give --range 0 1",
+                )
         alphas = grid(points, *range_, include=(0.0, 1.0))
-        problem = prepare((a, b), settings, ranks=ranks)
+        problem = prepare((a, b), settings, ranks=ranks, training="--repair" if repair else "")
         start, end = problem.origin, problem.place(problem.last.weights)
         # A tensor that is the same at both ends needs no moving, and if it holds infinities, as
         # the masks of attention do, it could not.
@@ -200,6 +227,7 @@ class Interpolation(Study):
             refine,
             context,
             moving_blocks(problem.objective, moving) if layerwise else (),
+            RepairedLines(problem) if repair else None,
         )
 
     @property
@@ -211,13 +239,21 @@ class Interpolation(Study):
             "derivatives": self.derivatives,
             "refine": self.refine,
             "layerwise": bool(self.blocks),
+            **({"repair": True} if self.repair else {}),
         }
 
     @property
     def slices(self) -> tuple[int, int]:
-        """One line, between and beyond its ends: these are evaluated plainly."""
-        inner = len(set(self.alphas) - {0.0, 1.0})
-        return int(inner > 0), inner
+        """One line, between and beyond its ends: these are evaluated plainly.
+
+        So are corrected points.
+        """
+        inner = len(self._inner)
+        return (0, 0) if self.repair else (int(inner > 0), inner)
+
+    @property
+    def _inner(self) -> list[float]:
+        return [alpha for alpha in self.alphas if alpha not in {0.0, 1.0}]
 
     @property
     def evaluations(self) -> int:
@@ -237,6 +273,9 @@ class Interpolation(Study):
             The blocks, if any, and all passes over the data: a derivative takes one for each point.
         """
         passes = description["passes_over_data"] + len(self.alphas) * self.derivatives
+        if self.repair is not None:
+            corrections = self.repair.passes(2, len(self._inner))
+            return {"passes_over_data": passes, "passes_for_repair": corrections}
         if not self.blocks:
             return {"passes_over_data": passes}
         objective, points = self.problem.objective, len(points_of(self.alphas))
@@ -250,14 +289,16 @@ class Interpolation(Study):
         """How many points are evaluated by sweeps: those of blocks, too."""
         return super().swept + len(self.blocks) * len(points_of(self.alphas))
 
-    def extra_cost(self, timings: Timings, clock: Clock, seconds: float) -> CostEstimate:  # noqa: ARG002
-        """Returns the cost of derivatives, and that refining adds points.
+    def extra_cost(self, timings: Timings, clock: Clock, seconds: float) -> CostEstimate:
+        """Returns the cost of derivatives and corrections, and that refining adds points.
 
         Returns:
             Entries of the estimate.
         """
         estimate: CostEstimate = {} if self.refine is None else {"kind": "at least"}
         objective = self.problem.objective
+        if self.repair is not None:
+            estimate["seconds"] = seconds + self.repair.seconds(timings, 2, len(self._inner))
         if self.derivatives and self.moving:
             line, _ = self.sample(1)
             assert isinstance(line, Line)
@@ -277,20 +318,23 @@ class Interpolation(Study):
             swept = time.perf_counter()
             line = Line(self.on_device(self.start), self.on_device(self.end))
             check(objective, self.start, self.end)
-            choose_strategy(objective, line, [(alpha,) for alpha in self.alphas])
-            anchors = [((0.0,), self.start), ((1.0,), self.end)]
-            difference = verify_sweep(self.problem, line, anchors, [(0.5,)])
+            difference = 0.0
+            if self.repair is None:
+                choose_strategy(objective, line, [(alpha,) for alpha in self.alphas])
+                anchors = [((0.0,), self.start), ((1.0,), self.end)]
+                difference = verify_sweep(self.problem, line, anchors, [(0.5,)])
             verify_fresh_model(self.problem, self.end)
             stays = [
                 *integer_notes(self, self.end, self.problem.last.weights),
                 *spectral_notes(self),
-                *batchnorm_notes(
+            ]
+            if self.repair is None:
+                stays += batchnorm_notes(
                     self,
                     (self.start, self.end),
                     lambda: midpoint(self.start, self.end, self.moving),
                     "at α = 0.5",
-                ),
-            ]
+                )
             for block in self.blocks:
                 difference = max(difference, self._verify_block(block))
             split_curves = self.evaluate(partial(self._evaluate, line), execution)
@@ -303,7 +347,7 @@ class Interpolation(Study):
             )
             if self.refine is not None:
                 refined, exhausted = closer.refine(refined, self.refine)
-            sure, again = closer.without_rounding(refined)
+            sure, again = (refined.curves, 0) if self.repair else closer.without_rounding(refined)
             seconds = self.seconds(swept)
         splits = {
             name: describe(
@@ -318,7 +362,9 @@ class Interpolation(Study):
         more = {} if self.context is None else {"context": self.context}
         if self.blocks:
             more["blocks"] = self._block_table(split_curves)
-        with_blocks: LineSummary = {"blocks": blocks} if self.blocks else {}
+        added: LineSummary = {"blocks": blocks} if self.blocks else {}
+        if self.repair is not None:
+            added["repair"] = self.repair.summary(execution)
         table = self._table(refined)
         summary: LineSummary = {
             **self.origin(),
@@ -329,7 +375,7 @@ class Interpolation(Study):
             "refined": self._refined(refined, exhausted=exhausted),
             "tables": list(more),
             "splits": splits,
-            **with_blocks,
+            **added,
             "endpoint_difference": difference,
             "notes": [
                 *stays,
@@ -338,6 +384,7 @@ class Interpolation(Study):
                 *seed_notes(self, table),
                 *self._refinement_notes(again, exhausted=exhausted),
                 *self._context_notes(refined),
+                *(self.repair.notes if self.repair else ()),
             ],
             "seconds": seconds,
         }
@@ -434,9 +481,12 @@ class Interpolation(Study):
         objective = self.problem.objective
         both = [self.start, self.end]
         ends = sweep_plain(objective, both, splits=splits, execution=execution)
-        inner = [alpha for alpha in self.alphas if alpha not in {0.0, 1.0}]
+        inner = self._inner
         parts = list(ends)
-        if inner:
+        if self.repair is not None:
+            corrected = self.repair.points((0, 1), both.__getitem__, self.moving, inner)
+            parts += sweep_plain(objective, corrected, splits=splits, execution=execution.after(2))
+        elif inner:
             points = [(alpha,) for alpha in inner]
             parts.append(
                 sweep(objective, line, points, splits=splits, execution=execution.after(2))

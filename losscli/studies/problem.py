@@ -174,6 +174,11 @@ class Problem:
         last = self.last.weights
         return {**self.first.weights, **{name: last[name] for name in self.buffers}}
 
+    def model_to_trace(self) -> nn.Module:
+        """Builds a model in float32 on the CPU, in eval mode; tracing may leave its marks on it."""
+        with torch.random.fork_rng(devices=[]):
+            return self.fresh().cpu().float().eval()
+
     def place(self, weights: Weights) -> Weights:
         """Places a checkpoint: what may not move is the origin's, unless it is independent.
 

@@ -27,6 +27,7 @@ __all__ = [
     "grid",
     "midpoint",
     "path_coefficients",
+    "point_between",
 ]
 
 PathKind = Literal["bezier", "chain"]
@@ -437,9 +438,24 @@ def midpoint(a: Weights, b: Weights, names: Iterable[str]) -> Weights:
     Returns:
         All tensors of the midpoint.
     """
+    return point_between(a, b, names, 0.5)
+
+
+def point_between(a: Weights, b: Weights, names: Iterable[str], alpha: float) -> Weights:
+    """Returns a point of the line through two points.
+
+    Args:
+        a: All tensors of the first point.
+        b: All tensors of the second point.
+        names: The tensors that move; the others are taken from ``a``.
+        alpha: The point, 0 for ``a`` and 1 for ``b``.
+
+    Returns:
+        All tensors of the point.
+    """
     line = Line({}, {})
     dtypes = {n: working_type(a[n], b[n]) for n in names if not equal(a[n], b[n])}
-    return {**a} | {n: line.combine([a[n].to(t), b[n].to(t)], (0.5,)) for n, t in dtypes.items()}
+    return {**a} | {n: line.combine([a[n].to(t), b[n].to(t)], (alpha,)) for n, t in dtypes.items()}
 
 
 def grid(points: int, low: float, high: float, *, include: Sequence[float] = ()) -> list[float]:

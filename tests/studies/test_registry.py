@@ -31,6 +31,7 @@ OPTIONAL = {
     "drawing",
     "strategy",
     "blocks",
+    "repair",
     "mismatches",
     "distance",
     "state_dicts",
@@ -50,6 +51,7 @@ RUNS: dict[str, Callable[[], Sequence[Result]]] = {
         library.interpolate("a.pt", "b.pt", derivatives=True, refine=0.1, **LINE),
         library.interpolate("a.pt", "b.pt", batch_loss=True, batch_size=9, limit=2, **LINE),
         library.interpolate("a.pt", "b.pt", sampling_error=0.5, range=(2.0, 3.0), **LINE),
+        library.interpolate("a.pt", "b.pt", repair=True, range=(0.0, 1.0), **LINE),
         library.interpolate(
             "a.pt", "b.pt", context=library.interpolate("a.pt", "b.pt", **LINE).table, **LINE
         ),
@@ -69,7 +71,9 @@ RUNS: dict[str, Callable[[], Sequence[Result]]] = {
         library.sharpness(PATH, rho=[0.1, 0.2], samples=2, limit=5),
         library.sharpness("a.pt", samples=1, direction_split="test"),
     ],
-    "barriers": lambda: [library.barriers(PATH, points=3, disagreement=True, cka=True)],
+    "barriers": lambda: [
+        library.barriers(PATH, points=3, disagreement=True, cka=True, repair=True)
+    ],
     "around": lambda: [
         library.around(["a.pt", "b.pt"], directions=2, points=3, limit=5),
         library.around("a.pt", along="hessian", points=3, basin_loss=9.0, model="mlp:6-5-3"),
