@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -125,6 +126,14 @@ class _Group:
         own: AroundPoint = {}
         return next((p for p in points if p.get("checkpoint") == self.checkpoint), own)
 
+    def eigenvalue(self, direction: str) -> float:
+        """Returns the eigenvalue along a direction; nan if it is not known or none."""
+        for found in self.run.summary.get("derivatives", {}).get(self.checkpoint, ()):
+            if found.get("direction") == direction:
+                value = found.get("eigenvalue")
+                return math.nan if value is None else value
+        return math.nan
+
     @property
     def size(self) -> float:
         """‖θ‖; nan if it is not known."""
@@ -229,7 +238,11 @@ def _draw(
         else:
             for k, name in enumerate(curves.directions):
                 line = Line2D([], [], color=colour, linestyle=DASHES[k % len(DASHES)])
-                marks.setdefault(f"along {name}", (line, f"along {plain(name)}"))
+                value = group.eigenvalue(name) if len(groups) == 1 else math.nan
+                label = f"along {plain(name)}"
+                if math.isfinite(value) and not drawing.compact:
+                    label += f" (λ = {format_number(value)})"
+                marks.setdefault(f"along {name}", (line, label))
             if np.nanmax(curves.errors, initial=0.0) > 0:
                 band = Patch(color=colour, alpha=0.18, lw=0)
                 marks.setdefault("error", (band, error_label(drawing)))

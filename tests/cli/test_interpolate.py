@@ -19,15 +19,16 @@ from losscli.results.result import Result
 Curve = Callable[[Tensor], Tensor]
 
 
-class Scalar(nn.Module):
-    """Returns its one weight, which is α, for every example."""
+class Mean(nn.Module):
+    """Returns the mean of its two weights, which is α, for every example."""
 
     def __init__(self) -> None:
         super().__init__()
+        self.v = nn.Parameter(torch.zeros(1))
         self.w = nn.Parameter(torch.zeros(1))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.w.expand(len(x), 1)
+        return ((self.v + self.w) / 2).expand(len(x), 1)
 
 
 def hill(w: Tensor) -> Tensor:
@@ -36,11 +37,18 @@ def hill(w: Tensor) -> Tensor:
 
 
 def line(
-    folder: Path, curve: Curve, low: float, high: float, *, noise: float = 0.0, points: int = 11
+    folder: Path,
+    curve: Curve,
+    low: float,
+    high: float,
+    *,
+    noise: float = 0.0,
+    points: int = 11,
+    layerwise: bool = False,
 ) -> Result[Any]:
     """Runs ``interpolate`` where the loss of an example is curve(α) ± noise α."""
     for name, value in (("a", 0.0), ("b", 1.0)):
-        torch.save({"w": torch.tensor([value])}, folder / f"{name}.pt")
+        torch.save(dict.fromkeys("vw", torch.tensor([value])), folder / f"{name}.pt")
 
     def loss(outputs: Tensor, targets: Tensor) -> Tensor:
         w = outputs.squeeze(1)
@@ -49,12 +57,13 @@ def line(
     return losscli.interpolate(
         str(folder / "a.pt"),
         str(folder / "b.pt"),
-        model=Scalar,
+        model=Mean,
         data={"all": (torch.zeros(8, 1), torch.tensor([1.0, -1.0] * 4))},
         loss=loss,
         metric=("none",),
         range=(low, high),
         points=points,
+        layerwise=layerwise,
         dtype="float64",
     )
 
@@ -89,6 +98,15 @@ def test_a_part_of_the_line_claims_nothing_of_the_rest(
     result = line(tmp_path, curve, low, high)
     assert said(result, "barrier").replace(" ± 0", "") == barrier
     assert rise in said(result, "largest rise").replace(" ± 0", "")
+
+
+@pytest.mark.parametrize(("low", "high", "cell"), [(0, 1, "none"), (0.5, 1, "none in the range")])
+def test_a_block_on_a_part_of_the_line_claims_nothing_of_the_rest(
+    low: float, high: float, cell: str, tmp_path: Path
+) -> None:
+    text = report(line(tmp_path, lambda w: -w, low, high, layerwise=True))
+    (row,) = re.findall(r"^    w .*$", text, re.MULTILINE)
+    assert row.endswith(f"  {cell}")
 
 
 def ramp(w: Tensor) -> Tensor:

@@ -94,6 +94,24 @@ def test_golden(name: str) -> None:
     check_golden(name, PICTURES[name]())
 
 
+def test_the_legend_has_the_eigenvalues_of_a_single_checkpoint() -> None:
+    found = [
+        {"direction": "v1", "eigenvalue": 4.4159, "error": 1e-4, "converged": True},
+        {"direction": "vn", "eigenvalue": None, "error": None, "converged": False},
+    ]
+    for names, along in (
+        (["a.pt"], ["along v1 (λ = 4.42)", "along vn"]),
+        # A line style stands for the same direction from all checkpoints.
+        (["a.pt", "b.pt"], ["along v1", "along vn"]),
+    ):
+        drawn = run(names, directions=("v1", "vn"), coefficients=BOTH)
+        drawn.summary["derivatives"] = dict.fromkeys(names, found)
+        assert [text for text in legend(draw_around([drawn])) if "along" in text] == along
+    drawn = run(directions=("gradient",), coefficients=BOTH)
+    drawn.summary["derivatives"] = {"a.pt": [{"direction": "gradient", "gradient_norm": 0.2}]}
+    assert "along gradient" in legend(draw_around([drawn]))
+
+
 def lines(axes: Axes, width: float) -> list[Line2D]:
     return [
         line for line in axes.lines if line.get_linewidth() == width and line.get_ls() != "None"
