@@ -596,8 +596,8 @@ def test_export_refuses_inputs_that_do_not_make_a_line(folder: Path) -> None:
 def test_the_public_names_are_these() -> None:
     assert sorted(losscli.__all__) == [
         "LosscliError", "Recorder", "Result", "Settings", "Table", "__version__", "align",
-        "around", "barriers", "check", "connect", "export", "inspect", "interpolate", "load", "plane",
-        "plot", "sharpness", "soup", "trajectory",
+        "around", "barriers", "check", "connect", "export", "inspect", "interpolate", "load",
+        "plane", "plot", "sharpness", "soup", "trajectory",
     ]  # fmt: skip
     assert all(hasattr(losscli, name) for name in losscli.__all__)
     with pytest.raises(AttributeError, match="absent"):
