@@ -29,6 +29,7 @@ MEASURED = ROOT / "tests" / "benchmarks" / "results" / "cpu.json"
 _SPEED = re.compile(r"(<!-- speed -->\n).*?(<!-- end -->\n)", re.DOTALL)
 _ALL_POINTS = re.compile(r"^losscli (interpolate|plane|around|barriers)(?!.*--points)")
 _STUDY = re.compile(r"^losscli (interpolate|trajectory|plane|around|barriers|check|sharpness)")
+_TRAINING = re.compile(r"^losscli connect")
 _WHOLE_PATH = re.compile(r"^(losscli (?:check|sharpness) )(\S+)/path")
 _CODE = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
 _FOLDED = re.compile(r"(<details.*?</summary>).*?</details>", re.DOTALL)
@@ -74,8 +75,8 @@ def sample(commands: list[str]) -> list[str]:
     """Commands that show each command and option of losscli, and those that write what they read.
 
     Every line that is none of losscli itself is among them. They do less: studies take few
-    examples, what does not say how many points it takes, takes a few, and of a path only its end is
-    checked.
+    examples, what does not say how many points it takes, takes a few, a curve is trained for few
+    steps, and of a path only its end is checked.
     """
     kept: list[str] = []
     shown: set[str] = set()
@@ -86,6 +87,7 @@ def sample(commands: list[str]) -> list[str]:
         if shows - shown or writes & read:
             shorter = _ALL_POINTS.sub(r"\g<0> --points 9", command)
             shorter = _WHOLE_PATH.sub(_with_end, shorter)
+            shorter = _TRAINING.sub(r"\g<0> --limit 99 --steps 9", shorter)
             kept.insert(0, _STUDY.sub(r"\g<0> --limit 99", shorter))
             shown |= shows
             read |= set(re.findall(r"([\w-]+)\.(?:csv|safetensors)", command))

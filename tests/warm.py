@@ -14,6 +14,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -58,9 +59,8 @@ def serving(folder: Path) -> Iterator[Path]:
 
 def _serve(place: str) -> None:
     # What any command may need, but nothing that begins a thread.
-    from matplotlib.figure import Figure
-
     from losscli.cli.app import make_app
+    from losscli.plotting import style, surface
     from losscli.registry import COMMANDS, load
     from losscli.studies import alignment  # noqa: F401
 
@@ -69,8 +69,12 @@ def _serve(place: str) -> None:
         load(command.function)
         load(command.drawing)
 
-    # Loads the fonts.
-    Figure().subplots().figure.savefig(io.BytesIO())
+    # Pictures have the layout of others, with fewer pixels and facets: most of the time of drawing.
+    style._STYLE["savefig.dpi"] = 40
+    surface._FACETS = 6
+
+    with tempfile.TemporaryDirectory() as folder:
+        _begin(Path(folder))
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     with socket.socket(socket.AF_UNIX) as server:
         server.bind(place)
@@ -82,6 +86,24 @@ def _serve(place: str) -> None:
                 server.close()
                 _answer(caller)
             caller.close()
+
+
+def _begin(folder: Path) -> None:
+    """Runs commands, since torch and Matplotlib import much of themselves late, and load fonts."""
+    import numpy as np
+
+    from losscli.cli import run
+    from losscli.cli.console import Console
+
+    np.savez(folder / "data.npz", inputs=np.eye(6, dtype=np.float32), targets=np.arange(6) % 3)
+    options = f"-m mlp:6-5-3 -d npz:{folder}/data.npz -o {folder}"
+    for command in (
+        f"interpolate init:0 init:1 --points 3 {options}/line",
+        f"plane init:0 init:1 init:2 --points 3 {options}/plane",
+        f"check init:0 --tolerance 1 {options}/point",
+    ):
+        stderr = io.StringIO()
+        assert run(command.split(), Console(io.StringIO(), stderr)) == 0, stderr.getvalue()
 
 
 def _answer(caller: socket.socket) -> None:

@@ -63,18 +63,7 @@ def list_checkpoints(name: str) -> list[str]:
         # init:SEED is never a folder, even if one of that name exists.
         if name.startswith("init:") or not folder.is_dir() or _checkpoint_files(folder):
             return []
-        found = [
-            path
-            for path in folder.iterdir()
-            if not path.name.startswith(".")
-            and (
-                _is_checkpoint(path)
-                if path.is_dir()
-                else path.suffix in SUFFIXES
-                and path.is_file()
-                and not _TRAINING_STATE.fullmatch(path.name)
-            )
-        ]
+        found = _checkpoints_in(folder)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{name} cannot be read: {one_line(error)}") from None
     if not found:
@@ -82,7 +71,23 @@ def list_checkpoints(name: str) -> list[str]:
             f"the folder {name} contains no checkpoints",
             f"Their names end in {', '.join(SUFFIXES)}",
         )
-    return [f"{folder / name}{key}" for name in sort_naturally([path.name for path in found])]
+    return [f"{folder / name}{key}" for name in found]
+
+
+def _checkpoints_in(folder: Path) -> list[str]:
+    """Lists the names of the checkpoints in a folder, in natural order."""
+    return sort_naturally([
+        path.name
+        for path in folder.iterdir()
+        if not path.name.startswith(".")
+        and (
+            _is_checkpoint(path)
+            if path.is_dir()
+            else path.suffix in SUFFIXES
+            and path.is_file()
+            and not _TRAINING_STATE.fullmatch(path.name)
+        )
+    ])
 
 
 def _is_checkpoint(folder: Path) -> bool:
@@ -178,9 +183,11 @@ def _no_checkpoint_error(folder: Path) -> CheckpointError:
             f"{folder} has a config.json and none of {', '.join(_WEIGHTS)}",
             "Save the model with save_pretrained, or name a file in it",
         )
+    found = _checkpoints_in(folder)
+    example = f", such as {folder / found[-1]}" if found else ""
     return CheckpointError(
         f"{folder} is a folder, not a checkpoint file",
-        consolidation_hint(folder) or "Name a file in it",
+        consolidation_hint(folder) or f"Name a file in it{example}",
     )
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
+import struct
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -71,6 +73,7 @@ def save(
             mode = os.fstat(file.fileno()).st_mode
         if safe:
             save_file(_without_shared_memory(weights), temporary, dict(metadata))
+            _sort_metadata(temporary)
         else:
             further = {**metadata, **({"optimizer": optimizer} if optimizer else {})}
             torch.save({"state_dict": state, **further} if further else state, temporary)
@@ -118,6 +121,21 @@ def lost_by_safetensors(
         if version not in {None, 1, *([_NORMALISATION_VERSION] if is_normalisation else [])}:
             lost = lost or f"version {version} of {module or 'the model'}"
     return lost
+
+
+def _sort_metadata(path: Path) -> None:
+    """Sorts the metadata in the header of a safetensors file, which are in an arbitrary order."""
+    with path.open("r+b") as file:
+        (size,) = struct.unpack("<Q", file.read(8))
+        header = json.loads(file.read(size))
+        if "__metadata__" not in header:
+            return
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+        # Escapes may be written in another way; spaces may follow the header.
+        if len(text) <= size:
+            file.seek(8)
+            file.write(text.ljust(size))
 
 
 def _without_shared_memory(weights: Weights) -> dict[str, Tensor]:

@@ -391,8 +391,12 @@ class CheckpointFile:
         for module, own in modules.items():
             aliases = tied_names(own)
             for file in unused:
-                parts = (find_parts(weights, own, aliases) for weights in file.candidates.values())
-                if any(part.fits for several in parts for part in several):
+                # A part of a state dict that fits by chance, such as one layer, is no module.
+                if any(
+                    part.fits and len(part.weights) == len(weights)
+                    for weights in file.candidates.values()
+                    for part in find_parts(weights, own, aliases)
+                ):
                     found[module] = file.name
                     unused.remove(file)
                     break

@@ -188,7 +188,9 @@ def _radii(point: AroundPoint, summary: AroundSummary) -> Iterator[tuple[str, st
     if threshold is None or not point["radii"]:
         yield "basin radius", "not defined"
         return
-    times = "" if summary["basin"] is None else f", {summary['basin']:g} times the loss"
+    times, basin = "", summary["basin"]
+    if basin is not None:
+        times = f", {'twice' if basin == 2 else f'{basin:g} times'} the loss at the checkpoint"
     for name, found in point["radii"].items():
         what = "mean loss" if name == "mean" else f"loss along {name}"
         below = "below" if point["loss"] < threshold else "not below"

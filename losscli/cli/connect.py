@@ -17,7 +17,7 @@ from losscli.cli.report import (
 from losscli.cli.run_study import run_study
 from losscli.errors import printable
 from losscli.results.result import Result
-from losscli.results.summaries import ConnectSummary, Height
+from losscli.results.summaries import ConnectSplit, ConnectSummary, Height
 from losscli.settings import Settings
 
 if TYPE_CHECKING:
@@ -117,12 +117,16 @@ def report(result: Result[ConnectSummary]) -> str:
     path, training = summary["path"], summary["training"]
     what = "Bézier curve" if path["kind"] == "bezier" else "chain of lines"
     longer = path["length"] / path["chord"]
-    trained = f"{format_count(training['steps'], 'step')} on {printable(training['split'])}"
+    examples = format_count(training["examples"], "example")
+    trained = (
+        f"{format_count(training['steps'], 'step')} on {printable(training['split'])} "
+        f"({examples}), mean loss of the last tenth {format_number(training['loss'])}"
+    )
     lines = [
         *task_lines(summary, 9),
         *(f"{letter}        {name}" for letter, name in zip("AB", names, strict=True)),
         f"path     {what} over {format_count(path['bends'], 'bend')}, {longer:.3g} × ‖B − A‖ long",
-        f"trained  {trained}, loss {format_number(training['loss'])}",
+        f"trained  {trained}",
         f"moving   {format_moving(summary)}",
     ]
     for name, split in summary["splits"].items():
@@ -133,15 +137,26 @@ def report(result: Result[ConnectSummary]) -> str:
             ("barrier, line", _barrier(split["line"]["barrier"], "α")),
             ("barrier, path", _barrier(split["curve"]["barrier"], "t")),
         ]
-        highest = split["highest"]
-        if highest is None:
-            findings.append(("", "a loss on the path is not finite"))
-        else:
-            low, number = format_number(highest["loss"]), len(result.table.unique("t"))
-            text = f"a path on which the loss stays at or below {low} at {number:,} points"
-            findings.append(("found", text))
+        findings.append(("found", _found(split, len(result.table.unique("t")))))
         lines += [f"  {label:<15}{text}" for label, text in findings]
     return "\n".join(lines) + "\n"
+
+
+def _found(split: ConnectSplit, points: int) -> str:
+    """Describes the highest loss on the path, if the path is better than the line."""
+    highest, line, curve = split["highest"], split["line"]["barrier"], split["curve"]["barrier"]
+    if highest is None:
+        return "not known: a loss on the path is not finite"
+    if line is None or curve is None:
+        return "not known: no point between A and B was evaluated"
+    if curve["height"] and curve["height"] >= line["height"]:
+        return "no path with a lower barrier than the line"
+    text = f"a path on which the loss stays at or below {format_number(highest['loss'])}"
+    text += f" at {points:,} points"
+    higher = max(split["curve"]["loss_a"], split["curve"]["loss_b"])
+    if highest["t"] not in {0.0, 1.0} and highest["loss"] > higher:
+        text += f", {format_number(highest['loss'] - higher, 3)} above the higher end"
+    return text
 
 
 def _barrier(barrier: Height | None, letter: str) -> str:

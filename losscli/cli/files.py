@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -203,6 +204,7 @@ def export(
         checkpoint = study(checkpoints, weights=parse_weights(weights, len(checkpoints)))
     elif t is not None:
         checkpoint = study(checkpoints, t=t, kind=kind)
+        _note_on_statistics(checkpoint.weights, console)
     else:
         if best is not None and csv is not None:
             point = lowest(csv, best)
@@ -222,6 +224,15 @@ def export(
                 f"{csv} has no summary next to it: A and B are not compared with it, and every "
                 "floating-point tensor moves"
             )
+
+
+def _note_on_statistics(names: Iterable[str], console: Console) -> None:
+    """Prints a note on BatchNorm's statistics at a point of a path."""
+    if any(name.rpartition(".")[2] == "running_mean" for name in names):
+        console.note(
+            "BatchNorm's statistics are not those that connect re-estimates at this point: "
+            "evaluate the file with --buffers recalibrate"
+        )
 
 
 def report(result: Result[InspectionSummary]) -> str:

@@ -11,6 +11,7 @@ from losscli.cli.console import Console
 from losscli.cli.options import Write, argument, option, with_study_options
 from losscli.cli.report import (
     align_columns,
+    format_count,
     format_examples,
     format_height,
     format_moving,
@@ -23,6 +24,7 @@ from losscli.cli.report import (
 from losscli.cli.run_study import run_study
 from losscli.errors import UsageError, printable
 from losscli.registry import COMMANDS, command_of
+from losscli.results.places import places_not_finite
 from losscli.results.result import Result
 from losscli.results.summaries import (
     BlockSummary,
@@ -42,6 +44,8 @@ __all__ = ["interpolate", "report"]
 
 # Below this slope per unit length B is stationary, the tolerance of `losscli check`.
 _STATIONARY = 1e-3
+
+_PART = "the range covers only part of the line"
 
 
 @with_study_options
@@ -174,15 +178,21 @@ def report(result: Result[LineSummary]) -> str:
         )
     for name, split in summary["splits"].items():
         lines += ["", f"{printable(name)}, {format_examples(summary, name)}"]
-        findings = _line_findings(split, low, high, summary["distance"])
+        curve = result.table.where("split", name)
+        findings = _line_findings(split, low, high, summary["distance"], curve)
         lines += [f"  {label:<14}{text}" for label, text in findings]
         if blocks := summary.get("blocks"):
             lines += ["  each block alone, the others at A"]
-            lines += [f"    {line}" for line in _blocks(blocks, name)]
+            lines += [f"    {line}" for line in _blocks(blocks, name, _covers(low, high))]
     return "\n".join(lines) + "\n"
 
 
-def _blocks(blocks: Mapping[str, BlockSummary], split: str) -> list[str]:
+def _covers(low: float, high: float) -> bool:
+    """Returns whether a range has the whole line from A to B."""
+    return low <= 0 and high >= 1
+
+
+def _blocks(blocks: Mapping[str, BlockSummary], split: str, covers: bool) -> list[str]:
     """Returns a table of the curves of blocks that move alone."""
     rows = [("block", "values", "‖d‖", "loss at α = 1", "change from A", "lowest seen", "barrier")]
     for name, block in blocks.items():
@@ -208,13 +218,15 @@ def _blocks(blocks: Mapping[str, BlockSummary], split: str) -> list[str]:
             if barrier is None
             else f"{format_height(barrier)} at α = {barrier['alpha']:.4g}"
             if barrier["height"] > 0
-            else "none",
+            else "none"
+            if covers
+            else "none in the range",
         ))
     return align_columns(rows, left={0, *range(2, len(rows[0]))})
 
 
 def _line_findings(
-    split: LineSplit, low: float, high: float, length: float
+    split: LineSplit, low: float, high: float, length: float, curve: Table
 ) -> list[tuple[str, str]]:
     rows = [
         ("loss at A", format_number(split["loss_a"])),
@@ -223,8 +235,12 @@ def _line_findings(
     minimum = split["minimum"]
     if minimum is None:
         return [*rows, ("lowest seen", "none: no point has a finite loss")]
-    rows.append(("lowest seen", _lowest(split, minimum, low, high)))
-    rows += [("barrier", _barrier(split)), ("largest rise", _rise(split))]
+    lowest = _lowest(split, minimum, low, high)
+    if number := split["not_finite"]:
+        where = places_not_finite(curve.floats("alpha"), curve.floats("loss"))
+        lowest += f"; not finite at {format_count(number, 'point')}, {where}"
+    rows.append(("lowest seen", lowest))
+    rows += [("barrier", _barrier(split, low, high)), ("largest rise", _rise(split, low, high))]
     rows += [
         _extrema("minima", split["local_minima"], low, high),
         _extrema("maxima", split["local_maxima"], low, high),
@@ -254,23 +270,25 @@ def _extrema(which: str, extrema: Sequence[Extremum], low: float, high: float) -
         return label, f"none of the curve between {low:g} and {high:g}"
     minima = which == "minima"
     size = "depth" if minima else "height"
+    significant = sum(e["beyond_noise"] for e in extrema)
+    mixed = 0 < significant < len(extrema)
     sizes = [
-        (e["depth"], e["depth_stderr"], e["alpha"])
+        (e["depth"], e["depth_stderr"], e["alpha"], e["beyond_noise"])
         if minima
-        else (e["height"], e["height_stderr"], e["alpha"])
+        else (e["height"], e["height_stderr"], e["alpha"], e["beyond_noise"])
         for e in extrema
     ]
     largest = "; ".join(
         f"α = {alpha:.4g}, {size} {format_number(height)}"
         + (f" ± {format_number(error, 2)}" if is_finite(error) else "")
-        for height, error, alpha in sorted(sizes, key=lambda size: -size[0])[:3]
+        + (" (not significant)" if mixed and not beyond_noise else "")
+        for height, error, alpha, beyond_noise in sorted(sizes, key=lambda size: -size[0])[:3]
     )
-    significant = sum(e["beyond_noise"] for e in extrema)
     more = f"; {len(extrema) - 3} more" if len(extrema) > 3 else ""
-    return (
-        label,
-        f"{len(extrema)}, of which {significant} significant (> 2 s.e.): {largest}{more}",
-    )
+    text = "significant (> 2 s.e.)" if significant else "not significant"
+    if mixed:
+        text = f"of which {significant} {text}"
+    return label, f"{len(extrema)}, {text}: {largest}{more}"
 
 
 def _lowest(split: LineSplit, minimum: LowestOnLine, low: float, high: float) -> str:
@@ -279,33 +297,48 @@ def _lowest(split: LineSplit, minimum: LowestOnLine, low: float, high: float) ->
     below = minimum["below_b"]
     if is_finite(below) and below > 0:
         text += f", lower than B by {format_number(below, 3)}"
-        if is_finite(minimum["below_b_stderr"]):
-            text += f" ± {format_number(minimum['below_b_stderr'], 2)}"
+        if is_finite(error := minimum["below_b_stderr"]):
+            text += f" ± {format_number(error, 2)}"
+            text += "" if below > 2 * error else " (not significantly)"
     if minimum["alpha"] in {low, high} and minimum["ties"] == 1:
         text += ", where the range ends"
-    ends = [split["loss_a"], split["loss_b"]]
-    if any(is_finite(end) and end < minimum["loss"] for end in ends):
-        text += "; an end outside the range is lower"
+    ends = {"A": split["loss_a"], "B": split["loss_b"]}
+    lower = [end for end, loss in ends.items() if is_finite(loss) and loss < minimum["loss"]]
+    if lower:
+        verb = "is" if len(lower) == 1 else "are"
+        text += f"; {' and '.join(lower)}, outside the range, {verb} lower"
     return text
 
 
-def _barrier(split: LineSplit) -> str:
+def _barrier(split: LineSplit, low: float, high: float) -> str:
     barrier = split["barrier"]
     if not (is_finite(split["loss_a"]) and is_finite(split["loss_b"])):
         return "not defined: the loss at A or B is not finite"
     if barrier is None:
         return "not evaluated: no point between A and B"
     if barrier["height"] > 0:
-        return f"{format_height(barrier)} at α = {barrier['alpha']:.4g}"
+        text = f"{format_height(barrier)} at α = {barrier['alpha']:.4g}"
+        if barrier["alpha"] in {low, high}:
+            return f"{text}, where the range ends"
+        return text if _covers(low, high) else f"{text} ({_PART})"
+    if not _covers(low, high):
+        return _none_in_part(low, high)
     return "none: never above the straight line between the losses at A and B"
 
 
-def _rise(split: LineSplit) -> str:
+def _rise(split: LineSplit, low: float, high: float) -> str:
     rise = split["largest_rise"]
     if rise is None:
         return "not evaluated: no point between A and B"
     if rise["height"] > 0:
-        return f"{format_height(rise)} from α = {rise['alpha_from']:.4g} to {rise['alpha_to']:.4g}"
+        text = f"{format_height(rise)} from α = {rise['alpha_from']:.4g} to {rise['alpha_to']:.4g}"
+        return text if _covers(low, high) else f"{text} ({_PART})"
+    if not _covers(low, high):
+        return _none_in_part(low, high)
     if split["monotonic"]:
         return "none: the loss never increases from A to B at the sampled points"
     return "none at the sampled points"
+
+
+def _none_in_part(low: float, high: float) -> str:
+    return f"none for α from {max(low, 0):g} to {min(high, 1):g} ({_PART})"

@@ -17,7 +17,7 @@ from losscli.cli.report import (
 from losscli.cli.run_study import expand_names, run_study
 from losscli.errors import printable
 from losscli.results.result import Result
-from losscli.results.summaries import TrajectorySummary
+from losscli.results.summaries import Farthest, LowestOnPath, TrajectorySummary
 from losscli.settings import Settings
 
 if TYPE_CHECKING:
@@ -107,7 +107,7 @@ def report(result: Result[TrajectorySummary]) -> str:
     off = farthest["residual"]
     line = f"‖d‖ = {length:.4g} over {format_moving(summary)}"
     walk = f"{format_count(last, 'step')}, {walked:.4g} long: {walked / length:.3g} times the line"
-    far = f"r = {off:.4g}, {off / length:.2g} ‖d‖, at step {farthest['step']}"
+    far = f"r = {off:.4g}, {off / length:.2g} ‖d‖, at {_checkpoint(farthest, last)}"
     rows = [
         ("first", names[0]),
         ("last", names[-1]),
@@ -138,8 +138,7 @@ def report(result: Result[TrajectorySummary]) -> str:
         if lowest is None:
             findings.append(("lowest seen", "none: no checkpoint has a finite loss"))
         else:
-            at = "" if lowest["step"] == last else f" ({printable(lowest['checkpoint'])})"
-            low = f"{format_number(lowest['loss'])} at step {lowest['step']} of {last}{at}"
+            low = f"{format_number(lowest['loss'])} at {_checkpoint(lowest, last)}"
             findings.append(("lowest seen", low + format_ties(lowest["ties"])))
         rises = split["rises"]
         findings.append((
@@ -153,3 +152,8 @@ def report(result: Result[TrajectorySummary]) -> str:
             findings.append(("on the surface", low))
         lines += [f"  {label:<16}{text}" for label, text in findings]
     return "\n".join(lines) + "\n"
+
+
+def _checkpoint(at: Farthest | LowestOnPath, last: int) -> str:
+    """Returns the index of a checkpoint, from 0, and its name."""
+    return f"checkpoint {at['step']} of {last} ({printable(at['checkpoint'])})"

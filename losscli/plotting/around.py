@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -27,6 +28,8 @@ from losscli.plotting.style import (
     add_title,
     distinct_checkpoints,
     drawable,
+    error_label,
+    examples_notes,
     format_number,
     freeze,
     house_style,
@@ -123,6 +126,14 @@ class _Group:
         own: AroundPoint = {}
         return next((p for p in points if p.get("checkpoint") == self.checkpoint), own)
 
+    def eigenvalue(self, direction: str) -> float:
+        """Returns the eigenvalue along a direction; nan if it is not known or none."""
+        for found in self.run.summary.get("derivatives", {}).get(self.checkpoint, ()):
+            if found.get("direction") == direction:
+                value = found.get("eigenvalue")
+                return math.nan if value is None else value
+        return math.nan
+
     @property
     def size(self) -> float:
         """‖θ‖; nan if it is not known."""
@@ -147,7 +158,7 @@ def draw_around(runs: Sequence[Run[AroundSummary]], drawing: Drawing = FULL) -> 
         number = max(len(splits), 1)
         figure = new_figure(drawing, 0.6 + _HEIGHT * number)
         panels = figure.subplots(number, 1, sharex=True, squeeze=False)[:, 0].tolist()
-        notes = shared if groups else ["There are no points"]
+        notes = [*examples_notes(runs, splits), *shared] if groups else ["There are no points"]
         marks: dict[str, tuple[Artist, str]] = {}
         reach: list[Floats] = []
         for axes, split in zip(panels, splits, strict=False):
@@ -227,10 +238,14 @@ def _draw(
         else:
             for k, name in enumerate(curves.directions):
                 line = Line2D([], [], color=colour, linestyle=DASHES[k % len(DASHES)])
-                marks.setdefault(f"along {name}", (line, f"along {plain(name)}"))
+                value = group.eigenvalue(name) if len(groups) == 1 else math.nan
+                label = f"along {plain(name)}"
+                if math.isfinite(value) and not drawing.compact:
+                    label += f" (λ = {format_number(value)})"
+                marks.setdefault(f"along {name}", (line, label))
             if np.nanmax(curves.errors, initial=0.0) > 0:
                 band = Patch(color=colour, alpha=0.18, lw=0)
-                marks.setdefault("error", (band, drawing.words("± one standard error", "± s.e.")))
+                marks.setdefault("error", (band, error_label(drawing)))
         if not drawing.no_markers and _mark_radii(axes, group, split):
             diamond = Line2D([], [], ls="none", marker="D", mfc="white", mec=colour, mew=1.3, ms=6)
             marks.setdefault("radius", (diamond, drawing.words("radius of the basin", "radius")))

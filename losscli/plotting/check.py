@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
+from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from matplotlib.gridspec import GridSpec
 from matplotlib.lines import Line2D
@@ -36,6 +37,7 @@ from losscli.plotting.style import (
     add_title,
     columns,
     drawable,
+    error_label,
     format_number,
     house_style,
     label_loss,
@@ -53,6 +55,7 @@ from losscli.plotting.style import (
     shorten_path,
     small_size,
     text_size,
+    text_width,
     whole_numbers,
 )
 from losscli.plotting.surface import WIDE, finish_layout
@@ -76,6 +79,7 @@ _DECADES = 7  # of the logarithmic axis of a spectral density, far below are tai
 _FEW = 40  # up to this many values have individual marks
 _LOG_LOSS_RATIO = 1e3  # above this ratio of highest to lowest loss the axis is logarithmic
 _LOG_HIGH_RATIO = 10.0  # the same for largest eigenvalue to its median over checkpoints
+_VISIBLE_BAR = 3.5  # points, half the length of an error bar that exceeds its mark
 _FAR = 1e3  # above this multiple of the largest eigenvalue 2 / learning rate is only in a note
 
 # The marks of the verdicts differ in shape and colour.
@@ -204,7 +208,7 @@ def _draw_several(
             panel.tick_params(labelbottom=False)
     figure.align_ylabels(left if across == 2 else [*left, *right])
     figure.align_ylabels(right)
-    notes.append(_criteria_note(run))
+    notes.append(_criteria_note(run, escape, bars=_bars_are_visible([high, low])))
 
     if escape:
         panel = figure.add_subplot(grid[last, :])
@@ -306,17 +310,44 @@ def _read(
     return series
 
 
-def _criteria_note(run: Run[CheckSummary]) -> str:
-    """Returns a note on the criteria of the verdicts."""
+def _criteria_note(run: Run[CheckSummary], escape: _Escape | None, *, bars: bool) -> str:
+    """Returns a note on the criteria of the verdicts that appear.
+
+    Args:
+        run: The run.
+        escape: The curve along the most negative curvature, if it is drawn.
+        bars: Whether the error bars of eigenvalues are visible.
+
+    Returns:
+        The note.
+    """
     tolerance = _number(run.summary.get("tolerance"))
     critical = "critical means a small gradient norm"
     if 0 <= tolerance < LARGEST:
         critical = f"critical means a gradient norm of at most {format_number(tolerance)}"
-    return (
-        f"Verdicts: {critical}. Each bar around λ contains an eigenvalue of the Hessian, and its "
-        "sign counts only if the bar does not contain zero. At a saddle the loss decreases on both "
-        "sides along the eigenvector of λₘᵢₙ."
-    )
+    note = f"Verdicts: {critical}."
+    if bars:
+        note += (
+            " Each bar around λ contains an eigenvalue of the Hessian, and its sign counts only if "
+            "the bar does not contain zero."
+        )
+    if "saddle" in run.table["verdict"]:
+        note += " At a saddle the loss decreases on both sides along the eigenvector of λₘᵢₙ."
+    if escape and escape.verdict(run) != "saddle":
+        note += " The curve is the loss along the eigenvector of λₘᵢₙ."
+    return note
+
+
+def _bars_are_visible(panels: Sequence[Axes]) -> bool:
+    """Returns whether an error bar is longer than the mark of its value."""
+    bars = [
+        axes.transData.transform(bar)
+        for axes in panels
+        for collection in axes.collections
+        if isinstance(collection, LineCollection)
+        for bar in collection.get_segments()
+    ]
+    return any(np.ptp(bar, axis=0).max() > 2 * _VISIBLE_BAR for bar in bars)
 
 
 def _draw_gradients(
@@ -604,8 +635,8 @@ def _draw_one(
         panel = figure.add_subplot(grid[len(heights) - 1, 0])
         notes = _draw_extremes(panel, run.table, splits)
     if not escape and names and (run.checkpoint_labels or not drawing.compact):
-        name = shorten_path(figure, name_checkpoint(run, names[0], drawing), narrow(figure, 380))
-        panel.set_title(name, loc="left")
+        split = splits[0] if len(splits) == 1 else ""
+        panel.set_title(_title(figure, run, names[0], split, drawing, 380), loc="left")
     if escape:
         notes = [
             *_draw_escape(figure.add_subplot(grid[0, 0]), escape, run, splits, drawing),
@@ -613,8 +644,9 @@ def _draw_one(
         ]
     rows = [dict(zip(run.table.columns, row, strict=True)) for row in run.table.rows]
     facts = [_row_as_sentence(row, run.summary, eigenvalues=bool(spectrum)) for row in rows]
+    criteria = _criteria_note(run, escape, bars=_bars_are_visible([panel]))
     notes = (
-        [*facts, *_undecided_notes(run, splits), _criteria_note(run), *notes]
+        [*facts, *_undecided_notes(run, splits), criteria, *notes]
         if facts
         else ["There are no points"]
     )
@@ -622,18 +654,57 @@ def _draw_one(
     lines = _split_entries(run, splits, drawing)
     for index, (line, _) in enumerate(lines if spectrum else []):
         line.set(marker="o", ms=4, mfc=_face(index), mew=0.9)
-    cells = zip(run.table["split"], run.table["verdict"], strict=True)
-    verdicts: Group = [
-        (
-            # Only the text in a compact figure, since no panel has the mark.
-            Line2D([], [], ls="none", ms=6.5, **({} if drawing.compact else _mark(str(verdict)))),
-            f"{plain(str(split))}: {plain(str(verdict))}",
-        )
-        for split, verdict in cells
-        if verdict
+    verdicts = dict(zip(run.table["split"], run.table["verdict"], strict=True))
+    lines = [
+        (line, f"{name}: {plain(str(verdicts[split]))}" if verdicts[split] else name)
+        for (line, name), split in zip(lines, splits, strict=True)
     ]
     more, groups = _draw_rows(figure, grid, further)
-    return figure, notes + more, [lines, verdicts, *groups]
+    return figure, notes + more, [lines, *groups]
+
+
+def _title(
+    figure: Figure,
+    run: Run[CheckSummary],
+    checkpoint: str,
+    split: str,
+    drawing: Drawing,
+    width: float,
+) -> str:
+    """Returns a title of at most ``width`` points: a checkpoint, and its verdict on a split.
+
+    Args:
+        figure: The figure.
+        run: The run.
+        checkpoint: The checkpoint; empty if unknown.
+        split: The split; empty for a title without a verdict.
+        drawing: How it is drawn.
+        width: The width.
+
+    Returns:
+        The title.
+    """
+    suffix = f", {plain(split)}" if split else ""
+    if verdict := _verdict(run, checkpoint, split):
+        suffix += f": {plain(verdict)}"
+    norm = _number(_row(run, checkpoint, split).get("gradient_norm"))
+    if verdict == "not critical" and math.isfinite(norm):
+        suffix += f" (‖∇L‖ = {format_number(norm)})"
+    suffix = shorten(figure, suffix, narrow(figure, 0.75 * width), text_size())
+    name = name_checkpoint(run, checkpoint, drawing) or "the checkpoint"
+    room = narrow(figure, width) - text_width(figure, suffix, text_size())
+    # Names are measured in the size of legends.
+    return shorten_path(figure, name, room * small_size() / text_size()) + suffix
+
+
+def _row(run: Run[CheckSummary], checkpoint: str, split: str) -> dict[str, Cell]:
+    """Returns the row of a checkpoint and a split; empty if there is none."""
+    rows = run.table.where("checkpoint", checkpoint).where("split", split).rows
+    return dict(zip(run.table.columns, rows[0], strict=True)) if rows else {}
+
+
+def _verdict(run: Run[CheckSummary], checkpoint: str, split: str) -> str:
+    return str(_row(run, checkpoint, split).get("verdict") or "")
 
 
 def _undecided_notes(run: Run[CheckSummary], splits: Sequence[str]) -> list[str]:
@@ -851,6 +922,10 @@ class _Escape:
         at = int(np.argmin(shown))
         return at if shown[at] < self.start else -1
 
+    def verdict(self, run: Run[CheckSummary]) -> str:
+        """Returns the verdict on the checkpoint; empty if unknown."""
+        return _verdict(run, self.checkpoint, self.split)
+
     def entries(self, figure: Figure, run: Run[CheckSummary], drawing: Drawing) -> Group:
         """Returns the legend entries."""
         entries: Group = []
@@ -869,7 +944,7 @@ class _Escape:
         if (drawable(self.stderr, log=False) & (self.stderr > 0)).any():
             entries.append((
                 Patch(color=_COLOUR, alpha=0.18, lw=0),
-                drawing.words("± one standard error", "± s.e."),
+                error_label(drawing),
             ))
         return entries
 
@@ -919,11 +994,7 @@ def _draw_escape(
     if math.isfinite(escape.eigenvalue) and not drawing.compact:
         label += f" (λ = {format_number(escape.eigenvalue)})"
     axes.set_xlabel(label)
-    split = f"loss on {plain(escape.split)}" if escape.split else "loss"
-    name = name_checkpoint(run, escape.checkpoint, drawing)
-    name = shorten_path(figure, name, narrow(figure, 200))
-    title = f"Around {name}: {split}" if name else f"Around the checkpoint: {split}"
-    axes.set_title(shorten(figure, title, narrow(figure, 330), text_size()), loc="left")
+    axes.set_title(_title(figure, run, escape.checkpoint, escape.split, drawing, 330), loc="left")
     if escape.lowest < 0 and math.isfinite(escape.start):
         notes.append("Along this direction the loss never falls below that of the checkpoint.")
     return notes
@@ -950,7 +1021,7 @@ def check_views(run: Run[CheckSummary]) -> list[View]:
     views = [
         table_view(
             "checkpoints", [("", run.table)], "checkpoint", quantities, logarithmic=positive,
-            notes=[_criteria_note(run)],
+            notes=[_criteria_note(run, None, bars=True)],
         )
     ]  # fmt: skip
     if "spectrum" in run.more:

@@ -93,8 +93,9 @@ def draw_connect(run: Run[ConnectSummary], drawing: Drawing = FULL) -> Figure:
             panel.set_ylabel(label)
         label = label_loss(figure, [run], drawing, log=drawing.log).replace("\n", ", ")
         panels[0].set_ylabel(label if drawing.compact else f"{label}\nmean over examples")
+        a, b = (label or letter for label, letter in zip(_ends(run), "AB", strict=True))
         panels[-1].set_xlabel(
-            drawing.words("t: from A (0) to B (1), on the curve and on the line", "t")
+            drawing.words(f"t: from {a} (0) to {b} (1), on the path and on the line", "t")
         )
         contours, planes = _draw_planes(run, figure, cells, grids, 1 + len(metrics), drawing)
         notes += _notes(run, drawing, with_plane=bool(planes))
@@ -109,6 +110,12 @@ def draw_connect(run: Run[ConnectSummary], drawing: Drawing = FULL) -> Figure:
             for panel, drawn in zip(planes, contours, strict=True):
                 label_contours(panel, drawn, corners[:, 0], corners[:, 1], clearance=28)
     return figure
+
+
+def _ends(run: Run[ConnectSummary]) -> tuple[str, str]:
+    """Returns the labels of A and B; empty where there are none."""
+    labels = [*map(plain, run.checkpoint_labels), "", ""]
+    return labels[0], labels[1]
 
 
 def _series(run: Run[ConnectSummary], splits: list[str]) -> list[Series]:
@@ -171,7 +178,8 @@ def _draw_planes(
             size=7,
             behind=np.zeros(3, dtype=np.bool_),
         )
-        for letter, (x, y) in zip("ACB", corners, strict=True):
+        a, b = (label or letter for label, letter in zip(_ends(run), "AB", strict=True))
+        for letter, (x, y) in zip((a, "C", b), corners, strict=True):
             panel.text(
                 *(x, y, f"  {letter}"),
                 va="bottom",
@@ -191,7 +199,7 @@ def _draw_planes(
 
 
 def _entries() -> list[tuple[Artist, str]]:
-    names = {"curve": "trained curve", "line": "straight line"}
+    names = {"curve": "trained path", "line": "straight line"}
     return [(Line2D([], [], color=_COLOURS[path]), label) for path, label in names.items()]
 
 
@@ -202,7 +210,7 @@ def _notes(run: Run[ConnectSummary], drawing: Drawing, *, with_plane: bool) -> l
         highest, line = split.get("highest"), split.get("line", {}).get("barrier")
         if highest is not None and line is not None:
             notes.append(
-                f"{plain(name)}: the loss on the curve stays at or below "
+                f"{plain(name)}: the loss on the path stays at or below "
                 f"{format_number(highest['loss'], 3)}; the barrier on the line is "
                 f"{format_number(line['height'], 3)}."
             )

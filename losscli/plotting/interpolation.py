@@ -28,7 +28,13 @@ from losscli.plotting.line_axis import (
     read_series,
     scale_alpha,
 )
-from losscli.plotting.lines import Series, draw_panel, repair_notes, split_entries
+from losscli.plotting.lines import (
+    Series,
+    draw_panel,
+    has_bands,
+    repair_notes,
+    split_entries,
+)
 from losscli.plotting.style import (
     INK,
     STEPS,
@@ -36,6 +42,7 @@ from losscli.plotting.style import (
     add_title,
     drawable,
     end_names,
+    examples_notes,
     freeze,
     house_style,
     label_loss,
@@ -57,6 +64,10 @@ from losscli.table import Table
 __all__ = ["draw_interpolation", "interpolation_views"]
 
 _ALPHA = "α:  θ(α) = A + α (B − A)"
+_PAIRED = (
+    "Differences between points are known better than the bands show (paired standard errors are "
+    "in the text)."
+)
 _MOST_MARKS = 12  # maximum number of marked local minima and maxima
 _DERIVATIVES = {"slope": "dL/dα", "curvature": "d²L/dα²"}
 _OVERVIEW_HEIGHT = 1.5  # inches, of the panel of the whole line above a part of it
@@ -92,7 +103,8 @@ def draw_interpolation(runs: Sequence[Run[LineSummary]], drawing: Drawing = FULL
         overview = panels.pop(0) if whole else None
         view = scale_alpha(panels[-1], series)
 
-        notes = repair_notes(runs) if series else ["There are no points"]
+        notes = [*repair_notes(runs), *examples_notes(runs, splits)]
+        notes = notes if series else ["There are no points"]
         notes += draw_panel(panels[0], series, "loss", drawing, log=log)
         label = label_loss(figure, runs, drawing, log=False)
         units = "batches" if all("batches" in run.summary for run in runs) else "examples"
@@ -118,6 +130,8 @@ def draw_interpolation(runs: Sequence[Run[LineSummary]], drawing: Drawing = FULL
             notes += [f"The whole line: {note}" for note in more]
             shade = Patch(color=LINE, alpha=0.3, lw=0)
             others.append([(shade, drawing.words("range of the panel below", "range below"))])
+        if has_bands(series):
+            notes.append(_PAIRED)
         figure.align_ylabels([overview, *panels] if overview else panels)
 
         add_foot(

@@ -24,12 +24,13 @@ from losscli.plotting.line_axis import (
     read_series,
     scale_alpha,
 )
-from losscli.plotting.lines import Series, draw_panel
+from losscli.plotting.lines import Series, draw_panel, has_bands
 from losscli.plotting.style import (
     INK,
     add_foot,
     add_title,
     end_names,
+    error_label,
     freeze,
     house_style,
     loss_name,
@@ -209,10 +210,10 @@ def _marks(
     drawing: Drawing,
 ) -> list[tuple[Artist, str]]:
     marks: list[tuple[Artist, str]] = []
-    if any(np.nanmax(s["loss_stderr"], initial=0.0) > 0 for s in [*whole, *curves]):
+    if has_bands([*whole, *curves]):
         marks.append((
             Patch(color=INK, alpha=0.18, lw=0),
-            drawing.words("± one standard error", "± s.e."),
+            error_label(drawing),
         ))
     if lowest:
         mark = Line2D([], [], ls="none", marker="D", mfc="white", mec=INK, mew=1.3, ms=6)

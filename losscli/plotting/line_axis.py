@@ -45,6 +45,7 @@ __all__ = [
 ]
 
 LINE = "#9a9a9a"
+_CONSTANT, _FLAT = 1e-6, 0.01  # variation of the loss relative to the largest
 _FEW_LINES = 4  # up to this many curves have a mark at their lowest point
 
 
@@ -128,12 +129,24 @@ def mark_lowest(
 def flat_range_notes(
     series: Sequence[Series], view: tuple[float, float], *, log: bool
 ) -> list[str]:
-    """Returns a note with the range between A and B if it looks flat beside the losses outside."""
+    """Returns a note with the range of the loss if the axis conceals how small it is.
+
+    Either all losses vary by less than ``_FLAT`` of the largest, and fill the axis nevertheless,
+    or those between A and B look flat beside the losses outside.
+    """
+    alpha = np.concatenate([np.empty(0), *(s.x for s in series)])
+    loss = np.concatenate([np.empty(0), *(s["loss"] for s in series)])
+    alpha, loss = alpha[drawable(loss, log=False)], loss[drawable(loss, log=False)]
+    largest = float(np.abs(loss).max(initial=0.0))
+    variation = float(np.ptp(loss)) / largest if largest else 0.0
+    # Below the lower limit the axis shows a constant.
+    if _CONSTANT < variation < _FLAT:
+        digits = 2 + math.ceil(-math.log10(variation))
+        low, high = (format_number(float(end), digits) for end in (loss.min(), loss.max()))
+        share = format_number(100 * variation, 2)
+        return [f"The loss varies by only {share}%, from {low} to {high}"]
     if log or not series or view[0] > 0 or view[1] < 1:
         return []
-    alpha = np.concatenate([s.x for s in series])
-    loss = np.concatenate([s["loss"] for s in series])
-    alpha, loss = alpha[drawable(loss, log=False)], loss[drawable(loss, log=False)]
     between = loss[(alpha >= 0) & (alpha <= 1)]
     if not between.size or np.ptp(between) >= 0.03 * np.ptp(loss):
         return []

@@ -15,12 +15,20 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from numpy.typing import NDArray
 
-from losscli.plotting.style import DASHES, count_points, drawable, name_split, plain, scale_y
+from losscli.plotting.style import (
+    DASHES,
+    count_points,
+    drawable,
+    error_label,
+    name_split,
+    plain,
+    scale_y,
+)
 from losscli.results.drawing import Drawing
 from losscli.results.result import Run
 from losscli.results.summaries import BarriersSummary, LineSummary, Summary
 
-__all__ = ["Series", "draw_panel", "repair_notes", "split_entries"]
+__all__ = ["Series", "draw_panel", "has_bands", "repair_notes", "split_entries"]
 
 _CROSSES = 6  # number of rows of crosses; further ones overlap
 _FEW_POINTS = 15  # up to this many points have a dot each
@@ -172,10 +180,14 @@ def split_entries(
     for index, split in enumerate(splits):
         line = Line2D([], [], color=colour, linestyle=DASHES[index % len(DASHES)])
         entries.append((line, prefix + name_split(runs, split, drawing)))
-    if any(np.nanmax(s["loss_stderr"], initial=0.0) > 0 for s in series):
-        label = drawing.words("± one standard error", "± s.e.")
-        entries.append((Patch(color=colour, alpha=0.18, lw=0), label))
+    if has_bands(series):
+        entries.append((Patch(color=colour, alpha=0.18, lw=0), error_label(drawing)))
     return entries
+
+
+def has_bands(series: Sequence[Series]) -> bool:
+    """Returns whether a loss has an error band."""
+    return any(np.nanmax(s["loss_stderr"], initial=0.0) > 0 for s in series)
 
 
 def _noise(series: Series, column: str) -> float:
@@ -190,9 +202,15 @@ def _noise(series: Series, column: str) -> float:
 
 
 def _mark_gaps(axes: Axes, series: Sequence[Series], column: str, *, log: bool) -> list[str]:
-    """Marks values that are not finite at the upper edge, and values without a logarithm below."""
+    """Marks values that are not finite at the upper edge, and values without a logarithm below.
+
+    Where the loss has such a mark, other columns have none: a cross at the upper edge of a panel
+    of the accuracy looks like 100 %.
+
+    Returns:
+        Notes with the number of marked points.
+    """
     notes = []
-    prefix = "" if column == "loss" else f"{plain(column)}: "
     for upper in (True, False):
         counts = []
         crosses: Counter[float] = Counter()
@@ -200,6 +218,8 @@ def _mark_gaps(axes: Axes, series: Sequence[Series], column: str, *, log: bool) 
         for s in series:
             finite = drawable(s[column], log=False)
             missing = ~finite if upper else finite & ~drawable(s[column], log=log)
+            if column != "loss":
+                missing &= drawable(s["loss"], log=False)
             # Crosses of several curves at the same x form a column.
             depth = np.array([0.03 + 0.03 * (crosses[x] % _CROSSES) for x in s.x[missing]])
             crosses.update(s.x[missing].tolist())
@@ -215,11 +235,8 @@ def _mark_gaps(axes: Axes, series: Sequence[Series], column: str, *, log: bool) 
             )
             if upper and np.isfinite(s[column][missing]).any():
                 reason = "not finite or too large"
-            if column != "loss":
-                # The note on the loss already covers these points.
-                missing &= drawable(s["loss"], log=False)
             if number := int(missing.sum()):
                 counts.append((number, s.name))
         if counts:
-            notes.append(f"{prefix}{count_points(counts)} {reason}: not drawn (×)")
+            notes.append(f"{count_points(counts)}: {plain(column)} {reason} (×)")
     return notes

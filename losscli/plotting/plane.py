@@ -505,7 +505,7 @@ def _blank_notes(contours: Sequence[Contours]) -> list[str]:
             for number, other in drawn.blank
             if other == reason
         ]
-        notes.append(f"{count_points(counts)} {reason}: left blank (×)")
+        notes.append(f"{count_points(counts)}: loss {reason}, left blank (×)")
     return notes
 
 

@@ -63,6 +63,8 @@ __all__ = [
     "distinct_names",
     "drawable",
     "end_names",
+    "error_label",
+    "examples_notes",
     "extent",
     "format_number",
     "freeze",
@@ -489,6 +491,7 @@ class Numbers(Formatter):
 STEPS = [1, 2, 2.5, 5, 10]  # between ticks, up to powers of ten
 # Outside these bounds Matplotlib's axis computations overflow or underflow.
 LARGEST, SMALLEST = 1e200, 1e-200
+_MOST_NUMBERS = 6  # in a list
 _MOST_TICKS = 7  # about, on an axis that is linear around zero and logarithmic beyond
 _FEW_CHECKPOINTS = 5  # up to this many, an axis of checkpoints is linear
 _CROWDED = 0.2  # with half of the checkpoints in this part of a linear axis it is logarithmic
@@ -944,12 +947,11 @@ def drawable(values: NDArray[np.float64], *, log: bool) -> NDArray[np.bool_]:
 
 
 def count_points(counts: Sequence[tuple[int, str]]) -> str:
-    """Returns the subject of a sentence, such as ``3 points of train and 1 point of test are``."""
+    """Returns the beginning of a note, such as ``3 points of train and 1 point of test``."""
     if len(counts) > 4:
-        return f"{sum(number for number, _ in counts)} points of {len(counts)} curves are"
+        return f"{sum(number for number, _ in counts)} points of {len(counts)} curves"
     parts = [f"{number} point{'s' * (number > 1)} of {name}" for number, name in counts]
-    text = " and ".join([", ".join(parts[:-1]), parts[-1]] if parts[1:] else parts)
-    return f"{text} {'is' if [n for n, _ in counts] == [1] else 'are'}"
+    return " and ".join([", ".join(parts[:-1]), parts[-1]] if parts[1:] else parts)
 
 
 def name_split(runs: Sequence[Run[Summary]], split: str, drawing: Drawing) -> str:
@@ -959,18 +961,38 @@ def name_split(runs: Sequence[Run[Summary]], split: str, drawing: Drawing) -> st
 
 def _examples(runs: Sequence[Run[Summary]], split: str) -> str:
     """Returns ``(n = …)``: the examples of a split, or its batches; empty if runs differ."""
-    units = {"batches" in run.summary for run in runs}
-    batches = units == {True}
-    counts = [
-        run.summary.get("batches", {}) if batches else run.summary.get("examples", {})
-        for run in runs
-    ]
-    numbers = {count.get(split) for count in counts} if len(units) == 1 else set()
-    if len(numbers) != 1 or any("examples" in run.table.columns for run in runs):
+    numbers = {_number_of_examples(run, split) for run in runs}
+    number = numbers.pop() if len(numbers) == 1 else ""
+    return f" (n = {number})" if number else ""
+
+
+def _number_of_examples(run: Run[Summary], split: str) -> str:
+    """Returns the number of examples of a split, or of its batches; empty if unknown or varying."""
+    if "examples" in run.table.columns:
         return ""
-    number = numbers.pop()
-    unit = " batches" if batches else ""
-    return f" (n = {number}{unit})" if number else ""
+    if "batches" in run.summary:
+        number, unit = run.summary["batches"].get(split), " batches"
+    else:
+        number, unit = run.summary.get("examples", {}).get(split), ""
+    return f"{number}{unit}" if number else ""
+
+
+def error_label(drawing: Drawing) -> str:
+    """Returns the label of the error bands of curves."""
+    return drawing.words("± one standard error of each point", "± s.e.")
+
+
+def examples_notes(runs: Sequence[Run[Summary]], splits: Sequence[str]) -> list[str]:
+    """Returns a note for each split with numbers of examples that differ between runs."""
+    notes = []
+    for split in splits:
+        numbers = [number for run in runs if (number := _number_of_examples(run, split))]
+        if len(set(numbers)) > 1:
+            shown = numbers if len(numbers) <= _MOST_NUMBERS else list(dict.fromkeys(numbers))
+            more = len(shown) - _MOST_NUMBERS
+            listed = ", ".join(shown[:_MOST_NUMBERS]) + (f" and {more} more" if more > 0 else "")
+            notes.append(f"Numbers of examples of {plain(split)} differ: {listed}.")
+    return notes
 
 
 def add_title(figure: Figure, drawing: Drawing) -> None:

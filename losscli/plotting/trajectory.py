@@ -461,7 +461,10 @@ def _draw_surfaces(
     add_colour_bar(figure, panels, scale, label)
     notes = [
         *notes,
-        *(f"{count_points(counts)} {reason}: left blank (×)" for reason, counts in blank.items()),
+        *(
+            f"{count_points(counts)}: loss {reason}, left blank (×)"
+            for reason, counts in blank.items()
+        ),
         *[HIDDEN] * hidden,
         *limit_notes(drawing),
     ]

@@ -63,6 +63,9 @@ __all__ = [
 
 FIGURE_SUFFIXES = (*PICTURES, *ANIMATIONS, MESH)
 
+# The ends of the names of checkpoints that a run makes.
+_MADE = re.compile(r"\.(?:bend-[0-9]+|aligned)\.safetensors")
+
 # Non-ASCII characters. json escapes control characters itself; its own newlines are kept.
 _NON_ASCII = re.compile(r"[^\n -~]")
 
@@ -263,7 +266,7 @@ class Result(Generic[S_co]):
         force: bool = False,
         **drawing: Any,
     ) -> list[Path]:
-        """Writes the files that the command line writes; `losscli.load` reads them again.
+        """Writes the files that the command line writes; `losscli.load` reads the tables again.
 
         Args:
             stem: STEM of STEM.csv, STEM.json, STEM.NAME.csv of each further table and STEM.png.
@@ -295,9 +298,24 @@ class Result(Generic[S_co]):
                 len(self.table.metrics),
                 "Give no_figure=True",
             )
-        identity = self.summary.get("identity")
-        output.guard(None if identity is None else str(identity), self.command.further_tables)
-        return output.save(self.with_drawing(options), options)
+        own = self.summary.get("identity")
+        identity = None if own is None else str(own)
+        output.guard(identity, self.command.further_tables)
+        made = {
+            output.stem.with_name(output.stem.name + suffix): checkpoint
+            for suffix, checkpoint in self.checkpoints.items()
+        }
+        replaces = force or (identity is not None and output.is_of(identity))
+        for path in made:
+            check_writable(path, force=replaces)
+        try:
+            for path, checkpoint in made.items():
+                checkpoint.save(path, force=True)
+            return [*made, *output.save(self.with_drawing(options), options)]
+        except (OutputError, UsageError):
+            for path in () if replaces else made:
+                path.unlink(missing_ok=True)
+            raise
 
 
 def make_drawing(options: Mapping[str, Any]) -> Drawing:
@@ -712,7 +730,9 @@ class Output:
             OutputError: A file cannot be written. No file is changed then.
         """
         pictures = self.render(label_runs([result.run], drawing.label), result.draw, drawing)
-        old_tables = _read_object(self._file(".json")).get("tables")
+        old = _read_object(self._file(".json"))
+        new_checkpoints = result.summary.get("checkpoint_files", ())
+        old_tables, old_checkpoints = old.get("tables"), old.get("checkpoint_files")
         summary = f"{to_json(result.summary)}\n".encode()
         # The summary comes first: if the process is killed in between, it identifies the run. The
         # main table comes last: if it exists, the result is complete.
@@ -726,7 +746,10 @@ class Output:
             for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
                 leftover.unlink(missing_ok=True)
         replace_all(contents)
-        # Tables of an older run would be taken for tables of this run.
+        # Checkpoints and tables of an older run would be taken for those of this run.
+        for suffix in old_checkpoints if isinstance(old_checkpoints, list) else ():
+            if _MADE.fullmatch(str(suffix)) and suffix not in new_checkpoints:
+                self._file(str(suffix)).unlink(missing_ok=True)
         for name in old_tables if isinstance(old_tables, list) else ():
             if name in further_table_names() and name not in result.more:
                 self._file(f".{name}.csv").unlink(missing_ok=True)

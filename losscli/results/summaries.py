@@ -850,6 +850,7 @@ class ConnectSummary(Summary, total=False):
     path: ConnectPath
     training: PathTrainingSummary
     plane: ConnectPlane | None
+    checkpoint_files: list[str]
     splits: dict[str, ConnectSplit]
     endpoint_difference: float
 

@@ -371,8 +371,16 @@ class Barriers(Study):
         pairs = zip(placed, self.states, strict=True)
         notes = (integer_notes(self, point, weights) for point, weights in pairs)
         hints = (
-            batchnorm_notes(self, (a, b), partial(midpoint, a, b, self.moving))
-            for a, b in islice(pairwise(placed), 0 if self.repair else _HINTS)
+            batchnorm_notes(
+                self,
+                (a, b),
+                partial(midpoint, a, b, self.moving),
+                f"halfway between {one} and {other}",
+            )
+            for (one, a), (other, b) in islice(
+                pairwise(zip(self.problem.names, placed, strict=True)),
+                0 if self.repair else _HINTS,
+            )
         )
         found = [*next(filter(None, notes), []), *spectral_notes(self)]
         return difference, [*found, *next(filter(None, hints), [])]

@@ -253,7 +253,7 @@ class Study(ABC):
 
 
 def count(number: int, thing: str) -> str:
-    """Counts things in kept_values.
+    """Counts things in words.
 
     Args:
         number: How many.

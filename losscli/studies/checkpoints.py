@@ -147,10 +147,12 @@ class Checkpoints:
         if wrong:
             wrong = list(dict.fromkeys(wrong))
             more = f" | and {len(wrong) - _MAX_REASONS} more" if len(wrong) > _MAX_REASONS else ""
+            source = self._found.source
+            where = f" ({source})" if source not in {"", "--model"} else ""
             raise MismatchError(
                 " | ".join(wrong[:_MAX_REASONS]) + more,
                 (cures[0] if all(cures) else "")
-                or f"The model is {self._found.text}; choose with -m"
+                or f"The model is {self._found.text}{where}; choose with -m"
                 + (f", or give {options[0]}" if options[0] else ""),
             )
         assert first is not None

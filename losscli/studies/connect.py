@@ -7,7 +7,6 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from pathlib import Path as FilePath
 from typing import Any, get_args
 
 from losscli.checkpoint import Checkpoint, CheckpointLike, name_checkpoint
@@ -23,7 +22,7 @@ from losscli.evaluation.sweep import check, sweep, sweep_plain
 from losscli.evaluation.tasks import ALONE, Execution
 from losscli.progress import report_to
 from losscli.registry import COMMANDS
-from losscli.results.result import Result, check_writable, stem_of
+from losscli.results.result import Result
 from losscli.results.summaries import (
     ConnectPlane,
     ConnectSplit,
@@ -31,15 +30,15 @@ from losscli.results.summaries import (
     CostEstimate,
     Description,
 )
-from losscli.settings import PathLike, Progress, Settings, checked
+from losscli.settings import Progress, Settings, checked
 from losscli.studies import alignment
 from losscli.studies.base import Study
+from losscli.studies.export import BendOf
 from losscli.studies.line_curve import LineCurve
 from losscli.studies.notes import general_notes, integer_notes, seed_notes, storage_notes
 from losscli.studies.plane_layout import with_margin
 from losscli.studies.problem import counted, prepare, require_finite
 from losscli.studies.verification import (
-    check_gradient_settings,
     differentiable_parameters,
     made_checkpoint,
     verify_fresh_model,
@@ -54,6 +53,8 @@ __all__ = ["Connect", "ConnectResult", "connect"]
 
 # Values of each coordinate of the plane, as `losscli plane` has them.
 _PLANE_POINTS = 31
+
+_MOST_BENDS = 100
 
 # Weights that are moved by more leave the range of float32.
 _LARGEST_RATE = 1e30
@@ -86,26 +87,6 @@ class ConnectResult(Result[ConnectSummary]):
         made = [*self.bends, *filter(None, [self.aligned])]
         suffixes = _suffixes(len(self.bends), aligned=self.aligned is not None)
         return dict(zip(suffixes, made, strict=True))
-
-    def save(self, stem: PathLike, *, force: bool = False, **options: Any) -> list[FilePath]:
-        """Writes STEM.bend-1.safetensors, …, and what every result writes.
-
-        Args:
-            stem: STEM.
-            force: Whether files may be overwritten.
-            **options: Those of `Result.save`.
-
-        Returns:
-            The files.
-        """
-        path = stem_of(str(stem))
-        files = {path.with_name(path.name + s): bend for s, bend in self.checkpoints.items()}
-        for file in files:
-            check_writable(file, force=force)
-        written = super().save(stem, force=force, **options)
-        for file, bend in files.items():
-            bend.save(file, force=force)
-        return [*files, *written]
 
 
 def _suffixes(bends: int, *, aligned: bool) -> list[str]:
@@ -224,6 +205,8 @@ class Connect(Study):
         begun = time.perf_counter()
         if kind not in get_args(PathKind):
             raise UsageError(f"--kind {kind} is not known", "Give bezier or chain")
+        if bends > _MOST_BENDS:
+            raise UsageError(f"--bends {bends} is above {_MOST_BENDS}", "Give fewer")
         for option, value in (("bends", bends), ("steps", steps), ("minibatch", minibatch)):
             if value < 1:
                 raise UsageError(f"--{option} {value} trains nothing", "Give 1 or more")
@@ -232,7 +215,11 @@ class Connect(Study):
                 f"--learning-rate {learning_rate:g} is not above 0 and below {_LARGEST_RATE:g}",
                 "Give 0.01",
             )
-        check_gradient_settings(settings, "connect")
+        if settings.sampling_error is not None:
+            raise UsageError(
+                "connect evaluates all examples, without --sampling-error",
+                "Leave it out, or give --limit",
+            )
         ts = tuple(grid(points, 0.0, 1.0, include=(0.0, 1.0)))
         aligned = None
         if align:
@@ -260,6 +247,11 @@ class Connect(Study):
             )
         assert problem.training is not None
         training = len(problem.training.examples)
+        if problem.objective.batchnorm and min(minibatch, training) < 2:
+            raise UsageError(
+                "BatchNorm has no variance in a minibatch of one example",
+                "Give a larger --minibatch",
+            )
         return cls(
             *(problem, problem.moving, begun, start, end, kind, bends, steps, learning_rate),
             1 if problem.objective.batch_loss else min(minibatch, training),
@@ -384,6 +376,7 @@ class Connect(Study):
             **self.origin(),
             **self._described(curve, trained),
             "plane": plane,
+            "checkpoint_files": [*self.checkpoint_suffixes],
             "tables": ["plane"] if plane_table else [],
             **counted(objective, examples),
             "splits": {name: self._split(name, found) for name in examples},
@@ -540,7 +533,15 @@ class Connect(Study):
         weights = recalibrated(problem.objective, {**self.start, **bend})
         stored = {name: tensor.to(self.start[name].dtype) for name, tensor in weights.items()}
         names = " and ".join(problem.names)
-        return made_checkpoint(problem, f"bend {k} between {names}", {**stored, **bend})
+        made = made_checkpoint(problem, f"bend {k} between {names}", {**stored, **bend})
+        described = BendOf(
+            self.kind,
+            k,
+            self.bends,
+            [str(entry["sha256"]) for entry in problem.provenance["checkpoints"]],
+            sorted(self.moving),
+        )
+        return replace(made, metadata={**made.metadata, BendOf.key: described.to_json()})
 
     def _notes(self) -> list[str]:
         """Notes on the training examples and the minibatches."""

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, ClassVar, Self, overload
 
 import torch
 from torch import Tensor
@@ -183,12 +184,81 @@ def export(
             )
         if not 0 <= t <= 1:
             raise UsageError(f"t = {t:g} is not on the path", "Give a number from 0 to 1")
-        return average_checkpoints(names, path_coefficients(kind, len(names), t))
+        return _point_of_path(names, t, kind)
     if b is None or alpha is None:
         raise UsageError(
             "export needs two checkpoints and alpha, or a list of them and weights or t"
         )
     return _point_of_line(name_checkpoint(a, "A"), name_checkpoint(b, "B"), alpha, summary)
+
+
+@dataclass(frozen=True)
+class BendOf:
+    """What the metadata of a bend, under the ``key``, say of its path.
+
+    Attributes:
+        kind: The kind of the path.
+        number: The number of the bend, from 1.
+        bends: The number of bends of the path.
+        ends: The SHA-256 of A and of B.
+        moving: The tensors that move along the path.
+    """
+
+    key: ClassVar[str] = "losscli.path"
+
+    kind: str
+    number: int
+    bends: int
+    ends: Sequence[str]
+    moving: Sequence[str]
+
+    def to_json(self) -> str:
+        """Returns the text for the metadata."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def read(cls, checkpoint: Checkpoint) -> Self | None:
+        """Reads the metadata of a checkpoint; None if it is no bend, or says so in another form."""
+        try:
+            return cls(**json.loads(checkpoint.metadata[cls.key]))
+        except (KeyError, TypeError, ValueError):
+            return None
+
+
+def _point_of_path(names: Sequence[str], t: float, kind: PathKind) -> Checkpoint:
+    """Makes the point of a path; what does not move along it is that of the bend."""
+    bends = [(name, read(name).select(None)) for name in names[1:-1]]
+    described = [(name, bend, BendOf.read(bend)) for name, bend in bends]
+    for k, (name, _, found) in enumerate(described, start=1):
+        if found is None:
+            continue
+        if (found.number, found.bends) != (k, len(bends)):
+            raise MismatchError(
+                f"{name} is bend {found.number} of {found.bends} of its path, and is given as bend "
+                f"{k} of {len(bends)}",
+                "Give all bends of one path in their order",
+            )
+        if found.kind != kind:
+            raise MismatchError(
+                f"{name} is a bend of another kind of path", f"Give --kind {found.kind}"
+            )
+        for end, digest in zip((names[0], names[-1]), found.ends, strict=True):
+            if read(end).select(None).sha256() != digest:
+                raise MismatchError(
+                    f"{end} is not an end of the path of {name}",
+                    "Give A, or the aligned B if B was aligned, as in the JSON of the path",
+                )
+    point = average_checkpoints(names, path_coefficients(kind, len(names), t))
+    _, bend, found = described[0]
+    if found is None:
+        return point
+    moving = set(found.moving)
+    still = {n: tensor for n, tensor in bend.weights.items() if n not in moving}
+    fixed = {
+        n: next((x for own, x in still.items() if n == own or n.endswith(f".{own}")), tensor)
+        for n, tensor in point.weights.items()
+    }
+    return replace(point, weights=fixed)
 
 
 def parse_weights(text: str, number: int) -> tuple[float, ...]:

@@ -26,6 +26,7 @@ from losscli.evaluation.strategy_choice import choose_strategy
 from losscli.evaluation.sweep import check, sweep, sweep_plain
 from losscli.evaluation.tasks import ALONE, Execution
 from losscli.registry import COMMANDS
+from losscli.results.places import places_not_finite
 from losscli.results.result import Result
 from losscli.results.summaries import (
     BlockSummary,
@@ -332,6 +333,7 @@ class Interpolation(Study):
                     self,
                     (self.start, self.end),
                     lambda: midpoint(self.start, self.end, self.moving),
+                    "at α = 0.5",
                 )
             for block in self.blocks:
                 difference = max(difference, self._verify_block(block))
@@ -377,7 +379,7 @@ class Interpolation(Study):
             "endpoint_difference": difference,
             "notes": [
                 *stays,
-                *self._notes(splits, blocks),
+                *self._notes(splits, blocks, table),
                 *sampling_notes(self, examples),
                 *seed_notes(self, table),
                 *self._refinement_notes(again, exhausted=exhausted),
@@ -552,7 +554,7 @@ class Interpolation(Study):
                     own = float(curve.losses[int(alpha)].mean(dtype=np.float64))
                     if not math.isclose(loss, own, rel_tol=1e-3) and math.isfinite(own):
                         there = f"the line of --context has the loss {loss:.4g} at α = {alpha:g}"
-                        doubt = "is it of the same checkpoints and data?"
+                        doubt = "is it of the same checkpoints, data and --limit?"
                         return [f"{there}, and this one {own:.4g}: {doubt}"]
         return []
 
@@ -566,7 +568,10 @@ class Interpolation(Study):
         return f"{kept}'s", f"the end {other} of the line is not the checkpoint {other}"
 
     def _notes(
-        self, splits: Mapping[str, LineSplit], blocks: Mapping[str, BlockSummary]
+        self,
+        splits: Mapping[str, LineSplit],
+        blocks: Mapping[str, BlockSummary],
+        table: Table,
     ) -> list[str]:
         notes = []
         if not self.moving:
@@ -580,9 +585,11 @@ class Interpolation(Study):
         for name, split in splits.items():
             if split["not_finite"]:
                 number = split["not_finite"]
+                rows = table.where("split", name)
+                where = places_not_finite(rows.floats("alpha"), rows.floats("loss"))
                 notes.append(
                     f"{count(number, 'point')} of {name} {'have' if number > 1 else 'has'} a loss "
-                    "that is not finite"
+                    f"that is not finite: {where}"
                 )
         for name in splits:
             wrong = [b for b, found in blocks.items() if found["splits"][name]["not_finite"]]

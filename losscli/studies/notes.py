@@ -232,7 +232,7 @@ def spectral_notes(study: Study) -> list[str]:
 
 
 def batchnorm_notes(
-    study: Study, ends: Iterable[Weights], between: Callable[[], Weights]
+    study: Study, ends: Iterable[Weights], between: Callable[[], Weights], where: str
 ) -> list[str]:
     """Notes on BatchNorm's statistics that move along with the parameters.
 
@@ -244,6 +244,7 @@ def batchnorm_notes(
         study: The study.
         ends: All tensors of checkpoints.
         between: Makes all tensors of a point between them.
+        where: Where this point is, for example ``at α = 0.5``.
 
     Returns:
         The notes, where the statistics change the loss between the checkpoints, and less at
@@ -273,7 +274,7 @@ def batchnorm_notes(
     if math.isfinite(there) and _gap(moved, there) > max(2 * chance, _MATTERS * abs(there)):
         note = (
             "between the checkpoints BatchNorm's statistics are not those of the data: the "
-            f"loss of a first batch of {name} is {moved:.4g}, and {there:.4g} with the "
+            f"loss of a first batch of {name} {where} is {moved:.4g}, and {there:.4g} with the "
             "statistics of that batch; --buffers recalibrate re-estimates them"
         )
         return [note]
@@ -304,7 +305,7 @@ def variance_notes(study: Study, extremes: Iterable[Weights]) -> list[str]:
             batchnorm = study.problem.objective.batchnorm
             cure = ", and --buffers recalibrate re-estimates BatchNorm's" if batchnorm else ""
             note = (
-                f"beyond the checkpoints {below} falls below 0, which a variance cannot: "
+                f"beyond the checkpoints {below} becomes negative, impossible for a variance: "
                 f"--buffers b keeps {whose} statistics at every point{cure}"
             )
             return [note]

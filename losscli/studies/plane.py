@@ -305,6 +305,7 @@ class Plane(Study):
                     self,
                     problem.places(range(len(problem.names))),
                     lambda: self._at(layout, (middle[0], middle[1])),
+                    f"at ({middle[0]:.4g}, {middle[1]:.4g})",
                 ),
             ]
             found = self.evaluate(

@@ -15,7 +15,7 @@ from losscli.models import RUNS_CODE
 from losscli.results.summaries import FirstBatch, ProjectSummary
 from losscli.settings import Settings
 from losscli.spec import Spec, expand_toml
-from losscli.studies.config import Config, config_line, needs_trust, texts_of
+from losscli.studies.config import FILE_NAME, Config, config_line, needs_trust, texts_of
 from losscli.studies.problem import prepare
 from losscli.studies.specs import find_specs
 from losscli.weight_space.vectors import Weights, dimension
@@ -74,7 +74,7 @@ def try_config(config: Config, checkpoint: str, settings: Settings) -> ProjectSu
             _next(names, checkpoint, base, provenance["model"]),
             *_options(settings),
         ]),
-        "notes": [*problem.notes, *unused],
+        "notes": [*problem.notes, *unused, *_not_stored(settings)],
     }
 
 
@@ -138,6 +138,14 @@ def _next(names: Sequence[str], checkpoint: str, base: str | None, model: str) -
     elif len(names) == 1:
         first = "init:0"
     return f"losscli interpolate {shlex.quote(first)} {shlex.quote(last)}"
+
+
+def _not_stored(settings: Settings) -> Iterator[str]:
+    """Yields a note on options that shape the results and that the file does not have."""
+    options = dict.fromkeys(option.partition(" ")[0] for option in _options(settings))
+    if names := [name for name in options if name != "--trust"]:
+        pronoun = "it" if len(names) == 1 else "them"
+        yield f"{FILE_NAME} does not store {', '.join(names)}: give {pronoun} to each command"
 
 
 def _options(settings: Settings) -> Iterator[str]:

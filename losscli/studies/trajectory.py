@@ -228,7 +228,10 @@ class Trajectory(Study):
         notes = [*integer_notes(self, last, weights), *spectral_notes(self)]
         if self.offsets:
             notes += batchnorm_notes(
-                self, (first, last), lambda: midpoint(first, last, self.moving)
+                self,
+                (first, last),
+                lambda: midpoint(first, last, self.moving),
+                "halfway between the first and the last checkpoint",
             )
         return difference, notes
 

@@ -28,7 +28,7 @@ def _works(found: Mapping[str, Any]) -> dict[str, str]:
     works = {
         "mlp": "MLP 784-512-512-10, 10,000 examples, 51 points",
         "plane": "plane of 7 × 7 points, the same MLP and examples",
-        "ribbon": "ribbon of 7 steps and 7 points across, the same",
+        "ribbon": "surface of a trajectory, 7 steps and 7 points across, the same",
         "resnet20": (f"ResNet-20, {size['examples']:,} images of 32×32, {size['points']} points"),
         "gpt2": "GPT-2 of 124 M parameters, 64 × 1,024 tokens, 11 points",
     }

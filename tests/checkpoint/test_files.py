@@ -447,7 +447,11 @@ def test_a_missing_file_is_reported_with_the_folder_that_was_searched(tmp_path: 
 
 
 def test_a_folder_is_not_a_file(tmp_path: Path) -> None:
-    assert refusal(tmp_path) == f"{tmp_path} is a folder, not a checkpoint file. Name a file in it"
+    said = f"{tmp_path} is a folder, not a checkpoint file. Name a file in it"
+    assert refusal(tmp_path) == said
+    for name in ("step9.pt", "step89.pt", "log.txt", ".step100.pt"):
+        (tmp_path / name).touch()
+    assert refusal(tmp_path) == f"{said}, such as {tmp_path}/step89.pt"
     assert "is a folder" in refusal(f"{tmp_path}#ema")
 
 

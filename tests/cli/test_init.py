@@ -116,6 +116,10 @@ def test_the_loss_of_the_first_batch_is_that_of_a_plain_loop(
         "losscli interpolate init:0 runs/step-2.pt --limit 300 --batch-size 70 --trust"
     )
     assert (told["command"], told["needs_trust"]) == ("init", True)
+    note = "losscli.toml does not store --limit, --batch-size: give them to each command"
+    assert note in told["notes"]
+    done = losscli("init", "runs/step-2.pt", *OWN, "--limit", 300, "--trust", "--force")
+    assert "losscli.toml does not store --limit: give it to each command\n" in done.stderr
 
 
 def test_an_objective_is_written_and_tried(project: Path, losscli: Losscli) -> None:

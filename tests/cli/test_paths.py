@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 import subprocess
 from pathlib import Path
 
@@ -67,7 +68,10 @@ def test_trajectory_writes_path_surface_and_walk(
     assert summary["tables"] == ["surface", "walk"]
     assert len(summary["checkpoints"]) == 6
     assert summary["path"]["walked"] > summary["path"]["length"] > 0
-    assert "farthest off" in done.stdout
+    far = summary["path"]["farthest"]["step"]
+    assert f"‖d‖, at checkpoint {far} of 5 ({path[far]}), where p = " in done.stdout
+    low = summary["splits"]["train"]["lowest"]["step"]
+    assert re.search(rf"lowest seen .* at checkpoint {low} of 5 \({path[low]}\)\n", done.stdout)
 
 
 def test_names_come_from_stdin_in_their_order(folder: Path, path: list[str], at_hand: Path) -> None:

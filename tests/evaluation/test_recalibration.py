@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -718,12 +719,21 @@ STUDIES = [
 ]
 
 
+WHERE = {
+    "interpolate": r"at α = 0\.5",
+    "barriers": r"halfway between \S+/0\.pt and \S+/1\.pt",
+    "trajectory": "halfway between the first and the last checkpoint",
+    "plane": r"at \(\S+, \S+\)",
+}
+
+
 @pytest.mark.parametrize(("name", "number", "more"), STUDIES)
 def test_where_statistics_matter_the_cure_is_named_once(
     name: str, number: int, more: dict[str, Any], tmp_path: Path
 ) -> None:
     states = with_statistics(PLAIN["residual"], *range(1, number + 1))
     (hint,) = hints(name, states, tmp_path, **more)
+    assert re.search(rf": the loss of a first batch of train {WHERE[name]} is [0-9]", hint), hint
     assert hint.endswith("; --buffers recalibrate re-estimates them")
     for buffers in ("a", "recalibrate"):
         assert not hints(name, states, tmp_path, **more, buffers=buffers)
@@ -763,7 +773,7 @@ def test_the_loss_of_the_hint_is_that_of_a_plain_loop(tmp_path: Path) -> None:
         oracle.mean(oracle.losses(case.build, state, case.inputs, case.targets, case.per_example))
         for state in (middle, estimates(case, middle, [torch.arange(N)]))
     ]
-    assert f"is {expected[0]:.4g}, and {expected[1]:.4g} with" in hint
+    assert f" at α = 0.5 is {expected[0]:.4g}, and {expected[1]:.4g} with" in hint
 
 
 def test_a_network_without_batchnorm_gets_no_hint(folder: Path, losscli: Losscli) -> None:

@@ -94,6 +94,24 @@ def test_golden(name: str) -> None:
     check_golden(name, PICTURES[name]())
 
 
+def test_the_legend_has_the_eigenvalues_of_a_single_checkpoint() -> None:
+    found = [
+        {"direction": "v1", "eigenvalue": 4.4159, "error": 1e-4, "converged": True},
+        {"direction": "vn", "eigenvalue": None, "error": None, "converged": False},
+    ]
+    for names, along in (
+        (["a.pt"], ["along v1 (λ = 4.42)", "along vn"]),
+        # A line style stands for the same direction from all checkpoints.
+        (["a.pt", "b.pt"], ["along v1", "along vn"]),
+    ):
+        drawn = run(names, directions=("v1", "vn"), coefficients=BOTH)
+        drawn.summary["derivatives"] = dict.fromkeys(names, found)
+        assert [text for text in legend(draw_around([drawn])) if "along" in text] == along
+    drawn = run(directions=("gradient",), coefficients=BOTH)
+    drawn.summary["derivatives"] = {"a.pt": [{"direction": "gradient", "gradient_norm": 0.2}]}
+    assert "along gradient" in legend(draw_around([drawn]))
+
+
 def lines(axes: Axes, width: float) -> list[Line2D]:
     return [
         line for line in axes.lines if line.get_linewidth() == width and line.get_ls() != "None"
@@ -171,7 +189,11 @@ def test_directions_with_names_have_line_styles_and_errors() -> None:
     figure = draw_around([run(directions=("v1", "v2", "vn"), coefficients=BOTH)])
     found = legend(figure)
     styles = ["along v1", "along v2", "along vn"]
-    assert sorted(found[1:]) == [*styles, "radius of the basin", "± one standard error"]
+    assert sorted(found[1:]) == [
+        *styles,
+        "radius of the basin",
+        "± one standard error of each point",
+    ]
     assert "negative: in the opposite direction" in figure.axes[0].get_xlabel()
     curves = [line for line in figure.axes[0].lines if len(line.get_xdata()) == 21]
     assert len({str(line._unscaled_dash_pattern) for line in curves}) == 3
@@ -199,7 +221,7 @@ def test_values_that_are_not_finite_are_left_out_with_a_note() -> None:
 
     figure = draw_around([run(height=height)])
     said = " ".join(texts(figure)).replace("\n", " ")
-    assert "2 points of the mean of a.pt, train are not finite: not drawn (×)" in said
+    assert "2 points of the mean of a.pt, train: loss not finite (×)" in said
     thin = lines(figure.axes[0], 0.7)[0]
     assert np.isnan(thin.get_ydata()).sum() == len(RANDOM) + 2
 

@@ -425,8 +425,8 @@ def test_what_is_not_finite_is_blank_and_counted() -> None:
 
     figure = draw_check(run(11, ("train",), row))
     said = sentence(figure)
-    assert "2 points of train are not finite: not drawn (×)" in said
-    assert "λₘᵢₙ: 1 point of train is not finite: not drawn (×)" in said
+    assert "2 points of train: loss not finite (×)" in said
+    assert "1 point of train: λₘᵢₙ not finite (×)" in said
     assert "λₘₐₓ" not in said.split("Verdicts")[0]
     (line,) = lines(panel(figure, "loss"))
     assert np.isnan(np.asarray(line.get_ydata(), dtype=np.float64)).sum() == 2
@@ -436,7 +436,7 @@ def test_what_is_not_finite_is_blank_and_counted() -> None:
 
 def test_a_gradient_norm_of_zero_has_no_logarithm() -> None:
     figure = draw_check(run(3, ("train",), lambda t, s: (1.0, 0.0, 1.0, 0, 2.0, 0, 1.0, "minimum")))
-    assert "gradient norm: 3 points of train are not above 0: not drawn (×)" in sentence(figure)
+    assert "3 points of train: gradient norm not above 0 (×)" in sentence(figure)
 
 
 @pytest.mark.parametrize("checkpoints", [1, 12])
@@ -445,7 +445,7 @@ def test_escape_shows_the_checkpoint_and_its_gain(checkpoints: int) -> None:
     figure = draw_check(drawn)
     (axes,) = [a for a in figure.axes if a.get_xlabel().startswith("distance")]
     assert axes.get_xlabel() == "distance along the most negative curvature (λ = −0.12)"
-    assert axes.get_title("left") == f"Around runs/{checkpoints - 1}.pt: loss on test"
+    assert axes.get_title("left") == f"runs/{checkpoints - 1}.pt, test: saddle"
     rings = [line for line in axes.get_lines() if line.get_marker() == "o"]
     (start,) = [ring for ring in rings if len(np.asarray(ring.get_xdata()))]
     (lowest,) = [line for line in axes.get_lines() if line.get_marker() == "D"]
@@ -459,7 +459,7 @@ def test_escape_shows_the_checkpoint_and_its_gain(checkpoints: int) -> None:
     )
     assert f"the checkpoint  runs/{checkpoints - 1}.pt" in legend(figure)
     assert "lowest: 0.016 at distance −3, a gain of 0.324" in legend(figure)
-    assert "± one standard error" in legend(figure)
+    assert "± one standard error of each point" in legend(figure)
     # The losses are those of the second split.
     (curve,) = lines(axes)
     assert curve.get_linestyle() == "--"
@@ -470,6 +470,40 @@ def test_escape_shows_the_checkpoint_and_its_gain(checkpoints: int) -> None:
             if a.get_color() != "#0072B2" and a.get_marker() == "o"
         ]
         assert [*np.asarray(ring.get_xdata())] == [11]
+
+
+@pytest.mark.parametrize("verdict", ["not critical", "saddle", "minimum", "undecided", ""])
+@pytest.mark.parametrize("eigenvalues", [0, 30])
+@pytest.mark.parametrize("escape", [True, False])
+def test_verdict_is_in_the_title_and_only_a_saddle_has_its_sentence(
+    verdict: str, eigenvalues: int, escape: bool
+) -> None:
+    drawn = run(
+        1,
+        ("train",),
+        lambda t, s: (0.34, 0.185, -0.12, 0.01, 4.0, 0.1, None, verdict),
+        escape=escape,
+        eigenvalues=eigenvalues,
+    )
+    figure = draw_check(drawn)
+    said = {"not critical": ": not critical (‖∇L‖ = 0.185)", "": ""}.get(verdict, f": {verdict}")
+    assert figure.axes[0 if not escape else -1].get_title("left") == f"runs/0.pt, train{said}"
+    assert legend(figure)[0] == f"train: {verdict}".removesuffix(": ")
+    assert ("At a saddle the loss decreases" in sentence(figure)) == (verdict == "saddle")
+    curve = "The curve is the loss along the eigenvector of λₘᵢₙ."
+    assert (curve in sentence(figure)) == (escape and verdict != "saddle")
+
+
+@pytest.mark.parametrize("checkpoints", [1, 9])
+@pytest.mark.parametrize(("error", "visible"), [(0.0, False), (1e-4, False), (0.5, True)])
+def test_note_on_error_bars_appears_if_they_are_visible(
+    checkpoints: int, error: float, visible: bool
+) -> None:
+    def row(t: float, split: str) -> tuple[Cell, ...]:
+        return (0.3, 1e-4, -1.0 - t, error, 4.0 - t, error, None, "saddle")
+
+    said = sentence(draw_check(run(checkpoints, ("train",), row)))
+    assert ("Each bar around λ contains an eigenvalue" in said) == visible
 
 
 def test_the_gain_has_the_error_of_the_summary_where_it_is_of_that_point() -> None:
@@ -492,7 +526,7 @@ def test_an_escape_that_gains_nothing_says_so() -> None:
         figure
     )
     assert "gain" not in " ".join(legend(figure))
-    assert "± one standard error" not in legend(figure)
+    assert "± one standard error of each point" not in legend(figure)
     assert figure.axes[-1].get_xlabel() == "distance along the smallest curvature (λ = 0.5)"
     nowhere = replace(drawn, more={"escape": up}, summary={**drawn.summary, "escape": None})
     assert draw_check(nowhere).axes[-1].get_xlabel().endswith("curvature")
@@ -522,7 +556,7 @@ def test_one_checkpoint_is_told_in_words_and_drawn_as_a_row_a_split() -> None:
     assert [t.get_text() for t in axes.get_yticklabels()] == ["train", "test"]
     assert {"λₘₐₓ = 42.5 ± 0.2", "λₘᵢₙ = −0.0997 ± 0.06"} <= set(texts(figure))
     assert "train: loss 0.0355, gradient norm 7.09×10⁻⁴." in sentence(figure)
-    assert set(legend(figure)) == {"train", "test", "train: minimum", "test: saddle"}
+    assert set(legend(figure)) == {"train: minimum", "test: saddle"}
     zeros = [line for line in axes.get_lines() if [*np.asarray(line.get_xdata())] == [0, 0]]
     assert len(zeros) == 1
 
@@ -758,9 +792,10 @@ def test_of_many_blocks_some_are_named() -> None:
     assert len(axes.get_yticks()) == 40
 
 
+@pytest.mark.parametrize("size", ["full", "paper"])
 @pytest.mark.parametrize("eigenvalues", [0, 30])
-def test_a_small_legend_has_no_mark_that_is_not_in_the_picture(eigenvalues: int) -> None:
-    figure = draw_check(run(1, escape=True, eigenvalues=eigenvalues), Drawing(size="paper"))
+def test_a_legend_has_no_mark_that_is_not_in_the_picture(eigenvalues: int, size: str) -> None:
+    figure = draw_check(run(1, escape=True, eigenvalues=eigenvalues), Drawing(size=size))
     drawn = {line.get_marker() for axes in figure.axes for line in axes.get_lines()}
     handles = figure.legends[0].legend_handles
     shown = {handle.get_marker() for handle in handles if isinstance(handle, Line2D)}

@@ -156,8 +156,9 @@ def texts(figure: Figure) -> list[str]:
 
 
 def note(figure: Figure) -> str:
-    """The sentences below the panels, above the legend."""
-    return "\n".join(box.get_title().get_text() for box in figure.legends[-1:])
+    """The sentences below the panels, above the legend, without the last one on error bands."""
+    found = "\n".join(box.get_title().get_text() for box in figure.legends[-1:])
+    return found.partition("Differences between points")[0].rstrip("\n")
 
 
 def runs(axes: Axes) -> list[Line2D]:
@@ -288,9 +289,21 @@ def test_losses_that_are_not_finite_are_gaps() -> None:
     assert 0 < low < 0.5
     assert 2 < high < 3
     assert marked(figure.axes[0], "x") == [0.25, 0.75, 1.5]
-    assert note(figure) == "3 points of train are not finite: not drawn (×)"
+    assert note(figure) == "3 points of train: loss not finite (×)"
     one = draw_interpolation([curve([(0.0, 2.0), (0.5, NAN), (1.0, 0.5)])])
-    assert note(one) == "1 point of train is not finite: not drawn (×)"
+    assert note(one) == "1 point of train: loss not finite (×)"
+
+
+def test_metrics_have_no_cross_where_the_loss_is_not_finite() -> None:
+    points = [(0.0, 2.0), (0.25, NAN), (0.5, 1.0), (0.75, math.inf), (1.0, 0.5)]
+    figure = draw_interpolation([curve(points, accuracy=[0.5, NAN, NAN, NAN, 0.9])])
+    loss, accuracy = figure.axes
+    assert marked(loss, "x") == [0.25, 0.75]
+    assert marked(accuracy, "x") == [0.5]
+    assert note(figure).splitlines() == [
+        "2 points of train: loss not finite (×)",
+        "1 point of train: accuracy not finite (×)",
+    ]
 
 
 def test_points_between_gaps_are_seen() -> None:
@@ -311,6 +324,21 @@ def test_nothing_is_clipped() -> None:
     assert note(draw_interpolation([curve()])) == ""
 
 
+@pytest.mark.parametrize(
+    ("low", "high", "said"),
+    [
+        (2.303, 2.308, "The loss varies by only 0.22%, from 2.303 to 2.308"),
+        (-2.0001, -2.0, "The loss varies by only 0.005%, from −2.0001 to −2"),
+        (1.0, 1.011, ""),
+        (1.0, 1.0 + 1e-9, ""),
+        (3.0, 3.0, ""),
+    ],
+)
+def test_a_nearly_flat_curve_has_a_note(low: float, high: float, said: str) -> None:
+    figure = draw_interpolation([curve([(0.0, high), (0.5, low), (1.0, high)], stderr=None)])
+    assert note(figure) == said
+
+
 def test_band_is_one_standard_error() -> None:
     figure = draw_interpolation([curve(stderr=0.25)])
     axes = figure.axes[0]
@@ -319,9 +347,15 @@ def test_band_is_one_standard_error() -> None:
     assert {(0.0, 2.25), (0.0, 1.75), (0.5, 1.25), (0.5, 0.75), (1.0, 0.75), (1.0, 0.25)} == corners
     assert axes.get_ylim()[0] < 0.25
     assert axes.get_ylim()[1] > 2.25
-    assert "± one standard error" in legend(figure)
+    label, paired = "± one standard error of each point", "Differences between points are known"
+    assert label in legend(figure)
+    assert paired in " ".join(texts(figure))
+    small = draw_interpolation([curve(stderr=0.25)], Drawing(size="paper"))
+    assert "± s.e." in legend(small)
+    assert paired not in " ".join(texts(small))
     without = draw_interpolation([curve(stderr=None)])
-    assert "± one standard error" not in legend(without)
+    assert label not in legend(without)
+    assert paired not in " ".join(texts(without))
 
 
 def test_log_axis() -> None:
@@ -335,8 +369,8 @@ def test_log_axis() -> None:
     assert 0.1 < axes.get_ylim()[0] < 0.5
     assert axes.get_ylim()[1] > 201
     assert note(figure).splitlines() == [
-        "1 point of train is not finite: not drawn (×)",
-        "2 points of train are not above 0: not drawn (×)",
+        "1 point of train: loss not finite (×)",
+        "2 points of train: loss not above 0 (×)",
     ]
     # The lowest loss of all is among those that are not drawn.
     assert marked(axes, "D") == []
@@ -512,7 +546,7 @@ def test_metrics_have_panels_of_their_own() -> None:
     assert perplexity.get_yscale() == "log"
     assert len(runs(accuracy)) == 1
     # The run without these columns does not count as missing.
-    assert note(figure) == "perplexity: 1 point of run 1, train is not finite: not drawn (×)"
+    assert note(figure) == "1 point of run 1, train: perplexity not finite (×)"
 
 
 @pytest.mark.parametrize(
@@ -560,6 +594,20 @@ def test_sampled_runs_do_not_claim_a_number_of_examples() -> None:
     summary = {"examples": {"train": 9}}
     assert "train" in legend(draw_interpolation([Run(sampled.table, summary)]))
     assert "train (n = 9)" in legend(draw_interpolation([Run(curve().table, summary)]))
+
+
+def test_numbers_of_examples_that_differ_are_in_a_note() -> None:
+    def runs_of(*numbers: int | None) -> list[Run]:
+        return [Run(curve().table, {"examples": {"train": n}} if n else {}) for n in numbers]
+
+    figure = draw_interpolation(runs_of(8000, 2000, None, 2000))
+    assert "Numbers of examples of train differ: 8000, 2000, 2000." in note(figure)
+    many = draw_interpolation(runs_of(*range(1, 10)))
+    assert "train differ: 1, 2, 3, 4, 5, 6 and 3 more." in note(many)
+    assert "differ" not in note(draw_interpolation(runs_of(2000, 2000, None)))
+    batches = Run(curve().table, {"batches": {"train": 12}})
+    mixed = draw_interpolation([*runs_of(12), batches])
+    assert "Numbers of examples of train differ: 12, 12 batches." in note(mixed)
 
 
 def test_local_minima_and_maxima_are_marked_where_they_are_beyond_noise() -> None:
@@ -674,7 +722,7 @@ def test_a_whole_line_with_gaps_says_so() -> None:
     rows = [(*row[:2], NAN if row[0] > 1.9 else row[2], row[3]) for row in table.rows]
     run = replace(zoom(), more={"context": Table.build(table.columns, rows)})
     said = " ".join(texts(draw_interpolation([run], Drawing(log=True)))).replace("\n", " ")
-    assert "The whole line: 2 points of train and 2 points of test are not finite" in said
+    assert "The whole line: 2 points of train and 2 points of test: loss not finite (×)" in said
 
 
 ODD = {

@@ -213,9 +213,9 @@ def test_of_very_many_blocks_some_are_named_and_a_note_says_so() -> None:
 
 def test_gaps_of_many_blocks_are_counted_together() -> None:
     one = draw_layerwise(layered(["a", "b"], spoilt=["a"]))
-    assert note(one) == "10 points of a alone, train are not finite: not drawn (×)"
+    assert note(one) == "10 points of a alone, train: loss not finite (×)"
     many = draw_layerwise(layered(layers(9), spoilt=layers(9)[:6]))
-    assert note(many).startswith("60 points of 6 curves are not finite: not drawn (×)\nSingle")
+    assert note(many).startswith("60 points of 6 curves: loss not finite (×)\nSingle")
 
 
 def test_curves_without_a_value_at_one_place_have_a_cross_each() -> None:
@@ -243,7 +243,7 @@ def test_the_lowest_point_is_said_to_be_of_all_blocks() -> None:
         marks = [
             t.get_text() for t in draw_layerwise(layered(["x"], splits)).legends[1].get_texts()
         ]
-        assert marks[0] == "± one standard error"
+        assert marks[0] == "± one standard error of each point"
         assert marks[1].startswith(told or "lowest point, all blocks together")
 
 

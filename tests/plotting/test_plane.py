@@ -292,9 +292,9 @@ def test_what_is_not_finite_is_blank() -> None:
     (cross,) = [line for line in panel.get_lines() if line.get_marker() == "x"]
     missing = len(cross.get_xdata())  # type: ignore[arg-type]
     assert missing == 4 * 6
-    assert f"{missing} points of train are not finite: left blank (×)" in note(figure)
+    assert f"{missing} points of train: loss not finite, left blank (×)" in note(figure)
     zeros = draw_plane(run(loss=lambda x, y: max(x, 0.0)), Drawing(log=True))
-    assert "are not above 0: left blank (×)" in note(zeros)
+    assert ": loss not above 0, left blank (×)" in note(zeros)
 
 
 def test_contour_lines_are_few_and_labelled() -> None:

@@ -183,7 +183,7 @@ def test_what_is_not_finite_is_blank() -> None:
     crosses = [line for line in panel.get_lines() if line.get_marker() == "x"]
     (cross,) = crosses
     missing = len(cross.get_xdata())  # type: ignore[arg-type]
-    assert f"{missing} points of train are not finite: left blank (×)" in note(figure)
+    assert f"{missing} points of train: loss not finite, left blank (×)" in note(figure)
     (filled,) = [c for c in panel.collections if isinstance(c, QuadContourSet) and c.filled]
     corners = np.concatenate([path.vertices for path in filled.get_paths() if len(path.vertices)])
     assert not ((corners[:, 0] > 0.8) & (corners[:, 1] > 3.5)).any()
@@ -194,7 +194,7 @@ def test_what_is_not_finite_is_blank() -> None:
 
 def test_zero_has_no_logarithm() -> None:
     figure = draw_trajectory([run(loss=lambda p, b, s: max(b - 1, 0.0))], Drawing(log=True))
-    assert "are not above 0: left blank (×)" in note(figure)
+    assert ": loss not above 0, left blank (×)" in note(figure)
     assert "log scale" in figure.axes[-1].get_ylabel()
 
 

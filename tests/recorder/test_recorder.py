@@ -7,9 +7,9 @@ import csv
 import itertools
 import os
 import signal
-import subprocess
-import sys
 import threading
+import traceback
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ from losscli.errors import (
 )
 from losscli.models import MLP
 from tests import oracle
-from tests.conftest import ROOT, Losscli
+from tests.conftest import Losscli
 from tests.forks import PATIENCE, ended
 
 SHAPE = "6-5-3"
@@ -464,27 +464,29 @@ def train_as_rank(rank: int, names: list[str]) -> None:
 
 
 def test_of_two_ranks_the_first_writes_and_both_know_where_they_are() -> None:
+    import torch.distributed.fsdp  # once, and not in each fork
+
     names = ["DDP", "FSDP", "FSDP2"]
-    # A process that ends normally may abort in PyTorch, which joins not all threads of gloo.
-    code = (
-        "import os; from tests.recorder import test_recorder as test; test.train_as_rank({}, {}); "
-        "os._exit(0)"
-    )
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-c", code.format(rank, names)],
-            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        heard = [rank.communicate(timeout=PATIENCE)[1] for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    assert [rank.returncode for rank in ranks] == [0, 0], heard
+    pids = []
+    for rank in range(2):
+        if pid := os.fork():
+            pids.append(pid)
+            continue
+        # A process that ends normally may abort in PyTorch, which joins not all threads of gloo.
+        status = 1
+        try:
+            signal.alarm(PATIENCE)
+            torch.set_num_threads(1)
+            warnings.simplefilter("ignore")
+            train_as_rank(rank, names)
+            status = 0
+        except BaseException:
+            Path(f"failure-{rank}").write_text(traceback.format_exc())
+            raise
+        finally:
+            os._exit(status)
+    statuses = [ended(pid) for pid in pids]
+    assert statuses == [0, 0], [path.read_text() for path in Path().glob("failure-*")]
     # Both ranks train on the same data, so that one process alone finds the same.
     model = network()
     optimizer = torch.optim.Adam(model.parameters())

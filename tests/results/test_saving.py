@@ -54,6 +54,10 @@ RUNS: dict[str, tuple[str, Callable[[], Result[Any]]]] = {
         "barriers a.pt b.pt init:7 --points 3 --no-figure",
         lambda: library.barriers(["a.pt", "b.pt", "init:7"], points=3),
     ),
+    "connect": (
+        "connect a.pt b.pt --steps 2 --points 3 --limit 5 --no-figure",
+        lambda: library.connect("a.pt", "b.pt", steps=2, points=3, limit=5),
+    ),
 }
 
 
@@ -66,6 +70,7 @@ TABLES: dict[str, set[str]] = {
     "check": {"escape", "spectrum", "density", "curvature"},
     "sharpness": set(),
     "barriers": {"curves"},
+    "connect": {"plane"},
 }
 
 

@@ -533,9 +533,11 @@ def test_files_text_and_json(folder: Path, losscli: Losscli) -> None:
         "  b.pt, ‖θ‖ = ",
         "(s.d. over directions)",
         "(0.5 ‖θ‖): ",
-        "2 times the loss",
+        ", twice the loss at the checkpoint\n",
     ):
         assert word in done.stdout
+    thrice = losscli(*run[:-1], "thrice", "--basin", 3, "--no-figure")
+    assert ", 3 times the loss at the checkpoint\n" in thrice.stdout
     again = losscli(*run, "--json")
     assert again.stdout.count("\n") == 1
     assert json.loads(again.stdout)["interpolation"] == "quadratic"

@@ -505,11 +505,21 @@ def test_of_one_batch_no_error_is_known(mine: Path, losscli: Losscli) -> None:
 
 @pytest.mark.usefixtures("unseen")
 @forks
-def test_two_processes_give_the_results_of_one(mine: Path, losscli: Losscli) -> None:
+@pytest.mark.parametrize(
+    "commands",
+    [
+        [COMMANDS[k] for k in (0, 3, 8)],  # points of a line and of a plane, and derivatives
+        pytest.param(COMMANDS, marks=pytest.mark.stress),
+    ],
+    ids=["sample", "all"],
+)
+def test_two_processes_give_the_results_of_one(
+    commands: list[str], mine: Path, losscli: Losscli
+) -> None:
     torch.set_num_threads(1)
-    for i, command in enumerate(COMMANDS):
+    for i, command in enumerate(commands):
         assert losscli(*command.split(), "-o", f"one{i}").status == 0
-    lines = [f"{command} -o two{i}" for i, command in enumerate(COMMANDS)]
+    lines = [f"{command} -o two{i}" for i, command in enumerate(commands)]
     first, other = forked(lines, 2)
     assert [outcome.status for outcome in (*first, *other)] == [0] * 2 * len(lines), first
     for path in mine.glob("one*.csv"):

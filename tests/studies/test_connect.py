@@ -17,6 +17,7 @@ from torch.utils.data import TensorDataset
 
 import losscli as library
 from losscli.checkpoint import name_checkpoint
+from losscli.cli.connect import report
 from losscli.errors import LossError, OutOfMemoryError, UsageError
 from losscli.evaluation import path_training
 from losscli.evaluation.objective import Objective
@@ -297,13 +298,14 @@ def test_a_kill_at_any_record_resumes_to_the_same_bytes(
     ("options", "says"),
     [
         (["a.pt", "a.pt"], "the same parameters"),
+        (["a.pt", "b.pt", "--bends", "101"], "--bends 101 is above 100"),
         (["a.pt", "b.pt", "--steps", "0"], "--steps 0 trains nothing"),
         (["a.pt", "b.pt", "--bends", "0"], "--bends 0 trains nothing"),
         (["a.pt", "b.pt", "--minibatch", "0"], "--minibatch 0 trains nothing"),
         (["a.pt", "b.pt", "--learning-rate", "0"], "is not above 0"),
         (["a.pt", "b.pt", "--learning-rate", "1e38"], "and below 1e+30"),
         (["a.pt", "b.pt", "--learning-rate", "nan"], "is not above 0"),
-        (["a.pt", "b.pt", "--sampling-error", "0.1"], "--sampling-error is not available"),
+        (["a.pt", "b.pt", "--sampling-error", "0.1"], "without --sampling-error"),
         (["a.pt", "b.pt", "--points", "0"], "--points 0"),
     ],
 )
@@ -360,11 +362,21 @@ def test_the_files_are_written_and_not_over_others(folder: Path, losscli: Losscl
     assert json.loads(losscli(*command, "--dry-run", "--json").stdout)["training_steps"] == 4
 
 
-def test_python_saves_what_the_command_line_writes(folder: Path, losscli: Losscli) -> None:
-    assert losscli("connect", "a.pt", "b.pt", *FEW, "-o", "cli").status == 0
-    library.connect("a.pt", "b.pt", **SMALL).save("py")
-    for suffix in ("csv", "plane.csv", "bend-1.safetensors"):
-        assert (folder / f"py.{suffix}").read_bytes() == (folder / f"cli.{suffix}").read_bytes()
+def test_the_report_says_how_far_the_path_is_above_the_higher_end(folder: Path) -> None:
+    result = library.connect("a.pt", "b.pt", **SMALL, plane=False, split="train")
+    split = result.summary["splits"]["train"]
+    training = result.summary["training"]
+    trained = f"trained  4 steps on train ({training['examples']} examples), mean loss of the last "
+    assert f"{trained}tenth {training['loss']:.4g}\n" in report(result)
+    ends = [split["curve"]["loss_a"], split["curve"]["loss_b"]]
+    for t, loss, said in (
+        (0.5, max(ends) + 0.125, ", 0.125 above the higher end"),
+        (0.5, max(ends), ""),
+        (float(ends[1] > ends[0]), max(ends), ""),
+    ):
+        split["highest"] = {"t": t, "loss": loss}
+        text = f"a path on which the loss stays at or below {loss:.4g} at 5 points{said}\n"
+        assert text in report(result)
 
 
 @pytest.mark.parametrize(
@@ -376,6 +388,63 @@ def test_two_solutions_are_connected(steps: int, most: float) -> None:
     split = result.summary["splits"]["train"]
     assert split["line"]["barrier"]["height"] == pytest.approx(0.7715, abs=1e-3)
     assert split["curve"]["barrier"]["height"] < most
+
+
+def test_no_path_is_found_where_its_barrier_is_not_lower(folder: Path, losscli: Losscli) -> None:
+    far = ["--learning-rate", "1e4", "--no-plane", "--no-figure"]
+    done = losscli("connect", "a.pt", "b.pt", *FEW, *far, "-o", "far")
+    assert done.status == 0, done.stderr
+    assert "a path on which" not in done.stdout
+    ends = losscli("connect", "a.pt", "b.pt", *FEW[:2], *far, "--points", "2", "-o", "ends")
+    assert "not known: no point between A and B" in ends.stdout
+
+
+def test_bends_of_an_older_run_are_removed(folder: Path, losscli: Losscli) -> None:
+    command = ["connect", "a.pt", "b.pt", *FEW, "--no-figure", "-o", "out"]
+    assert losscli(*command, "--bends", "2", "--align").status == 0
+    assert losscli(*command, "--force", "--no-plane").status == 0
+    assert {p.name for p in folder.glob("out.*.safetensors")} == {"out.bend-1.safetensors"}
+
+
+def test_the_file_of_a_bend_is_the_same_in_every_run(folder: Path) -> None:
+    contents = set()
+    for k in range(6):
+        result = library.connect("a.pt", "b.pt", **SMALL, plane=False)
+        result.bends[0].save(f"{k}.safetensors")
+        contents.add((folder / f"{k}.safetensors").read_bytes())
+    assert len(contents) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "given", "says"),
+    [
+        (["--bends", "2"], ["a.pt", "p.bend-1", "b.pt"], "is bend 1 of 2"),
+        (["--bends", "2"], ["a.pt", "p.bend-2", "p.bend-1", "b.pt"], "is bend 2 of 2"),
+        (["--kind", "chain"], ["a.pt", "p.bend-1", "b.pt"], "Give --kind chain"),
+        ([], ["b.pt", "p.bend-1", "a.pt"], "is not an end of the path"),
+        (["--align"], ["a.pt", "p.bend-1", "b.pt"], "or the aligned B"),
+    ],
+)
+def test_bends_of_another_path_are_refused(
+    options: list[str], given: list[str], says: str, folder: Path, losscli: Losscli
+) -> None:
+    command = ["connect", "a.pt", "b.pt", *FEW, *options, "--no-plane", "--no-figure", "-o", "p"]
+    assert losscli(*command).status == 0
+    names = [name if name.endswith(".pt") else f"{name}.safetensors" for name in given]
+    done = losscli("export", *names, "--t", "0.5", "-o", "x.safetensors")
+    assert done.status == 1, done.stdout
+    assert says in done.stderr
+    assert not Path("x.safetensors").exists()
+
+
+def test_what_does_not_move_stays_in_an_exported_point(folder: Path, losscli: Losscli) -> None:
+    only = ["--only", "layers.0.*"]
+    assert losscli("connect", "a.pt", "b.pt", *FEW, *only, "-o", "p", "--no-figure").status == 0
+    names = ["a.pt", "p.bend-1.safetensors", "b.pt"]
+    assert losscli("export", *names, "--t", "0.5", "-o", "x.safetensors").status == 0
+    found, first = load_file("x.safetensors"), state("a.pt")
+    assert all(torch.equal(found[n], first[n]) for n in first if not n.startswith("layers.0."))
+    assert not torch.equal(found["layers.0.weight"], first["layers.0.weight"])
 
 
 def test_b_is_aligned_first(folder: Path, losscli: Losscli) -> None:

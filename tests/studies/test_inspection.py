@@ -156,7 +156,11 @@ def test_of_equal_losses_the_first_counts_and_those_not_finite_do_not(
 
 
 ERRORS = {
-    "neither": ("", 2, "no point is given by any of --alpha, --best, --weights, --plane. Give"),
+    "neither": (
+        "",
+        2,
+        "no point is given by any of --alpha, --best, --weights, --t, --plane. Give",
+    ),
     "both": (
         "--alpha 1 --best train --csv x.csv",
         2,

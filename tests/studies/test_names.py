@@ -372,6 +372,25 @@ def test_a_mismatch_names_the_option_that_solves_it(
         assert losscli(*command, *(options or advice.replace("'", "").split())).status == 0
 
 
+def test_a_file_with_one_layer_that_fits_a_module_is_not_advised_as_the_module(
+    losscli: Losscli, parts: Path
+) -> None:
+    layer = renamed(only(whole(0), "head"), "head", "0")
+    torch.save({**layer, "2.weight": torch.zeros(3)}, "a.pt")
+    outcome = losscli("interpolate", "a.pt", "whole1.pt", *NET, "-o", "x")
+    assert outcome.stderr.endswith("The model is tests.studies.test_names:Net; choose with -m\n")
+
+
+def test_a_mismatch_says_which_file_names_the_model(losscli: Losscli, parts: Path) -> None:
+    (parts / "losscli.toml").write_text('model = "mlp:2-3-2"\n')
+    outcome = losscli("interpolate", "whole0.pt", "whole1.pt", "-o", "x")
+    assert (outcome.status, outcome.stderr.count("\n")) == (1, 1)
+    said = f"The model is mlp:2-3-2 ({parts / 'losscli.toml'}); choose with -m\n"
+    assert outcome.stderr.endswith(said)
+    outcome = losscli("interpolate", "whole0.pt", "whole1.pt", "-m", "mlp:2-3-2", "-o", "x")
+    assert outcome.stderr.endswith("The model is mlp:2-3-2; choose with -m\n")
+
+
 @pytest.mark.parametrize(("given", "advised"), PARTS)
 def test_a_mismatch_of_parts_names_the_file_of_each_module(
     given: str, advised: str, losscli: Losscli, parts: Path

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 import losscli
 from losscli.evaluation.losses.metrics import accuracy, disagreement
@@ -72,6 +73,35 @@ def test_disagreement_and_cka_are_those_of_the_outputs(data: Any) -> None:
         for name in ("disagreement", "cka"):
             assert split[name][i][j] == split[name][j][i] == row[name]
     assert np.diagonal(split["cka"]).tolist() == [1.0, 1.0, 1.0]
+
+
+@pytest.mark.parametrize("buffers", ["interpolate", "recalibrate"])
+def test_the_statistics_of_batchnorm_are_those_of_each_checkpoint(buffers: str, data: Any) -> None:
+    def build() -> nn.Sequential:
+        return nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3))
+
+    inputs, targets = data["all"]
+    own, outputs = [], []
+    for seed in range(2):
+        torch.manual_seed(seed)
+        model = build().double()
+        model(3 * inputs[:20] + seed)
+        own.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
+        # All examples are one batch, whose variance is the unbiased one, as in training.
+        if buffers == "recalibrate":
+            norm = model[1]
+            hidden = model[0](inputs)
+            norm.running_mean.copy_(hidden.mean(0).detach())
+            norm.running_var.copy_(hidden.var(0).detach())
+        outputs.append(model.eval()(inputs).detach())
+    given: dict[str, Any] = {"model": build, "data": {"train": (inputs, targets)}, "points": 3}
+    result = losscli.barriers(
+        own, dtype="float64", buffers=buffers, batch_size=50, disagreement=True, cka=True, **given
+    )
+    (row,) = result.table.records()
+    different = (outputs[0].argmax(1) != outputs[1].argmax(1)).double().mean()
+    assert row["disagreement"] == pytest.approx(float(different))
+    assert row["cka"] == pytest.approx(cka(*outputs), rel=1e-9)
 
 
 def test_of_a_permuted_and_of_a_rotated_copy(data: Any) -> None:

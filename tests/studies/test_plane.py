@@ -362,7 +362,7 @@ def test_a_variance_below_zero_is_named_with_its_cures(
     case = next(c for c in CASES if c.name == "cnn-batchnorm")
     given = options(case, points=5) if command is losscli.plane else options(case)
     result = command(save(case, tmp_path, 1, 2, 3), **{**given, **more})
-    notes = [note for note in result.summary["notes"] if "running_var falls below 0" in note]
+    notes = [note for note in result.summary["notes"] if "running_var becomes negative" in note]
     assert bool(notes) == told
     assert any("not finite" in note for note in result.summary["notes"]) == told
     for note in notes:

@@ -587,7 +587,7 @@ def test_export_refuses_inputs_that_do_not_make_a_line(folder: Path) -> None:
     torch.save(CNN("2").state_dict(), "cnn.pt")
     with pytest.raises(MismatchError, match="does not fit"):
         losscli.export("a.pt", "cnn.pt", 0.5)
-    with pytest.raises(UsageError, match="no point"):
+    with pytest.raises(UsageError, match="not a point"):
         losscli.export("a.pt", "b.pt", math.nan)
     with pytest.raises(CheckpointError, match=r"no checkpoint absent\.pt"):
         losscli.export("a.pt", "absent.pt", 0.5)
@@ -596,8 +596,8 @@ def test_export_refuses_inputs_that_do_not_make_a_line(folder: Path) -> None:
 def test_the_public_names_are_these() -> None:
     assert sorted(losscli.__all__) == [
         "LosscliError", "Recorder", "Result", "Settings", "Table", "__version__", "align",
-        "around", "barriers", "check", "export", "inspect", "interpolate", "load", "plane", "plot",
-        "sharpness", "soup", "trajectory",
+        "around", "barriers", "check", "connect", "export", "inspect", "interpolate", "load",
+        "plane", "plot", "sharpness", "soup", "trajectory",
     ]  # fmt: skip
     assert all(hasattr(losscli, name) for name in losscli.__all__)
     with pytest.raises(AttributeError, match="absent"):
@@ -609,12 +609,12 @@ def test_a_variance_below_zero_is_named_with_its_cure(tmp_path: Path) -> None:
     a, b = save(case, tmp_path)
     arguments = {"model": case.build, "data": {"all": (case.inputs, case.targets)}, "points": 5}
     far = losscli.interpolate(a, b, range=(-8.0, 8.0), **arguments)
-    (note,) = (note for note in far.summary["notes"] if "running_var falls below 0" in note)
+    (note,) = (note for note in far.summary["notes"] if "running_var becomes negative" in note)
     assert "--buffers b keeps B's statistics at every point, and --buffers recalibrate" in note
     near = losscli.interpolate(a, b, range=(0.0, 1.0), **arguments)
     kept = losscli.interpolate(a, b, range=(-8.0, 8.0), buffers="b", **arguments)
     for result in (near, kept):
-        assert not any("falls below 0" in note for note in result.summary["notes"])
+        assert not any("becomes negative" in note for note in result.summary["notes"])
 
 
 def noisy_data(n: int, *, seed: int = 0) -> dict:

@@ -245,7 +245,7 @@ def test_a_context_of_another_run_is_reported(losscli: Losscli, folder: Path) ->
     losscli("interpolate", "b.pt", "a.pt", "-o", "other", "--points", 5, "--no-figure")
     zoom = ["interpolate", "a.pt", "b.pt", "--range", "0.1", "0.3", "--points", "3"]
     done = losscli(*zoom, "--context", "other.csv", "-o", "zoom", "--no-figure")
-    assert "is it of the same checkpoints and data?" in done.stderr
+    assert "is it of the same checkpoints, data and --limit?" in done.stderr
     done = losscli(*zoom, "--context", "other.csv", "-o", "other", "--force")
     assert done.status == 2
     assert "would overwrite --context" in done.stderr
