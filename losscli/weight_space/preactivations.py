@@ -125,12 +125,18 @@ class _Weights:
             (output,) = (u for u in node.users if u.target is operator.getitem and u.args[1] == 0)
             if _has_units(output, 1, hidden):
                 yield self._layer(output, 1, node.args[1], 0, node.args[2])
-        elif name in _PRODUCTS and not _only_before_norm(node):
-            bias, inputs, weight = _PRODUCTS[name]
+        elif name in _PRODUCTS or name in _OTHER_PRODUCTS:
+            depends = self._traced.data_dependent
+            # A product of two tensors that depend on the data is no layer.
+            weighed = [n for n in node.all_input_nodes if n not in depends]
+            if not weighed or _only_before_norm(node) or not hidden.on(node):
+                return
+            bias, inputs, weight = _PRODUCTS.get(name, (None, 0, 0))
+            if node.args[inputs] not in depends or node.args[weight] in depends:
+                raise _refusal(node, "multiplies by weights in a form that is not known")
             axis = 1 if name == "convolution" else node.meta["val"].ndim - 1
             if not _has_units(node, axis, hidden):
                 return
-            self._require_layer(node, node.args[inputs], node.args[weight])
             source, reordered = _source(node.args[weight])
             if name == "convolution":
                 weight_axis = int(bool(node.args[6]))  # transposed
@@ -138,17 +144,8 @@ class _Weights:
                     raise _refusal(node, "is a transposed convolution with groups")
             else:
                 weight_axis = 0 if reordered else 1
-            given = None if bias is None or bias >= len(node.args) else node.args[bias]
+            given = None if bias is None else node.args[bias]
             yield self._layer(node, axis, source, weight_axis, given)
-        elif name in _OTHER_PRODUCTS:
-            operands = [n for n in node.all_input_nodes if n not in self._traced.data_dependent]
-            if operands and any(True for _ in hidden.on(node)):
-                raise _refusal(node, "multiplies by weights in a form that is not known")
-
-    def _require_layer(self, node: Node, inputs: object, weight: object) -> None:
-        depends = self._traced.data_dependent
-        if inputs not in depends or weight in depends:
-            raise _refusal(node, "multiplies by weights in a form that is not known")
 
     def _layer(
         self, node: Node, axis: int, weight: object, weight_axis: int, bias: object

@@ -23,6 +23,7 @@ from losscli.models import MLP
 from losscli.settings import Settings
 from losscli.studies.interpolation import Interpolation
 from tests.conftest import Losscli
+from tests.networks import NETWORKS, Network
 from tests.promises.test_resume import broken_anywhere
 
 States = Sequence[dict[str, Tensor]]
@@ -231,13 +232,15 @@ def test_a_unit_without_variance_is_skipped() -> None:
     states = states_of("mlp")
     for state in states:
         state["layers.0.weight"][3] = 0
-    plan = planned("mlp", states)
+    plan = planned("mlp", states, data={"only": data_of("mlp")["train"]})
     (point,) = corrected(plan, [0.5])
     mean = (states[0]["layers.0.bias"] + states[1]["layers.0.bias"]) / 2
     assert not point["layers.0.weight"][3].any()
     assert point["layers.0.bias"][3] == pytest.approx(float(mean[3]), rel=1e-12)
     result = plan.run_alone(None)
     assert result.summary["repair"]["skipped_at_most"] == 1
+    note = "the data have no split train: statistics are those of only, the only one"
+    assert note in result.summary["notes"]
     assert np.isfinite(result.table["loss"]).all()
     assert "at a point at most 1 unit had no variance, left as before\n" in report(result)
 
@@ -320,6 +323,15 @@ def test_what_does_not_go_with_it(
     assert sorted(Path().iterdir()) == before
 
 
+def test_an_objective_is_refused() -> None:
+    def objective(model: nn.Module, batch: Any) -> Tensor:
+        return F.cross_entropy(model(batch[0]), batch[1], reduction="none")
+
+    given: dict[str, Any] = {"model": "mlp:6-8-7-3", "data": data_of("mlp"), "repair": True}
+    with pytest.raises(LosscliError, match="does not go with --objective"):
+        library.interpolate(*states_of("mlp"), range=(0, 1), objective=objective, **given)
+
+
 class Widths(nn.Module):
     """Three widths; the layer in the middle is made by a function."""
 
@@ -350,6 +362,17 @@ class Tied(nn.Module):
         return self.two(F.relu(self.one(x)))
 
 
+class Left(nn.Module):
+    """Weights to the left of the examples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.own = nn.Parameter(torch.randn(8, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.own @ x.T).T
+
+
 class Branch(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x if x.sum() > 0 else -x
@@ -365,10 +388,30 @@ class Branch(nn.Module):
         ),
         (lambda: Widths(Twice), "shares middle.own.weight with another layer, or runs more than"),
         (lambda: Widths(Tied), "shares middle.one.weight with another layer"),
+        (lambda: Widths(Left), "multiplies by weights in a form that is not known"),
+        (
+            lambda: nn.Sequential(
+                nn.Unflatten(1, (6, 1, 1)),
+                nn.ConvTranspose2d(6, 4, 1, groups=2),
+                nn.ReLU(),
+                nn.Flatten(),
+                nn.Linear(4, 3),
+            ),
+            "is a transposed convolution with groups",
+        ),
         (lambda: Widths(Branch), "the model cannot be traced"),
         (lambda: nn.Linear(6, 3), "the model has none that are known"),
     ],
-    ids=["no bias", "computed weight", "twice", "tied", "untraceable", "no units"],
+    ids=[
+        "no bias",
+        "computed",
+        "twice",
+        "tied",
+        "left",
+        "groups",
+        "untraceable",
+        "no units",
+    ],
 )
 def test_a_model_that_cannot_be_corrected_is_refused(
     build: Callable[[], nn.Module], says: str
@@ -389,3 +432,50 @@ def test_a_preactivation_that_is_not_finite_is_refused() -> None:
             *states, model="mlp:6-8-7-3", data=data, dtype="float64", range=(0, 1), repair=True
         )
     assert "\n" not in str(caught.value)
+
+
+REFUSED = {
+    "no-hidden": "the model has none",
+    "views": "spread has no bias",
+    "tied": "first shares first.weight",
+    "shared": "q has no bias",
+    "attention": "in a form that is not known",
+    "unet": "d computes its weight or bias",
+    "gru": "in a form that is not known",
+}
+
+
+@pytest.mark.parametrize(
+    "network",
+    [
+        pytest.param(n, id=n.name, marks=() if n.name in {"gpt", "gru"} else pytest.mark.stress)
+        for n in NETWORKS
+    ],
+)
+def test_every_network_is_corrected_or_refused(network: Network) -> None:
+    states = [network.model(seed).state_dict() for seed in (1, 2)]
+    given: dict[str, Any] = {
+        "model": network.build,
+        "data": {"all": (network.inputs, torch.arange(len(network.inputs)) % 3)},
+        "dtype": "float64",
+        "loss": "cross_entropy",
+    }
+
+    def plan() -> Interpolation:
+        return Interpolation.plan(
+            *library_names(states), Settings(**given), points=3, range_=(0.0, 1.0), repair=True
+        )
+
+    if network.name in REFUSED:
+        with pytest.raises(LosscliError) as caught:
+            plan()
+        assert REFUSED[network.name] in str(caught.value)
+        return
+    own = plan()
+    assert own.repair is not None
+    (point,) = corrected(own, [0.25])
+    measured = [own.repair._repair.measure(weights) for weights in (own.start, point, own.end)]
+    for start, middle, end in zip(*measured, strict=True):
+        for name in ("means", "deviations"):
+            a, found, b = (getattr(at, name) for at in (start, middle, end))
+            torch.testing.assert_close(found, 0.75 * a + 0.25 * b, rtol=1e-9, atol=1e-9)
