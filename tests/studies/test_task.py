@@ -440,7 +440,7 @@ def test_a_loss_that_becomes_ever_smaller_is_never_rounded_to_nothing(
     ("command", "told", "ties"),
     [
         (("interpolate", "a.pt", "b.pt", "--range", 0, 2, "--points", 5), "at α = 0.5", 4),
-        (("trajectory", "a.pt", "b.pt", "b.pt", "b.pt"), "at step 1 of 3", 3),
+        (("trajectory", "a.pt", "b.pt", "b.pt", "b.pt"), "at checkpoint 1 of 3", 3),
         (("plane", "b.pt", "--points", 3), "of the plane", 6),
     ],
 )
