@@ -33,7 +33,7 @@ from losscli.results.summaries import (
 from losscli.settings import Progress, Settings, checked
 from losscli.studies import alignment
 from losscli.studies.base import Study
-from losscli.studies.export import BendOf
+from losscli.studies.export import BendOf, digest_of_end
 from losscli.studies.line_curve import LineCurve
 from losscli.studies.notes import general_notes, integer_notes, seed_notes, storage_notes
 from losscli.studies.plane_layout import with_margin
@@ -538,7 +538,7 @@ class Connect(Study):
             self.kind,
             k,
             self.bends,
-            [str(entry["sha256"]) for entry in problem.provenance["checkpoints"]],
+            [digest_of_end(problem.open(t).weights, self.moving) for t in (0, 1)],
             sorted(self.moving),
         )
         return replace(made, metadata={**made.metadata, BendOf.key: described.to_json()})

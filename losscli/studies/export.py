@@ -32,10 +32,19 @@ from losscli.studies.checkpoints import changed
 from losscli.studies.opening import open_pair
 from losscli.table import Table
 from losscli.weight_space.averages import average
+from losscli.weight_space.digest import digest
 from losscli.weight_space.slices import Line, PathKind, path_coefficients
 from losscli.weight_space.vectors import Weights, can_move, equal, working_type
 
-__all__ = ["Lowest", "average_checkpoints", "export", "lowest", "parse_weights"]
+__all__ = [
+    "BendOf",
+    "Lowest",
+    "average_checkpoints",
+    "digest_of_end",
+    "export",
+    "lowest",
+    "parse_weights",
+]
 
 # How far the sum of weights that are floats may be from 1.
 _TOLERANCE = 1e-9
@@ -200,7 +209,7 @@ class BendOf:
         kind: The kind of the path.
         number: The number of the bend, from 1.
         bends: The number of bends of the path.
-        ends: The SHA-256 of A and of B.
+        ends: The digests of A and of B, see `digest_of_end`.
         moving: The tensors that move along the path.
     """
 
@@ -225,6 +234,24 @@ class BendOf:
             return None
 
 
+def digest_of_end(weights: Weights, moving: Iterable[str]) -> str:
+    """Computes a digest of an end of a path.
+
+    Args:
+        weights: All tensors of the end; their names may have the prefix of a wrapper.
+        moving: The tensors of the model that move along the path.
+
+    Returns:
+        The digest of those that move.
+    """
+    found = {}
+    for name in moving:
+        fit = [n for n in weights if n == name] or [n for n in weights if n.endswith(f".{name}")]
+        if len(fit) == 1:
+            found[name] = weights[fit[0]]
+    return digest(found)
+
+
 def _point_of_path(names: Sequence[str], t: float, kind: PathKind) -> Checkpoint:
     """Makes the point of a path; what does not move along it is that of the bend."""
     bends = [(name, read(name).select(None)) for name in names[1:-1]]
@@ -242,8 +269,8 @@ def _point_of_path(names: Sequence[str], t: float, kind: PathKind) -> Checkpoint
             raise MismatchError(
                 f"{name} is a bend of another kind of path", f"Give --kind {found.kind}"
             )
-        for end, digest in zip((names[0], names[-1]), found.ends, strict=True):
-            if read(end).select(None).sha256() != digest:
+        for end, expected in zip((names[0], names[-1]), found.ends, strict=True):
+            if digest_of_end(read(end).select(None).weights, found.moving) != expected:
                 raise MismatchError(
                     f"{end} is not an end of the path of {name}",
                     "Give A, or the aligned B if B was aligned, as in the JSON of the path",
@@ -345,10 +372,10 @@ def _require_same_checkpoints(
     """Checks that checkpoints are those of a summary, by their digests."""
     made_of = summary["checkpoints"]
     found = [checkpoint.sha256() for checkpoint in checkpoints]
-    for letter, checkpoint, digest, expected in zip("AB", checkpoints, found, made_of, strict=True):
+    for letter, checkpoint, own, expected in zip("AB", checkpoints, found, made_of, strict=True):
         # A file may hold several state dicts: then both must name the same.
         keys = {name.partition("#")[2] for name in (checkpoint.name, expected["name"])} - {""}
-        if digest != expected.get("sha256") or len(keys) > 1:
+        if own != expected.get("sha256") or len(keys) > 1:
             swapped = found == [other.get("sha256") for other in reversed(made_of)]
             raise MismatchError(
                 f"{checkpoint.name} is not the {letter} of the table, which is {expected['name']}",

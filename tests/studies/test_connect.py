@@ -454,6 +454,11 @@ def test_b_is_aligned_first(folder: Path, losscli: Losscli) -> None:
     found, expected = (load_file(f"{name}.safetensors") for name in ("out.aligned", "b"))
     assert all(torch.equal(found[name], expected[name]) for name in expected)
     assert not all(torch.equal(found[name], state("b.pt")[name]) for name in found)
+    path = ["a.pt", "out.bend-1.safetensors", "out.aligned.safetensors"]
+    assert losscli("export", *path, "--t", "0.5", "-o", "p.safetensors").status == 0
+    wrapped = {f"module.{name}": tensor for name, tensor in state("a.pt").items()}
+    torch.save(wrapped, "ddp.pt")
+    assert losscli("export", "ddp.pt", *path[1:], "--t", "0.5", "-o", "q.safetensors").status == 0
     line = library.interpolate("a.pt", "b.safetensors", points=5, range=(0, 1)).table
     straight = library.connect("a.pt", "b.pt", align=True, **SMALL).table.where("path", "line")
     assert straight.floats("loss") == pytest.approx(line.floats("loss"), rel=1e-6)
