@@ -391,7 +391,7 @@ class CheckpointFile:
         for module, own in modules.items():
             aliases = tied_names(own)
             for file in unused:
-                # A part of a state dict that fits by chance, such as one layer, is no module.
+                # A part of a state dict may fit by chance, such as one layer: not a module.
                 if any(
                     part.fits and len(part.weights) == len(weights)
                     for weights in file.candidates.values()

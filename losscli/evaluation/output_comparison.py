@@ -41,7 +41,7 @@ class Measures:
     """What is computed from the outputs of two checkpoints.
 
     Attributes:
-        accuracy: The accuracy whose predictions are compared; None for no disagreement.
+        accuracy: Defines the predictions to compare; None if disagreement is not measured.
         cka: Whether linear CKA is computed.
     """
 
@@ -54,7 +54,7 @@ class Measures:
 
 @dataclass(frozen=True)
 class Comparison:
-    """The comparison of two checkpoints on one split; nan for what is not known.
+    """The comparison of two checkpoints on one split; nan where unknown.
 
     Attributes:
         disagreement: The share of examples with different predictions.

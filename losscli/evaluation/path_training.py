@@ -212,18 +212,12 @@ class PathTraining:
         """Computes the mean loss of a minibatch at a point ``[n]``, and the gradient."""
         objective = self.objective
         minibatch = self.examples[1].take(index)
-        line = Line({}, {})
-        buffers = {
-            n: line.combine(
-                [end[n].to(working_type(self.a[n], self.b[n])) for end in (self.a, self.b)], (t,)
-            )
-            for n in self.buffers
-        }
-        weights = {**unflatten(point, self.a, self.names), **buffers}
+        weights = {**unflatten(point, self.a, self.names), **self._buffers_at(t)}
         layers = objective.batchnorm
+        batch_size = objective.batch_size
         if layers:
             # A part of a minibatch has other statistics.
-            objective.batch_size = max(objective.batch_size, len(minibatch))
+            objective.batch_size = max(batch_size, len(minibatch))
         with (
             recording(layers) if layers else nullcontext(),
             Curvature(
@@ -231,13 +225,25 @@ class PathTraining:
             ) as curvature,
         ):
             found = curvature.loss, curvature.gradient()
-        if layers and objective.batch_size < len(minibatch):
+        if not layers:
+            return found
+        if objective.batch_size < len(minibatch):
             raise OutOfMemoryError(
                 f"a minibatch of {len(minibatch)} examples does not fit into the memory of "
                 f"{objective.device}, and BatchNorm needs all of it at once",
                 "Give a smaller --minibatch",
             )
+        objective.batch_size = batch_size
         return found
+
+    def _buffers_at(self, t: float) -> dict[str, Tensor]:
+        """Returns the buffers that move along, on the line."""
+        line = Line({}, {})
+        types = {name: working_type(self.a[name], self.b[name]) for name in self.buffers}
+        return {
+            name: line.combine([end[name].to(wide) for end in (self.a, self.b)], (t,))
+            for name, wide in types.items()
+        }
 
     def _first_bends(self, ends: Sequence[Tensor]) -> Tensor:
         """Returns the bends before training, evenly spaced on the line, ``[K, n]``."""
@@ -252,11 +258,8 @@ class PathTraining:
 
     def _named(self, k: int, bend: Tensor) -> dict[str, Tensor]:
         """Returns the tensors of a bend, with the buffers on the line."""
-        line, place = Line({}, {}), (k + 1) / (self.bends + 1)
-        found = unflatten(bend, self.a, self.names)
-        for name in self.buffers:
-            wide = working_type(self.a[name], self.b[name])
-            found[name] = line.combine([self.a[name].to(wide), self.b[name].to(wide)], (place,))
+        buffers = self._buffers_at((k + 1) / (self.bends + 1))
+        found = {**unflatten(bend, self.a, self.names), **buffers}
         return {
             name: tensor.to(torch.promote_types(self.a[name].dtype, self.b[name].dtype))
             for name, tensor in found.items()

@@ -8,10 +8,11 @@ import numpy as np
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.gridspec import GridSpec
 from matplotlib.lines import Line2D
 from matplotlib.patheffects import Normal, Stroke
 
-from losscli.plotting.line_axis import scale_alpha
+from losscli.plotting.line_axis import read_curve, scale_alpha
 from losscli.plotting.lines import Series, draw_panel, split_entries
 from losscli.plotting.plane import read_grids
 from losscli.plotting.style import (
@@ -58,7 +59,7 @@ def draw_connect(run: Run[ConnectSummary], drawing: Drawing = FULL) -> Figure:
     """Draws losses and metrics on the curve and on the line over t, and the plane with the curve.
 
     Args:
-        run: The run; without the table ``plane`` there is no plane.
+        run: The run. Its table ``plane``, if any, is drawn below.
         drawing: How it is drawn.
 
     Returns:
@@ -93,7 +94,7 @@ def draw_connect(run: Run[ConnectSummary], drawing: Drawing = FULL) -> Figure:
             panel.set_ylabel(label)
         label = label_loss(figure, [run], drawing, log=drawing.log).replace("\n", ", ")
         panels[0].set_ylabel(label if drawing.compact else f"{label}\nmean over examples")
-        a, b = (label or letter for label, letter in zip(_ends(run), "AB", strict=True))
+        a, b = _ends(run)
         panels[-1].set_xlabel(
             drawing.words(f"t: from {a} (0) to {b} (1), on the path and on the line", "t")
         )
@@ -113,43 +114,26 @@ def draw_connect(run: Run[ConnectSummary], drawing: Drawing = FULL) -> Figure:
 
 
 def _ends(run: Run[ConnectSummary]) -> tuple[str, str]:
-    """Returns the labels of A and B; empty where there are none."""
-    labels = [*map(plain, run.checkpoint_labels), "", ""]
-    return labels[0], labels[1]
+    """Returns the labels of A and B, or these letters."""
+    a, b = map(plain, run.checkpoint_labels or "AB")
+    return a, b
 
 
 def _series(run: Run[ConnectSummary], splits: list[str]) -> list[Series]:
     """Returns a series for each path and split, the line first, so that the curve is on top."""
-    series = []
+    series: list[Series] = []
     for path in ("line", "curve"):
         for index, split in enumerate(splits):
             table = run.table.where("path", path).where("split", split)
-            t = np.array(table.floats("t"))
-            order = np.argsort(t, kind="stable")
-            order = order[np.isfinite(t[order])]
-            if not order.size:
-                continue
-            values = [c for c in table.columns if c not in {"path", "t", "split"}]
-            series.append(
-                Series(
-                    run=0,
-                    split=split,
-                    name=f"{path}, {plain(split)}",
-                    colour=_COLOURS[path],
-                    dashes=DASHES[index % len(DASHES)],
-                    x=t[order],
-                    ends=np.isin(t[order], (0.0, 1.0)),
-                    values={c: np.array(table.floats(c))[order] for c in values},
-                    examples=run.summary.get("examples", {}).get(split, math.nan),
-                )
-            )
+            name, dashes = f"{path}, {plain(split)}", DASHES[index % len(DASHES)]
+            series += read_curve(run, table, "t", split, name, (_COLOURS[path], dashes))
     return series
 
 
 def _draw_planes(
     run: Run[ConnectSummary],
     figure: Figure,
-    cells: object,
+    cells: GridSpec,
     grids: list[Grid],
     first_row: int,
     drawing: Drawing,
@@ -162,10 +146,9 @@ def _draw_planes(
     scale = scale_losses(losses, drawing)
     curve, corners = np.array(plane["curve"]), np.array(plane["corners"])
     contours, panels = [], []
-    across = cells.ncols  # type: ignore[attr-defined]
     for number, grid in enumerate(grids):
-        row, column = divmod(number, across)
-        panel = figure.add_subplot(cells[first_row + row, column])  # type: ignore[index]
+        row, column = divmod(number, cells.ncols)
+        panel = figure.add_subplot(cells[first_row + row, column])
         contours.append(draw_contours(panel, grid, scale))
         panel.set_aspect("equal")
         outline = [Stroke(linewidth=3.2, foreground="white"), Normal()]
@@ -178,7 +161,7 @@ def _draw_planes(
             size=7,
             behind=np.zeros(3, dtype=np.bool_),
         )
-        a, b = (label or letter for label, letter in zip(_ends(run), "AB", strict=True))
+        a, b = _ends(run)
         for letter, (x, y) in zip((a, "C", b), corners, strict=True):
             panel.text(
                 *(x, y, f"  {letter}"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -30,6 +31,7 @@ from losscli.plotting.style import (
 from losscli.results.drawing import Drawing
 from losscli.results.result import Run
 from losscli.results.summaries import LineSummary
+from losscli.table import Table
 
 __all__ = [
     "LINE",
@@ -40,6 +42,7 @@ __all__ = [
     "mark_ends",
     "mark_lowest",
     "name_ends",
+    "read_curve",
     "read_series",
     "scale_alpha",
 ]
@@ -56,31 +59,50 @@ def read_series(
     drawing: Drawing,
 ) -> list[Series]:
     """Returns a curve per run and split, with its points in the order of α."""
-    series = []
-    colours = run_colours(len(runs), drawing)
-    for number, run in enumerate(runs):
+    series: list[Series] = []
+    for number, (run, colour) in enumerate(zip(runs, run_colours(len(runs), drawing), strict=True)):
         for index, split in enumerate(splits):
             table = run.table.where("split", split)
-            alpha = np.array(table.floats("alpha"))
-            order = np.argsort(alpha, kind="stable")
-            order = order[np.isfinite(alpha[order])]
-            if not order.size:
-                continue
-            columns = [c for c in table.columns if c not in {"alpha", "block", "split"}]
-            series.append(
-                Series(
-                    run=number,
-                    split=split,
-                    name=f"{names[number]}, {plain(split)}" if len(runs) > 1 else plain(split),
-                    colour=colours[number],
-                    dashes=DASHES[index % len(DASHES)],
-                    x=alpha[order],
-                    ends=np.isin(alpha[order], (0.0, 1.0)),
-                    values={c: np.array(table.floats(c))[order] for c in columns},
-                    examples=run.summary.get("examples", {}).get(split, math.nan),
-                )
-            )
+            name = f"{names[number]}, {plain(split)}" if len(runs) > 1 else plain(split)
+            style = colour, DASHES[index % len(DASHES)]
+            series += read_curve(run, table, "alpha", split, name, style, number)
     return series
+
+
+def read_curve(
+    run: Run[Any],
+    table: Table,
+    position: str,
+    split: str,
+    name: str,
+    style: tuple[str, Any],
+    number: int = 0,
+) -> list[Series]:
+    """Reads a curve, with its points in order.
+
+    Args:
+        run: The run.
+        table: The rows of the curve.
+        position: The column of the position.
+        split: The split.
+        name: The name in notes.
+        style: The colour and the line style.
+        number: The number of the run.
+
+    Returns:
+        The curve; none if no position is finite.
+    """
+    at = np.array(table.floats(position))
+    order = np.argsort(at, kind="stable")
+    order = order[np.isfinite(at[order])]
+    if not order.size:
+        return []
+    columns = [c for c in table.columns if c not in {position, "block", "path", "split"}]
+    values = {column: np.array(table.floats(column))[order] for column in columns}
+    colour, dashes = style
+    examples = run.summary.get("examples", {}).get(split, math.nan)
+    ends = np.isin(at[order], (0.0, 1.0))
+    return [Series(number, split, name, colour, dashes, at[order], ends, values, examples=examples)]
 
 
 def scale_alpha(axes: Axes, series: Sequence[Series]) -> tuple[float, float]:

@@ -226,16 +226,7 @@ class Connect(Study):
             own = {name: getattr(settings, name) for name in _FOR_ALIGNMENT}
             aligned = alignment.align(a, b, **own).checkpoint
             b = name_checkpoint(aligned, aligned.name)
-        problem = prepare((a, b), settings, ranks=ranks, training="connect")
-        if problem.objective.batchnorm and settings.buffers != "recalibrate":
-            if settings.buffers != "interpolate":
-                raise UsageError(
-                    f"--buffers {settings.buffers} keeps BatchNorm's statistics, which do not fit "
-                    "the path",
-                    "Leave it out: they are re-estimated at every point",
-                )
-            settings = replace(settings, buffers="recalibrate")
-            problem = prepare((a, b), settings, ranks=ranks, training="connect")
+        problem = prepare((a, b), settings, ranks=ranks, training="connect", recalibrates=True)
         start, end = problem.origin, problem.place(problem.last.weights)
         names = differentiable_parameters(problem, "connect")
         for name, weights in ((a, start), (b, end)):

@@ -227,7 +227,7 @@ class BendOf:
 
     @classmethod
     def read(cls, checkpoint: Checkpoint) -> Self | None:
-        """Reads the metadata of a checkpoint; None if it is no bend, or says so in another form."""
+        """Reads the metadata of a bend; None for another checkpoint, or another format."""
         try:
             return cls(**json.loads(checkpoint.metadata[cls.key]))
         except (KeyError, TypeError, ValueError):

@@ -17,9 +17,11 @@ from losscli.checkpoint import Checkpoint, InMemoryCheckpoint, find_base, read
 from losscli.data import Examples
 from losscli.errors import CheckpointError, MismatchError, ModelError, UsageError
 from losscli.evaluation.device import choose_device, describe_device
+from losscli.evaluation.loading import named_tensors
 from losscli.evaluation.objective import Objective
 from losscli.evaluation.objective_functions import returned_losses
 from losscli.evaluation.ranks import Ranks
+from losscli.evaluation.recalibration import batchnorm_layers
 from losscli.evaluation.sampling import sample_order
 from losscli.evaluation.task_checks import check_task
 from losscli.results.summaries import CheckpointEntry, Counts, Provenance
@@ -39,6 +41,7 @@ from losscli.studies.task import (
 from losscli.weight_space.vectors import Weights, can_move, equal, select_names
 
 __all__ = [
+    "Points",
     "Problem",
     "TrainingExamples",
     "counted",
@@ -206,18 +209,23 @@ class Problem:
         Returns:
             All tensors of the points that stand for them.
         """
-        return _Places(self, steps)
+        return Points(self.placed, steps)
 
 
-class _Places(Sequence[Weights]):
-    """Points that stand for checkpoints, each opened on access."""
+class Points(Sequence[Weights]):
+    """Points that are made on access; none is kept in memory.
 
-    def __init__(self, problem: Problem, steps: Sequence[int]) -> None:
-        self._problem = problem
-        self._steps = steps
+    Args:
+        make: Makes all tensors of a point from its key.
+        keys: The keys of the points, such as the numbers of checkpoints.
+    """
+
+    def __init__(self, make: Callable[[Any], Weights], keys: Sequence[Any]) -> None:
+        self._make = make
+        self._keys = keys
 
     def __len__(self) -> int:
-        return len(self._steps)
+        return len(self._keys)
 
     @overload
     def __getitem__(self, at: int) -> Weights: ...
@@ -225,8 +233,8 @@ class _Places(Sequence[Weights]):
     def __getitem__(self, at: slice) -> Sequence[Weights]: ...
     def __getitem__(self, at: int | slice) -> Weights | Sequence[Weights]:
         if isinstance(at, slice):
-            return _Places(self._problem, self._steps[at])
-        return self._problem.placed(self._steps[at])
+            return Points(self._make, self._keys[at])
+        return self._make(self._keys[at])
 
 
 def prepare(
@@ -239,6 +247,7 @@ def prepare(
     planned: Config = NO_CONFIG,
     independent: bool = False,
     training: str = "",
+    recalibrates: bool = False,
 ) -> Problem:
     """Reads the checkpoints, builds the model, loads the data and makes sure that all fit.
 
@@ -251,6 +260,7 @@ def prepare(
         planned: A losscli.toml that is taken to exist.
         independent: Whether each checkpoint is evaluated by itself, see `Problem`.
         training: The option of the command that needs training examples; empty if none does.
+        recalibrates: Whether BatchNorm's statistics are re-estimated where the model has some.
 
     Returns:
         The problem, ready to be evaluated.
@@ -282,6 +292,14 @@ def prepare(
             _check(settings)
         torch.manual_seed(settings.seed)
         model = build(found, file)
+        if recalibrates and batchnorm_layers(model, named_tensors(model)):
+            if settings.buffers in {"a", "b"}:
+                raise UsageError(
+                    f"--buffers {settings.buffers} keeps BatchNorm's statistics, which do not fit "
+                    "the path",
+                    "Leave it out: they are re-estimated at every point",
+                )
+            settings = replace(settings, buffers="recalibrate")
         _require_precision(model, settings.dtype)
         checkpoints = Checkpoints(model, found, base, settings, names)
         # Plain names, so that checkpoints given as objects are not kept in memory.

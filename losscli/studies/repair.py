@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import overload
 
 import torch
 
@@ -13,7 +12,7 @@ from losscli.evaluation.cost import Timings
 from losscli.evaluation.repair import Preactivations, Repair
 from losscli.evaluation.tasks import Execution
 from losscli.results.summaries import RepairSummary
-from losscli.studies.problem import Problem
+from losscli.studies.problem import Points, Problem
 from losscli.weight_space.slices import point_between
 from losscli.weight_space.vectors import Weights
 
@@ -93,7 +92,7 @@ class RepairedLines:
             self._skipped = max(self._skipped, skipped)
             return corrected
 
-        return _Points(correct, alphas)
+        return Points(correct, alphas)
 
     def _measure(self, t: int, weights: Weights) -> list[Preactivations]:
         if t not in self._ends:
@@ -114,23 +113,3 @@ class RepairedLines:
     def notes(self) -> list[str]:
         """A note on training examples of another split."""
         return self._training.notes
-
-
-class _Points(Sequence[Weights]):
-    """Points that are computed on access."""
-
-    def __init__(self, at: Callable[[float], Weights], alphas: Sequence[float]) -> None:
-        self._at = at
-        self._alphas = alphas
-
-    def __len__(self) -> int:
-        return len(self._alphas)
-
-    @overload
-    def __getitem__(self, at: int) -> Weights: ...
-    @overload
-    def __getitem__(self, at: slice) -> Sequence[Weights]: ...
-    def __getitem__(self, at: int | slice) -> Weights | Sequence[Weights]:
-        if isinstance(at, slice):
-            return _Points(self._at, self._alphas[at])
-        return self._at(self._alphas[at])
