@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -124,7 +125,7 @@ def draw(found: Mapping[str, Any], path: Path) -> None:
     with mpl.rc_context({**mpl.rcParamsDefault, "font.size": 11}):
         works = _works(found)
         rows = math.ceil(len(works) / 2)
-        figure = Figure(figsize=(9, 3.4 * rows), layout="constrained")
+        figure = Figure(figsize=(10, 3.4 * rows), layout="constrained")
         panels = figure.subplots(rows, 2, squeeze=False).flatten()
         for axes in panels[len(works) :]:
             axes.remove()
@@ -135,11 +136,11 @@ def draw(found: Mapping[str, Any], path: Path) -> None:
             axes.barh(range(len(names)), seconds, color=colours, height=0.65)
             for row, value in enumerate(seconds):
                 axes.text(value, row, f" {value:.2f} s", va="center")
-            labels = [_NAMES[name].replace(", ", ",\n") for name in names]
+            labels = [textwrap.fill(_NAMES[name], 24) for name in names]
             axes.set_yticks(range(len(names)), labels)
             axes.invert_yaxis()
             axes.set_xlim(0, 1.5 * max(seconds))  # room for the longest bar's number
             axes.set_xlabel("seconds")
-            axes.set_title("\n".join(title.rsplit(", ", 2)), fontsize=11, loc="left")
+            axes.set_title(textwrap.fill(title, 32), fontsize=11, loc="left")
             axes.spines[["top", "right"]].set_visible(False)
         figure.savefig(path, dpi=150)
