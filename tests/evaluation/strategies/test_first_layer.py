@@ -10,6 +10,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from losscli.data import DataSet, Split
+from losscli.evaluation import gpu_thresholds
 from losscli.evaluation.losses.built_in import cross_entropy
 from losscli.evaluation.objective import Objective
 from losscli.evaluation.strategies import first_layer
@@ -98,7 +99,7 @@ def test_points_that_share_too_little_take_batches_in_turn_and_have_the_same_los
     expected = losses(Strategy.BOUND)
     for module in ("strategies.first_layer", "objective"):
         monkeypatch.setattr(f"losscli.evaluation.{module}.launches_kernels", lambda _: True)
-    monkeypatch.setattr(first_layer, "_WORTH_SHARING", least)
+    monkeypatch.setattr(gpu_thresholds, "WORTH_SHARING", least)
     found = losses(Strategy.SHARED)
     if least > 27:
         assert torch.equal(found, expected)
