@@ -415,16 +415,26 @@ def test_only_cuda_has_graphs() -> None:
 
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
-@pytest.mark.parametrize("build", [net, lambda: MLP("6-5-3")])
-def test_a_gpu_uses_graphs(build: Callable[[], nn.Module]) -> None:
+@pytest.mark.parametrize("recalibrates", [False, True])
+def test_a_gpu_uses_graphs(recalibrates: bool) -> None:
     device = torch.device("cuda")
-    data = DataSet({"all": Split(torch.rand(17, 6), torch.arange(17) % 3)})
+    split = Split(torch.rand(17, 1, 6, 6), torch.arange(17) % 3)
     ends = []
     for seed in (1, 2):
         torch.manual_seed(seed)
-        ends.append(build().to(device).state_dict())
-    objective = Objective(build(), LOSSES["cross_entropy"], {}, data, device=device, batch_size=7)
-    check(objective, ends[0])
-    objective.strategy, objective.proving = Strategy.BOUND, True
-    objective.at(Line(*ends), POINTS)
-    assert objective.graph == "used"
+        model = CNN("2-3", channels=1, classes=3, batchnorm=True)
+        ends.append({n: t.to(device) for n, t in model.state_dict().items()})
+    names = [n for n, t in ends[0].items() if t.is_floating_point() and "running" not in n]
+    found = []
+    for graphs in (True, False):
+        objective = Objective(
+            CNN("2-3", channels=1, classes=3, batchnorm=True), LOSSES["cross_entropy"], {},
+            DataSet({"all": split}), device=device, batch_size=7,
+            recalibration=Recalibration.plan("all", split, 0) if recalibrates else None,
+        )  # fmt: skip
+        check(objective, ends[0])
+        objective.strategy, objective.proving = Strategy.BOUND, graphs
+        line = Line(*({n: end[n] for n in names} for end in ends))
+        found.append(objective.at(line, POINTS)["all"].losses)
+        assert objective.graph == ("used" if graphs else None)
+    assert torch.equal(*found)

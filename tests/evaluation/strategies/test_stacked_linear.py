@@ -70,6 +70,27 @@ def states_of(build: Callable[[], nn.Module]) -> list[dict[str, Tensor]]:
     return states
 
 
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+@pytest.mark.parametrize("name", PERCEPTRONS)
+def test_a_gpu_stacks_perceptrons(name: str) -> None:
+    build, shape, moving = PERCEPTRONS[name]
+    states = states_of(build)
+    names = {n for n in states[0] if not moving or n.startswith(moving)}
+    x = torch.rand(13, *shape, dtype=torch.float64)
+    y = torch.randint(3, (13, *shape[:1]) if name == "positions" else (13,))
+    device = torch.device("cuda")
+    objective = Objective(
+        build(), cross_entropy if name != "positions" else _last, {},
+        DataSet({"all": Split(x, y)}), device=device, dtype=torch.float64,
+    )  # fmt: skip
+    check(objective, states[0])
+    objective.strategy = Strategy.STACKED
+    line = Line(*({n: s[n].to(device) for n in names} for s in states))
+    found = objective.at(line, [(alpha,) for alpha in POINTS])["all"].losses
+    torch.testing.assert_close(found, by_hand(build, states, names, x, y), rtol=1e-9, atol=1e-12)
+
+
 def by_hand(
     build: Callable[[], nn.Module], states: Sequence[dict[str, Tensor]], names: set[str], x: Tensor,
     y: Tensor,
