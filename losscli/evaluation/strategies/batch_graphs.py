@@ -13,6 +13,7 @@ far this has been tested with a double on the CPU, and not on a GPU.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -63,7 +64,8 @@ class CudaCapture:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._pool: Any = None
+        # As long as it exists, so does the pool.
+        self._first: torch.cuda.CUDAGraph | None = None
 
     def record(self, work: Callable[[], None]) -> Callable[[], None]:
         """Records the kernels that a function launches.
@@ -85,14 +87,15 @@ class CudaCapture:
                 work()
             current.wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
+            pool = None if self._first is None else self._first.pool()
             # If a recording fails, `torch.cuda.graph` leaves its stream as the current one. Other
             # threads, such as those of a DataLoader, may use the device meanwhile.
             with (
                 torch.cuda.stream(current),
-                torch.cuda.graph(graph, self._pool, stream, capture_error_mode="thread_local"),
+                torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local"),
             ):
                 work()
-            self._pool = graph.pool()
+            self._first = self._first or graph
         replay: Callable[[], None] = graph.replay
         return replay
 
@@ -108,7 +111,9 @@ def _capture_stream(device: torch.device) -> Any:
 def _refusing_to_wait() -> Iterator[None]:
     """Makes operations that wait for the device fail."""
     before = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
+    with warnings.catch_warnings():  # PyTorch says that this does not detect every such operation
+        warnings.simplefilter("ignore")
+        torch.cuda.set_sync_debug_mode("error")
     try:
         yield
     finally:
