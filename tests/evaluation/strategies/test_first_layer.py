@@ -117,6 +117,16 @@ def first_layer_of(model: nn.Module, inputs: Tensor) -> FirstLayer:
     return watcher.layer
 
 
+def test_outputs_at_several_points_have_the_bits_of_each() -> None:
+    inputs = torch.rand(2, 4)
+    ends = [nn.Linear(4, 5).state_dict(keep_vars=True) for _ in range(2)]
+    line = Line(*ends)
+    products = [F.linear(inputs, end["weight"], end["bias"]).detach() for end in ends]
+    layer = FirstLayer(F.linear, "weight", products, line)
+    points = [(0.0,), (0.3,), (0.5,), (0.8,), (1.0,), (1.4,)]
+    assert torch.equal(layer.outputs(points), torch.stack([layer.output(p) for p in points]))
+
+
 def test_after_the_layer_has_run_no_call_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
     model, inputs = convolving(), torch.rand(2, 3, 6, 6)
     layer = first_layer_of(model, inputs)
