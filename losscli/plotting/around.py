@@ -23,6 +23,7 @@ from losscli.plotting.style import (
     DASHES,
     INK,
     STEPS,
+    Label,
     Numbers,
     add_foot,
     add_title,
@@ -194,7 +195,7 @@ def _read(runs: Sequence[Run[AroundSummary]], drawing: Drawing) -> tuple[list[_G
     for run in runs:
         checkpoints = [str(name) for name in run.table.unique("checkpoint")]
         names, pattern = distinct_checkpoints(run, checkpoints, drawing)
-        label = plain(run.label)
+        label = Label(plain(run.label))
         if pattern:
             notes.append(f"Checkpoints {pattern}")
         for checkpoint, own in zip(checkpoints, names, strict=True):
@@ -205,8 +206,9 @@ def _read(runs: Sequence[Run[AroundSummary]], drawing: Drawing) -> tuple[list[_G
 
 
 def _label(group: _Group) -> str:
-    size = group.size
-    return f"{group.name}, ‖θ‖ = {format_number(size)}" if np.isfinite(size) else group.name
+    """Returns the name of a checkpoint with its norm; a label stays one."""
+    norm = f", ‖θ‖ = {format_number(group.size)}" if np.isfinite(group.size) else ""
+    return type(group.name)(group.name + norm)
 
 
 def _draw(
@@ -219,8 +221,8 @@ def _draw(
     """Draws one split; returns notes, and adds to the entries of the legend."""
     log = drawing.log
     series = [s for k, (g, c) in enumerate(groups) for s in _series(k, g, c, split)]
-    notes = draw_panel(axes, series, "loss", drawing, log=log)
-    # The means may be finite where single directions are drawn, and farther apart.
+    notes = draw_panel(axes, series, "loss", replace(drawing, ylim=None), log=log)
+    # Single directions may be finite where their mean is not, and farther apart.
     shown = [s["loss"] + sign * s["loss_stderr"] for s in series for sign in (-1, 1)]
     values = [*(c.losses.ravel() for _, c in groups), *(x.ravel() for x in shown)]
     joined = np.concatenate([*values, np.empty(0)])

@@ -39,6 +39,7 @@ from losscli.plotting.style import (
     house_style,
     label_loss,
     loss_name,
+    name_checkpoint,
     name_split,
     narrow,
     new_figure,
@@ -66,6 +67,7 @@ from losscli.plotting.surface import (
     draw_surface,
     finish_layout,
     hidden_by,
+    keep_inside,
     label_contours,
     limit_notes,
     path_entries,
@@ -148,7 +150,7 @@ class _Checkpoints:
         }
         names = [str(r["checkpoint"][0]) for r in rows]
         labelled = any(map(run.label_of, names))
-        names = [plain(run.label_of(name) or name) for name in names]
+        names = [name_checkpoint(run, name, FULL) for name in names]
         return cls(plain(path), colour, names, labelled, x, y, off, losses)
 
     def loss(self, split: str) -> Floats:
@@ -416,12 +418,10 @@ def _draw_marks(
 ) -> bool:
     """Draws the checkpoints inside the panel; returns whether the surface hides any of them."""
     loss = marks.loss(split)
-    coordinates = [marks.x, marks.y]
+    coordinates: tuple[Floats, ...] = (marks.x, marks.y)
     behind = np.zeros(len(marks.names), dtype=np.bool_)
     if isinstance(axes, Axes3D):
-        (left, right), (low, high) = axes.get_xlim(), axes.get_ylim()
-        inside = (left <= marks.x) & (marks.x <= right) & (low <= marks.y) & (marks.y <= high)
-        coordinates = [np.where(inside, c, np.nan) for c in (*coordinates, scale(loss) + 0.008)]
+        coordinates = keep_inside(axes, *coordinates, scale(loss) + 0.008)
         assert surface is not None
         behind = hidden_by(axes, scale, surface, *coordinates)
     if marks.colour:

@@ -53,6 +53,7 @@ __all__ = [
     "SMALLEST",
     "STEPS",
     "WIDTH",
+    "Label",
     "Numbers",
     "add_foot",
     "add_title",
@@ -370,6 +371,12 @@ def plain(text: str) -> str:
     return " ".join("".join(letters).split())
 
 
+class Label(str):
+    """A name that the user gave with ``--label``: it is shortened at its end, a path is not."""
+
+    __slots__ = ()
+
+
 def text_width(figure: Figure, text: str, size: float | None = None) -> float:
     """Returns the width of a line of text in points, by default in the size of legends."""
     artist = Text(0, 0, text, fontsize=small_size() if size is None else size)
@@ -384,15 +391,15 @@ def shorten(figure: Figure, text: str, width: float, size: float | None = None) 
         figure: The figure.
         text: The text.
         width: The width in points.
-        size: The size of the text; that of text by default.
+        size: The size of the text in points; by default that of legends.
 
     Returns:
-        The text, if it fits. Words, such as those of a label, keep their beginning; a name, a path
-        and a route of names keep their end, in which names differ.
+        The text, if it fits. A `Label` and several words keep their beginning; the name or path of
+        a checkpoint and a pair A → B keep their end, in which checkpoints differ.
     """
     if text_width(figure, text, size) <= width:
         return text
-    words = " " in text and "/" not in text and "→" not in text
+    words = isinstance(text, Label) or (" " in text and "/" not in text and "→" not in text)
     fits, too_long = 0, len(text)
     while too_long - fits > 1:
         middle = (fits + too_long) // 2
@@ -410,7 +417,7 @@ def _cut(text: str, letters: int, *, words: bool) -> str:
 
 def shorten_path(figure: Figure, name: str, width: float) -> str:
     """Shortens a checkpoint's name to a width in points, by its leading folders first."""
-    parts = name.split("/")
+    parts = [name] if isinstance(name, Label) else name.split("/")
     names = (f"…/{'/'.join(parts[k:])}" for k in range(1, len(parts)))
     fitting = (n for n in (name, *names) if text_width(figure, n) <= width)
     return next(fitting, None) or shorten(figure, name, width)
@@ -544,20 +551,30 @@ def scale_y(
 ) -> None:
     """Sets scale, limits and ticks of a y axis so that it shows all values.
 
+    If all values are on the same side of given limits, the panel says so.
+
     Args:
         axes: The panel.
         values: Finite values, positive if ``log``; may be empty.
         log: Whether the axis is logarithmic.
         fraction: Whether the values are fractions, to show as percentages.
         least: The smallest range of an axis of fractions, at most 1.
-        limits: The limits of the axis; None to show all values.
+        limits: The limits of the axis; None to show all values. On a logarithmic axis, a limit that
+            is not positive is ignored.
     """
     if not values.size and limits is None:
         axes.set_ylim(0, 1)
         axes.yaxis.set_major_locator(NullLocator())
         return
+    if log and limits is not None and limits[0] <= 0:
+        low, high = extent(values) if values.size else (0.1, 1.0)
+        limits = (low, limits[1]) if limits[1] > low else None
     low, high = limits or extent(values)
     margin = 0.06 if limits is None else 0.0
+    if values.size and (values.max() < low or values.min() > high):
+        side = "lower" if values.max() < low else "higher"
+        text = f"no value between {format_number(low)} and {format_number(high)}: all are {side}"
+        axes.text(0.5, 0.5, text, ha="center", color=PALE, transform=axes.transAxes)
     if not log:
         if fraction:
             low, high = max(low, 0.0), min(high, 1.0)
@@ -815,7 +832,7 @@ def run_names(runs: Sequence[Run[Summary]], drawing: Drawing = FULL) -> list[str
     for number, run in enumerate(runs, start=1):
         checkpoints = checkpoint_names(run, drawing)
         ends = " → ".join([*checkpoints[:1], *checkpoints[1:][-1:]])
-        names.append(plain(run.label) or ends or f"run {number}")
+        names.append(Label(plain(run.label)) or ends or f"run {number}")
     return names
 
 
@@ -828,17 +845,15 @@ def checkpoint_names(
     """
     if drawing.compact and not run.checkpoint_labels:
         return []
-    return [plain(label) for label in run.checkpoint_labels or _names(run)]
-
-
-def _names(run: Run[Summary] | Run[InspectionSummary]) -> list[str]:
-    return [entry.get("name", "") for entry in run.summary.get("checkpoints", ())]
+    if run.checkpoint_labels:
+        return [Label(plain(label)) for label in run.checkpoint_labels]
+    return [plain(entry.get("name", "")) for entry in run.summary.get("checkpoints", ())]
 
 
 def name_checkpoint(run: Run[Summary], name: str, drawing: Drawing) -> str:
     """Returns the label of a checkpoint, or else its name: that of its file in a compact figure."""
     if label := run.label_of(name):
-        return plain(label)
+        return Label(plain(label))
     return plain(_stem(name) if drawing.compact else name)
 
 
@@ -885,7 +900,7 @@ def distinct_checkpoints(
         The labels or names, and the pattern of `distinct_names`.
     """
     if run.checkpoint_labels:
-        return [plain(run.label_of(name) or name) for name in names], ""
+        return [name_checkpoint(run, name, FULL) for name in names], ""
     stems = [plain(_stem(name)) for name in names]
     if drawing.compact and len(set(stems)) == len(stems):
         return stems, ""

@@ -59,6 +59,7 @@ __all__ = [
     "draw_surface",
     "finish_layout",
     "hidden_by",
+    "keep_inside",
     "label_contours",
     "limit_notes",
     "path_entries",
@@ -261,7 +262,10 @@ def draw_contours(axes: Axes, grid: Grid, scale: Scale) -> Contours:
                 grid.x, grid.y, shown, levels[inner], colors=colours, linewidths=0.8
             )
     if missing.sum() <= _MANY_CROSSES:
-        axes.plot(grid.x[missing], grid.y[missing], "x", color="#9a9a9a", ms=3.5, mew=0.9, zorder=2)
+        style: dict[str, Any] = {"color": "#9a9a9a", "ms": 3.5, "mew": 0.9, "zorder": 2}
+        # Not clipped, since the outermost points lie on the edges of the panel.
+        (crosses,) = axes.plot(grid.x[missing], grid.y[missing], "x", clip_on=False, **style)
+        crosses.set_in_layout(False)
     finite = drawable(grid.loss, log=False)
     blank = [(int((~finite).sum()), "not finite"), (int((missing & finite).sum()), "not above 0")]
     names = scale.labels(np.array(scale.lines)[inner].tolist())
@@ -527,7 +531,7 @@ def draw_path(
         ends: The colour of the marks at the ends; that of the path if empty.
         faces: The colours of the dots; that of the path if None.
         cased: Whether the path has a white outline.
-        clip: Whether it is clipped at the edges of the panel, which would cut a path on an axis.
+        clip: Whether what lies outside the panel is left out. Marks on its edges are drawn whole.
         behind: The checkpoints behind a surface; None for none. The path is dotted there.
         shown: How many checkpoints are shown, the last of them with a dot instead of the mark of
             the end; None for all.
@@ -544,24 +548,37 @@ def draw_path(
     casing = [Stroke(linewidth=3.6, foreground="white"), Normal()] if cased else None
     hidden = np.zeros(number, dtype=np.bool_) if behind is None else behind[:shown]
     visible = [np.where(hidden, np.nan, c) for c in coordinates]
-    dots: list[Artist] = []
-    lines = axes.plot(*visible, color=colour, lw=1.7, zorder=4, path_effects=casing)
+    lines: list[Artist] = [
+        *axes.plot(*visible, color=colour, lw=1.7, zorder=4, path_effects=casing)
+    ]
     if hidden.any():
         lines += axes.plot(*coordinates, color=colour, lw=1.2, ls=(0, (1, 1.5)), zorder=3.9)
-    if faces is None and not drawing.no_markers:
-        lines += axes.plot(*visible, "o", color=colour, ms=4 if few else 2.2, zorder=4.1)
-    elif faces is not None and not drawing.no_markers:
+    marks: list[Artist] = []
+    if clip:
+        coordinates = keep_inside(axes, *coordinates)
+    if faces is not None and not drawing.no_markers:
         size = 5.5 if few else 3
-        dots = draw_dots(axes, *coordinates, faces=faces[:shown], size=size, behind=hidden)
+        marks += draw_dots(axes, *coordinates, faces=faces[:shown], size=size, behind=hidden)
+    elif not drawing.no_markers:
+        dots = [np.where(hidden, np.nan, c) for c in coordinates]
+        marks += axes.plot(*dots, "o", color=colour, ms=4 if few else 2.2, zorder=4.1)
     end = _END if number == total else _HEAD
     for at, mark in () if drawing.no_markers else ((0, _START), (-1, end)):
         point = [c[at : at + 1 or None] for c in coordinates]
         alpha = PALER if hidden[at] else 1.0
-        lines += axes.plot(*point, ls="none", zorder=5, alpha=alpha, **_mark(mark, ends or colour))
-    for line in lines:
-        line.set_clip_on(clip)
-        line.set_in_layout(False)
-    return [*lines, *dots]
+        marks += axes.plot(*point, ls="none", zorder=5, alpha=alpha, **_mark(mark, ends or colour))
+    for artist in (*lines, *marks):
+        artist.set_clip_on(clip and artist in lines)
+        artist.set_in_layout(False)
+    return [*lines, *marks]
+
+
+def keep_inside(axes: Axes, *coordinates: Floats) -> tuple[Floats, ...]:
+    """Returns the coordinates of points, nan for points outside the ranges of x and y."""
+    (left, right), (low, high) = axes.get_xlim(), axes.get_ylim()
+    x, y, *_ = coordinates
+    inside = (left <= x) & (x <= right) & (low <= y) & (y <= high)
+    return tuple(np.where(inside, c, np.nan) for c in coordinates)
 
 
 def draw_dots(
