@@ -18,12 +18,11 @@ from matplotlib.transforms import Bbox
 from numpy.typing import NDArray
 from PIL import Image
 
+from losscli.plotting.layout import finish_layout
 from losscli.plotting.lines import Series, draw_panel, split_entries
 from losscli.plotting.style import (
     INCH,
     WIDTH,
-    add_foot,
-    add_title,
     columns,
     house_style,
     label_loss,
@@ -34,7 +33,7 @@ from losscli.plotting.style import (
     text_size,
     text_width,
 )
-from losscli.plotting.surface import WIDE, Contours, draw_path, finish_layout, label_contours
+from losscli.plotting.surface import WIDE, Contours, draw_path, label_contours
 from losscli.registry import load
 from losscli.results.drawing import Drawing
 from losscli.results.result import Run
@@ -288,15 +287,12 @@ def animate(
     curves = [artist for artist in beside.get_children() if artist not in before]
     beside.set_ylabel(label_loss(figure, runs, drawing, log=drawing.log))
     caption = beside.set_title("checkpoint", loc="left")
-    add_title(figure, drawing)
     notes = [*notes, *more]
     if stride > 1:
         notes.append(f"Each frame adds {stride} checkpoints.")
     splits = list(dict.fromkeys(s.split for s in series))
-    add_foot(
-        figure, drawing, notes, [*entries, split_entries(runs, splits, colour, series, drawing)]
-    )
-    finish_layout(figure, drawing)
+    lines = split_entries(runs, splits, colour, series, drawing)
+    finish_layout(figure, drawing, notes, [*entries, lines])
     figure.set_dpi(_LONGEST_SIDE / max(figure.get_size_inches()))
     if contours is not None:
         x, y = (

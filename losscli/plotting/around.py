@@ -13,37 +13,33 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from losscli.plotting.html import DASHES as PAGE_DASHES
 from losscli.plotting.html import Item, View, curve, layout_2d, transparent
+from losscli.plotting.layout import finish_layout
 from losscli.plotting.lines import Series, draw_panel
 from losscli.plotting.style import (
     DASHES,
     INK,
-    STEPS,
     Label,
-    Numbers,
-    add_foot,
-    add_title,
     distinct_checkpoints,
     drawable,
     error_label,
     examples_notes,
     format_number,
-    freeze,
     house_style,
     label_loss,
+    linear_ticks,
     loss_name,
     name_split,
-    narrow,
     new_figure,
     plain,
     run_colours,
+    scale_x,
     scale_y,
-    shorten,
-    text_size,
+    split_names,
+    title_panel,
 )
 from losscli.results.drawing import FULL, Drawing
 from losscli.results.result import Run
@@ -154,7 +150,7 @@ def draw_around(runs: Sequence[Run[AroundSummary]], drawing: Drawing = FULL) -> 
         The figure, laid out and ready to `render`.
     """
     with house_style(drawing):
-        splits = [str(s) for s in dict.fromkeys(s for r in runs for s in r.table.unique("split"))]
+        splits = split_names(runs)
         groups, shared = _read(runs, drawing)
         number = max(len(splits), 1)
         figure = new_figure(drawing, 0.6 + _HEIGHT * number)
@@ -167,8 +163,7 @@ def draw_around(runs: Sequence[Run[AroundSummary]], drawing: Drawing = FULL) -> 
             notes += _draw(axes, curves, split, marks, drawing)
             reach += [c.x for _, c in curves]
             axes.set_ylabel(label_loss(figure, runs, drawing, log=drawing.log))
-            name = name_split(runs, split, drawing)
-            axes.set_title(shorten(figure, name, narrow(figure, 250), text_size()), loc="left")
+            title_panel(figure, axes, name_split(runs, split, drawing))
         _scale_distance(panels, np.concatenate([*reach, np.empty(0)]), groups, drawing)
         figure.align_ylabels(panels)
         shown = groups
@@ -183,9 +178,7 @@ def draw_around(runs: Sequence[Run[AroundSummary]], drawing: Drawing = FULL) -> 
             for g in shown
             if len(groups) > 1 or not drawing.compact or g.run.checkpoint_labels
         ]
-        add_foot(figure, drawing, list(dict.fromkeys(notes)), [named, list(marks.values())])
-        add_title(figure, drawing)
-        freeze(figure, drawing)
+        finish_layout(figure, drawing, [*dict.fromkeys(notes)], [named, [*marks.values()]])
     return figure
 
 
@@ -325,12 +318,8 @@ def _scale_distance(
 ) -> None:
     """Scales the axis of distances; for a single ‖θ‖, another one is relative to it."""
     low, high = (float(x.min()), float(x.max())) if x.size else (0.0, 1.0)
-    room = 0.02 * (high - low) or 0.05
-    lowest = panels[-1]
-    lowest.set_xlim(low - room, high + room)
-    lowest.xaxis.set_major_locator(MaxNLocator("auto", steps=STEPS))
-    lowest.xaxis.set_major_formatter(Numbers())
-    lowest.set_xlabel(_DISTANCE + _OPPOSITE * (low < 0 and not drawing.compact))
+    scale_x(panels[-1], low, high)
+    panels[-1].set_xlabel(_DISTANCE + _OPPOSITE * (low < 0 and not drawing.compact))
     sizes = {group.size for group in groups}
     size = sizes.pop() if len(sizes) == 1 else np.nan
     if not (np.isfinite(size) and size > 0):
@@ -338,8 +327,7 @@ def _scale_distance(
     upper = panels[0].secondary_xaxis(
         "top", functions=(lambda v: np.asarray(v) / size, lambda v: np.asarray(v) * size)
     )
-    upper.xaxis.set_major_locator(MaxNLocator("auto", steps=STEPS))
-    upper.xaxis.set_major_formatter(Numbers())
+    linear_ticks(upper.xaxis)
     upper.set_xlabel("distance / ‖θ‖")
 
 
@@ -348,7 +336,7 @@ def _scale_distance(
 
 def around_views(runs: Sequence[Run[AroundSummary]]) -> list[View]:
     """Returns the views of an interactive page: the loss along directions from checkpoints."""
-    splits = [str(s) for s in dict.fromkeys(s for r in runs for s in r.table.unique("split"))]
+    splits = split_names(runs)
     groups, notes = _read(runs, FULL)
     quantities = {"loss": f"loss{loss_name(runs)}"}
     quantities |= {metric: metric for run in runs for metric in run.table.metrics}

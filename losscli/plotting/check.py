@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from losscli.plotting.eigenvalue_axis import LINE, scale_eigenvalues
 from losscli.plotting.html import View, table_view
+from losscli.plotting.layout import finish_layout
 from losscli.plotting.lines import Series, draw_panel
 from losscli.plotting.spectra import Row, matrix_name, spectra_rows
 from losscli.plotting.style import (
@@ -33,8 +34,6 @@ from losscli.plotting.style import (
     STEPS,
     WIDTH,
     Numbers,
-    add_foot,
-    add_title,
     columns,
     drawable,
     error_label,
@@ -48,17 +47,18 @@ from losscli.plotting.style import (
     new_figure,
     number_checkpoints,
     plain,
-    round_positions,
     scale_checkpoints,
+    scale_x,
     scale_y,
     shorten,
     shorten_path,
     small_size,
+    split_names,
     text_size,
     text_width,
     whole_numbers,
 )
-from losscli.plotting.surface import WIDE, finish_layout
+from losscli.plotting.surface import WIDE
 from losscli.results.drawing import FULL, Drawing
 from losscli.results.result import Run
 from losscli.results.summaries import CheckSummary, Escape
@@ -123,16 +123,13 @@ def draw_check(run: Run[CheckSummary], drawing: Drawing = FULL) -> Figure:
     """
     with house_style(drawing):
         names = [str(name) for name in run.table.unique("checkpoint")]
-        splits = [str(split) for split in run.table.unique("split")]
+        splits = split_names([run])
         escape = _Escape.read(run)
         draw = _draw_several if len(names) > 1 else _draw_one
         figure, notes, groups = draw(run, names, splits, escape, drawing)
         if escape:
             groups.append(escape.entries(figure, run, drawing))
-        add_title(figure, drawing)
-        add_foot(figure, drawing, notes, groups)
-        finish_layout(figure, drawing)
-        round_positions(figure)
+        finish_layout(figure, drawing, notes, groups)
     return figure
 
 
@@ -981,10 +978,7 @@ def _draw_escape(
         if drawable(np.array([loss]), log=log).all():
             axes.plot([distance], [loss], ls="none", zorder=6, **mark)
     low, high = float(escape.distance[0]), float(escape.distance[-1])
-    room = 0.02 * (high - low) or 0.5
-    axes.set_xlim(low - room, high + room)
-    axes.xaxis.set_major_locator(MaxNLocator("auto", steps=STEPS))
-    axes.xaxis.set_major_formatter(Numbers())
+    scale_x(axes, low, high)
 
     figure = axes.figure
     assert isinstance(figure, Figure)

@@ -13,6 +13,7 @@ from matplotlib.gridspec import SubplotSpec
 from matplotlib.lines import Line2D
 from matplotlib.patheffects import Normal, Stroke
 
+from losscli.plotting.layout import finish_layout
 from losscli.plotting.line_axis import read_curve, scale_alpha
 from losscli.plotting.lines import Series, draw_panel, split_entries
 from losscli.plotting.plane import read_grids
@@ -21,8 +22,6 @@ from losscli.plotting.style import (
     INK,
     PALE,
     Label,
-    add_foot,
-    add_title,
     columns,
     format_number,
     house_style,
@@ -31,9 +30,10 @@ from losscli.plotting.style import (
     narrow,
     new_figure,
     plain,
-    round_positions,
     shorten,
+    split_names,
     text_size,
+    title_panel,
 )
 from losscli.plotting.surface import (
     PATH,
@@ -42,7 +42,6 @@ from losscli.plotting.surface import (
     add_colour_bar,
     draw_contours,
     draw_dots,
-    finish_layout,
     label_contours,
     limit_notes,
     scale_losses,
@@ -72,7 +71,7 @@ def draw_connect(run: Run[ConnectSummary], drawing: Drawing = FULL) -> Figure:
         The figure, laid out and ready to `render`.
     """
     with house_style(drawing):
-        splits = [str(split) for split in run.table.unique("split")]
+        splits = split_names([run])
         series = _series(run, splits)
         metrics = list(run.table.metrics)
         grids = read_grids(run.more["plane"]) if "plane" in run.more else []
@@ -97,12 +96,8 @@ def draw_connect(run: Run[ConnectSummary], drawing: Drawing = FULL) -> Figure:
         )
         contours, planes = _draw_planes(run, figure, places, grids, drawing)
         notes += _notes(run, drawing, with_plane=bool(planes))
-        add_title(figure, drawing)
-        add_foot(
-            figure, drawing, notes, [_entries(), split_entries([run], splits, INK, series, drawing)]
-        )
-        finish_layout(figure, drawing)
-        round_positions(figure)
+        splits_shown = split_entries([run], splits, INK, series, drawing)
+        finish_layout(figure, drawing, notes, [_entries(), splits_shown])
         if planes:
             corners = np.array(run.summary["plane"]["corners"])  # type: ignore[index]
             for panel, drawn in zip(planes, contours, strict=True):
@@ -193,14 +188,13 @@ def _draw_planes(
                 zorder=6,
                 path_effects=[Stroke(linewidth=2.5, foreground="white"), Normal()],
             )
-        name = name_split([run], grid.split, drawing)
-        panel.set_title(shorten(figure, name, narrow(figure, 250), text_size()), loc="left")
+        title_panel(figure, panel, name_split([run], grid.split, drawing))
         if cell.rowspan == cells[-1].rowspan:
             panel.set_xlabel(drawing.words("distance along C − A", "along C − A"))
         if cell.colspan == cells[0].colspan:
             panel.set_ylabel(drawing.words("distance at right angles", "orthogonal"))
         panels.append(panel)
-    add_colour_bar(figure, panels, scale, "loss" + (", log scale" if scale.log else ""))
+    add_colour_bar(figure, panels, scale, [run], drawing)
     return contours, panels
 
 

@@ -16,6 +16,7 @@ from matplotlib.ticker import MaxNLocator
 
 from losscli.plotting.html import View, table_view
 from losscli.plotting.layerwise import BLOCK_ALPHA, block_colours, draw_layerwise
+from losscli.plotting.layout import finish_layout
 from losscli.plotting.line_axis import (
     LINE,
     alpha_range,
@@ -38,21 +39,18 @@ from losscli.plotting.lines import (
 from losscli.plotting.style import (
     INK,
     STEPS,
-    add_foot,
-    add_title,
     drawable,
     end_names,
     examples_notes,
-    freeze,
     house_style,
     label_loss,
     loss_name,
     narrow,
     plain,
-    round_positions,
     run_colours,
     run_names,
     shorten,
+    split_names,
     stacked_panels,
     text_size,
 )
@@ -88,7 +86,7 @@ def draw_interpolation(runs: Sequence[Run[LineSummary]], drawing: Drawing = FULL
         return draw_layerwise(runs[0], drawing)
     log = drawing.log
     with house_style(drawing):
-        splits = [str(s) for s in dict.fromkeys(s for r in runs for s in r.table.unique("split"))]
+        splits = split_names(runs)
         metrics = list(dict.fromkeys(m for r in runs for m in r.table.metrics))
         names = run_names(runs, drawing)
         series = read_series(runs, names, splits, drawing)
@@ -134,13 +132,6 @@ def draw_interpolation(runs: Sequence[Run[LineSummary]], drawing: Drawing = FULL
             notes.append(_PAIRED)
         figure.align_ylabels([overview, *panels] if overview else panels)
 
-        add_foot(
-            figure,
-            drawing,
-            notes,
-            [*_entries(runs, names, splits, series, lowest, drawing), *others],
-        )
-        add_title(figure, drawing)
         draw_ends(panels, view)
         named = panels[0]
         if overview:
@@ -149,10 +140,10 @@ def draw_interpolation(runs: Sequence[Run[LineSummary]], drawing: Drawing = FULL
         # Above the tick labels of the overview.
         above = 24 if overview else 5
         ends = mark_ends(named, view, end_names(runs, drawing), above=above * text_size() / 10)
-        freeze(figure, drawing)
+        entries = _entries(runs, names, splits, series, lowest, drawing)
+        finish_layout(figure, drawing, notes, [*entries, *others])
         name_ends(named, ends)
         if overview:
-            round_positions(figure)
             _connect(overview, panels[0])
     return figure
 

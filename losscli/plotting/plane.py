@@ -14,12 +14,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.gridspec import GridSpec
 from matplotlib.patheffects import Normal, Stroke
-from matplotlib.ticker import MaxNLocator
 from mpl_toolkits.mplot3d import Axes3D  # type: ignore[import-untyped]
 from numpy.typing import NDArray
 
 from losscli.plotting.animation import Animation, Track, animate, new_panels
 from losscli.plotting.html import Item, View, contours_and_surface, path_items
+from losscli.plotting.layout import finish_layout
 from losscli.plotting.lines import Series
 from losscli.plotting.style import (
     DASHES,
@@ -27,17 +27,12 @@ from losscli.plotting.style import (
     INCH,
     INK,
     LARGEST,
-    STEPS,
     WIDTH,
-    Numbers,
-    add_foot,
-    add_title,
     columns,
-    count_points,
     extent,
     format_number,
     house_style,
-    label_loss,
+    linear_ticks,
     loss_name,
     name_checkpoint,
     name_split,
@@ -47,9 +42,9 @@ from losscli.plotting.style import (
     plain,
     run_colours,
     scale_checkpoints,
-    shorten,
+    scale_distance,
     shorten_path,
-    text_size,
+    title_panel,
 )
 from losscli.plotting.surface import (
     HIDDEN,
@@ -61,11 +56,11 @@ from losscli.plotting.surface import (
     Scale,
     add_colour_bar,
     add_surface_axes,
+    blank_notes,
     draw_contours,
     draw_dots,
     draw_path,
     draw_surface,
-    finish_layout,
     hidden_by,
     keep_inside,
     label_contours,
@@ -201,8 +196,7 @@ def draw_plane(run: Run[PlaneSummary], drawing: Drawing = FULL) -> Figure:
             _frame(panel, view, drawing, equal=equal)
             for group in groups:
                 _draw_marks(panel, group, grid.split, scale, drawing)
-            name = name_split([run], grid.split, drawing)
-            panel.set_title(shorten(figure, name, narrow(figure, 250), text_size()), loc="left")
+            title_panel(figure, panel, name_split([run], grid.split, drawing))
             _name_axes(panel, labels, vertical=not column)
             panels.append(panel)
             contours.append(drawn)
@@ -216,18 +210,15 @@ def draw_plane(run: Run[PlaneSummary], drawing: Drawing = FULL) -> Figure:
                 panels.append(axes_3d)
         if not panels:
             panels = [figure.add_subplot(cells[0, 0])]
-        label = label_loss(figure, [run], drawing, log=scale.log).replace("\n", ", ")
-        add_colour_bar(figure, panels, scale, label)
+        add_colour_bar(figure, panels, scale, [run], drawing)
         if paths:
             _draw_distances(figure.add_subplot(cells[cells.nrows - 1, :]), paths, drawing)
 
-        add_title(figure, drawing)
         notes = [] if grids else ["There are no points"]
         notes += _notes(
             figure, contours, groups, view, scale, drawing, ratio=ratio, equal=equal, hidden=hidden
         )
-        add_foot(figure, drawing, notes, _legend(figure, groups, drawing))
-        finish_layout(figure, drawing)
+        finish_layout(figure, drawing, notes, _legend(figure, groups, drawing))
         x, y = (np.concatenate([getattr(group, c) for group in groups]) for c in "xy")
         clearance = 14 if groups[0].colour else 28
         for panel, drawn in zip(panels[:: 1 + surface], contours, strict=False):
@@ -283,9 +274,7 @@ def _draw_distances(axes: Axes, paths: Sequence[_Checkpoints], drawing: Drawing)
     numbers, label = _number(paths)
     scale_checkpoints(axes, np.unique(np.concatenate(numbers)), label)
     high = max(float(np.nanmax(path.off, initial=0.0)) for path in paths)
-    axes.set_ylim(0, 1.06 * high if high > 0 else 1.0)
-    axes.yaxis.set_major_locator(MaxNLocator(4, steps=STEPS))
-    axes.yaxis.set_major_formatter(Numbers())
+    scale_distance(axes, high, 4)
     axes.set_ylabel(drawing.words("distance from\nthe plane", "distance"))
     for path, number in zip(paths, numbers, strict=True):
         draw_path(axes, number, path.off, drawing=drawing, colour=path.colour, cased=False)
@@ -354,8 +343,7 @@ def _frame(
     axes.set_xlim(*view[0])
     axes.set_ylim(*view[1])
     for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_locator(MaxNLocator(4 if drawing.compact else 6, steps=STEPS))
-        axis.set_major_formatter(Numbers())
+        linear_ticks(axis, 4 if drawing.compact else 6)
     if equal:
         axes.set_aspect("equal")
 
@@ -470,7 +458,7 @@ def _notes(
 ) -> list[str]:
     """Returns the notes on the contours, the checkpoints and the scales of the axes."""
     paths = groups[1:]
-    notes = _blank_notes(contours) + _checkpoint_notes(figure, groups[0], view)
+    notes = blank_notes(contours) + _checkpoint_notes(figure, groups[0], view)
     notes += _path_notes(paths, view)
     theirs = [p.loss(c.grid.split) for p in paths for c in contours]
     if drawing.ylim is None and any(map(scale.is_beyond, theirs)):
@@ -493,20 +481,6 @@ def _name_axes(panel: Axes, labels: tuple[str, str], *, vertical: bool = True) -
     panel.set_xlabel(labels[0].replace(" of λ", "\nof λ"))
     if vertical:
         panel.set_ylabel(re.sub(r" (?=\(|of λ)", "\n", labels[1]))
-
-
-def _blank_notes(contours: Sequence[Contours]) -> list[str]:
-    reasons = dict.fromkeys(reason for drawn in contours for _, reason in drawn.blank)
-    notes = []
-    for reason in reasons:
-        counts = [
-            (number, plain(drawn.grid.split))
-            for drawn in contours
-            for number, other in drawn.blank
-            if other == reason
-        ]
-        notes.append(f"{count_points(counts)}: loss {reason}, left blank (×)")
-    return notes
 
 
 def _checkpoint_notes(
@@ -607,10 +581,8 @@ def animate_plane(run: Run[PlaneSummary], drawing: Drawing = FULL) -> Animation:
             _draw_marks(panel, groups[0], grid.split, scale, drawing)
         labels, _ = _labels(run, kind, drawing)
         _name_axes(panel, labels)
-        name = name_split([run], grid.split, drawing)
-        panel.set_title(shorten(figure, name, narrow(figure, 250), text_size()), loc="left")
-        label = label_loss(figure, [run], drawing, log=scale.log).replace("\n", ", ")
-        add_colour_bar(figure, [panel], scale, label)
+        title_panel(figure, panel, name_split([run], grid.split, drawing))
+        add_colour_bar(figure, [panel], scale, [run], drawing)
         numbers, counter = _number(paths)
         tracks = [
             Track(

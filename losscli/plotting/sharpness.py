@@ -15,6 +15,7 @@ from matplotlib.lines import Line2D
 from numpy.typing import NDArray
 
 from losscli.plotting.html import View, table_view
+from losscli.plotting.layout import finish_layout
 from losscli.plotting.style import (
     DASHES,
     IN_ORDER,
@@ -24,12 +25,9 @@ from losscli.plotting.style import (
     PALE,
     PALETTE,
     SMALLEST,
-    add_foot,
-    add_title,
     distinct_checkpoints,
     drawable,
     format_number,
-    freeze,
     house_style,
     loss_name,
     name_split,
@@ -37,7 +35,6 @@ from losscli.plotting.style import (
     new_figure,
     number_checkpoints,
     plain,
-    round_positions,
     run_colours,
     scale_checkpoints,
     scale_logarithmic,
@@ -45,6 +42,7 @@ from losscli.plotting.style import (
     shorten,
     shorten_path,
     text_size,
+    title_panel,
 )
 from losscli.results.drawing import FULL, Drawing
 from losscli.results.result import Run
@@ -146,15 +144,8 @@ def draw_sharpness(run: Run[SharpnessSummary], drawing: Drawing = FULL) -> Figur
 
         of_rho = [f"ρ = {format_number(radius)}" for radius in radii]
         notes += _explanations(run.summary) if names else ["There are no points"]
-        add_title(figure, drawing)
-        add_foot(
-            figure,
-            drawing,
-            notes,
-            _legend(run, distinct if over_rho else of_rho, splits, curves, drawing),
-        )
-        freeze(figure, drawing)
-        round_positions(figure)
+        legend = _legend(run, distinct if over_rho else of_rho, splits, curves, drawing)
+        finish_layout(figure, drawing, notes, legend)
     return figure
 
 
@@ -172,7 +163,7 @@ def _new_figure(
     for panel in axes[: 1 if over_rho else 2]:
         panel.tick_params(labelbottom=False)
     for panel, text in zip(axes, _titles(run, drawing), strict=False):
-        panel.set_title(shorten(figure, text, narrow(figure, 400), text_size()), loc="left")
+        title_panel(figure, panel, text, 400)
     for panel in axes[:2]:
         panel.set_ylabel(drawing.words("rise of the loss\nlog scale", "rise of loss"))
     return figure, axes

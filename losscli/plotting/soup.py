@@ -5,21 +5,18 @@ from __future__ import annotations
 import numpy as np
 from matplotlib.figure import Figure
 
+from losscli.plotting.layout import finish_layout
 from losscli.plotting.style import (
     INK,
     PALE,
     PALETTE,
-    add_foot,
-    add_title,
     distinct_checkpoints,
     drawable,
     format_number,
-    freeze,
     house_style,
     narrow,
     new_figure,
     plain,
-    round_positions,
     scale_y,
     shorten,
     text_size,
@@ -94,8 +91,5 @@ def draw_soup(run: Run[SoupSummary], drawing: Drawing = FULL) -> Figure:
             notes.append(f"{missing} score{'s' * (missing > 1)} not drawn: not finite.")
         if np.isfinite(scores[:1]).all():
             notes.append(f"The best checkpoint alone has {format_number(scores[0], 4)}.")
-        add_title(figure, drawing)
-        add_foot(figure, drawing, notes, [marks])
-        freeze(figure, drawing)
-        round_positions(figure)
+        finish_layout(figure, drawing, notes, [marks])
     return figure

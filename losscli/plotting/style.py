@@ -6,7 +6,6 @@ import io
 import itertools
 import math
 import re
-import textwrap
 import unicodedata
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,14 +16,12 @@ from typing import Any, Literal
 
 import matplotlib as mpl
 import numpy as np
-from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, fontManager
-from matplotlib.lines import Line2D
 from matplotlib.text import Text
 from matplotlib.ticker import (
     Formatter,
@@ -55,8 +52,6 @@ __all__ = [
     "WIDTH",
     "Label",
     "Numbers",
-    "add_foot",
-    "add_title",
     "checkpoint_names",
     "columns",
     "count_points",
@@ -68,10 +63,10 @@ __all__ = [
     "examples_notes",
     "extent",
     "format_number",
-    "freeze",
     "house_style",
     "is_light",
     "label_loss",
+    "linear_ticks",
     "loss_name",
     "make_displayable",
     "name_checkpoint",
@@ -83,20 +78,22 @@ __all__ = [
     "plain",
     "png_of",
     "render",
-    "round_positions",
     "run_colours",
     "run_names",
     "scale_checkpoints",
+    "scale_distance",
     "scale_logarithmic",
     "scale_symlog",
+    "scale_x",
     "scale_y",
-    "set_height",
     "shorten",
     "shorten_path",
     "small_size",
+    "split_names",
     "stacked_panels",
     "text_size",
     "text_width",
+    "title_panel",
     "whole_numbers",
 ]
 
@@ -529,6 +526,30 @@ def stacked_panels(
     return figure, top + panels
 
 
+def linear_ticks(axis: Axis, number: int | Literal["auto"] = "auto") -> None:
+    """Sets round ticks on a linear axis, at most about ``number`` of them."""
+    axis.set_major_locator(MaxNLocator(number, steps=STEPS))
+    axis.set_major_formatter(Numbers())
+
+
+def scale_x(axes: Axes, low: float, high: float, number: int | Literal["auto"] = "auto") -> None:
+    """Sets a linear x axis, with some room beside its lowest and highest value."""
+    room = 0.02 * (high - low) or 0.05 * max(1.0, abs(low))
+    axes.set_xlim(low - room, high + room)
+    linear_ticks(axes.xaxis, number)
+
+
+def scale_distance(axes: Axes, high: float, number: int | Literal["auto"] = "auto") -> None:
+    """Sets a y axis of distances up to ``high``, which begins at 0."""
+    axes.set_ylim(0, 1.06 * high if high > 0 else 1.0)
+    linear_ticks(axes.yaxis, number)
+
+
+def title_panel(figure: Figure, axes: Axes, text: str, width: float = 250.0) -> None:
+    """Writes a title above a panel, shortened to a width in points in a full figure."""
+    axes.set_title(shorten(figure, text, narrow(figure, width), text_size()), loc="left")
+
+
 def extent(values: NDArray[np.float64]) -> tuple[float, float]:
     """Returns the range of values; for constant values, an interval around them."""
     low, high = float(values.min()), float(values.max())
@@ -716,114 +737,9 @@ def run_colours(number: int, drawing: Drawing = FULL) -> list[str]:
     return [to_hex(c) for c in mpl.colormaps["viridis"](np.linspace(0.0, 0.8, number))]
 
 
-def add_foot(
-    figure: Figure,
-    drawing: Drawing,
-    notes: Sequence[str],
-    groups: Sequence[Sequence[tuple[Artist, str]]],
-) -> None:
-    """Adds notes and a legend below the panels; the figure grows by their height.
-
-    The notes are the title of the legend, so that the layout leaves room for both.
-
-    Args:
-        figure: The figure.
-        drawing: How it is drawn: a compact figure has no notes.
-        notes: Sentences.
-        groups: Handles and labels; every group starts a row, and there are as few rows as possible.
-    """
-    scale = small_size() / 9
-    handle = 1.8 if drawing.compact else 2.5  # its length in sizes of text
-    line, gap = (6.5 + 9 * handle) * scale, 14.0 * scale
-    available = 0.96 * figure.get_figwidth() * INCH
-    shown = () if drawing.compact else notes
-    notes = [part for note in shown for part in _wrap(figure, note, available)]
-    blank = (0.0, Line2D([], [], ls="none"), "")
-    entries: list[list[tuple[float, Artist, str]]] = []
-    for group in groups:
-        labels = [shorten(figure, label, available - line) for _, label in group]
-        handles = [artist for artist, _ in group]
-        widths = [text_width(figure, label) + line for label in labels]
-        entries.append(list(zip(widths, handles, labels, strict=True)))
-    best: list[list[tuple[float, Artist, str]]] = []
-    for columns in range(1, max(map(len, entries), default=0) + 1):
-        rows = []
-        for entry in entries:
-            cells = entry + [blank] * (-len(entry) % columns)
-            rows += [cells[k : k + columns] for k in range(0, len(cells), columns)]
-        total = sum(max(width for width, _, _ in column) for column in zip(*rows, strict=True))
-        fits = total + gap * (columns - 1) <= available
-        if not best or (fits and len(rows) < len(best)):
-            best = rows
-    if not best and not notes:
-        return
-    # Matplotlib fills a legend column by column.
-    cells = [cell for column in zip(*best, strict=True) for cell in column]
-    legend = figure.legend(
-        [artist for _, artist, _ in cells],
-        [label for _, _, label in cells],
-        title="\n".join(notes),
-        loc="outside lower left",
-        alignment="left",
-        ncols=len(best[0]) if best else 1,
-        frameon=False,
-        handlelength=handle,
-        handletextpad=0.7,
-        columnspacing=gap / small_size(),
-        borderpad=0,
-        borderaxespad=0.4 if drawing.compact else 1.0,
-    )
-    legend.get_title().set(color=PALE, linespacing=1.25)
-    _grow(figure, legend.get_window_extent().height / figure.dpi)
-
-
-def _wrap(figure: Figure, note: str, room: float) -> list[str]:
-    """Breaks a sentence into lines of at most ``room`` points."""
-    letters = len(note)
-    while letters > 20:
-        lines = textwrap.wrap(note, letters)
-        widest = max(text_width(figure, line, note_size()) for line in lines)
-        if widest <= room:
-            break
-        letters = min(letters - 1, int(letters * room / widest) + 1)
-    return textwrap.wrap(note, letters)
-
-
-def _grow(figure: Figure, inches: float) -> None:
-    """Increases the height of a figure."""
-    figure.set_figheight(figure.get_figheight() + inches)
-
-
-def freeze(figure: Figure, drawing: Drawing) -> None:
-    """Computes the final layout, so that every rendering is the same.
-
-    A figure of fixed height gets it, unless its panels, legend and title need more.
-    """
-    set_height(figure, drawing)
-    engine = figure.get_layout_engine()
-    assert engine is not None
-    engine.execute(figure)
-    figure.set_layout_engine(None)
-
-
-def set_height(figure: Figure, drawing: Drawing) -> None:
-    """Gives a figure of fixed height that height, unless it is higher."""
-    figure.set_figheight(max(figure.get_figheight(), drawing.inches[1] or 0.0))
-
-
-def round_positions(figure: Figure) -> None:
-    """Rounds the positions of panels, which contain rounding errors of the layout solver.
-
-    The identifiers in an SVG are hashes of all digits of these positions.
-    """
-    for axes in figure.axes:
-        bounds = axes.get_position().bounds
-        axes.set_position((
-            round(bounds[0], 9),
-            round(bounds[1], 9),
-            round(bounds[2], 9),
-            round(bounds[3], 9),
-        ))
+def split_names(runs: Sequence[Run[Any]]) -> list[str]:
+    """Returns the splits of runs in the order of their tables."""
+    return [str(split) for split in dict.fromkeys(s for r in runs for s in r.table.unique("split"))]
 
 
 def run_names(runs: Sequence[Run[Summary]], drawing: Drawing = FULL) -> list[str]:
@@ -1008,13 +924,3 @@ def examples_notes(runs: Sequence[Run[Summary]], splits: Sequence[str]) -> list[
             listed = ", ".join(shown[:_MOST_NUMBERS]) + (f" and {more} more" if more > 0 else "")
             notes.append(f"Numbers of examples of {plain(split)} differ: {listed}.")
     return notes
-
-
-def add_title(figure: Figure, drawing: Drawing) -> None:
-    """Adds the title above the panels, if there is one; the figure grows by its height."""
-    points = 1.3 * text_size()
-    letters = int(66 * narrow(figure, 13.0) / points)
-    lines = textwrap.wrap(plain(drawing.title), letters)
-    if lines:
-        figure.suptitle("\n".join(lines), x=0.02, ha="left")
-        _grow(figure, 0.24 / 13 * points * len(lines))

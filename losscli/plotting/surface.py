@@ -17,7 +17,7 @@ from matplotlib.contour import QuadContourSet
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patheffects import Normal, Stroke
-from matplotlib.ticker import FixedLocator, MaxNLocator
+from matplotlib.ticker import MaxNLocator
 from mpl_toolkits.mplot3d import Axes3D  # type: ignore[import-untyped]
 from mpl_toolkits.mplot3d.art3d import Poly3DCollection  # type: ignore[import-untyped]
 from numpy.typing import NDArray
@@ -29,18 +29,22 @@ from losscli.plotting.style import (
     PALETTE,
     STEPS,
     Numbers,
+    count_points,
     drawable,
     extent,
     format_number,
-    freeze,
     is_light,
+    label_loss,
+    linear_ticks,
     narrow,
     note_size,
-    set_height,
+    plain,
     shorten_path,
     small_size,
 )
 from losscli.results.drawing import Drawing
+from losscli.results.result import Run
+from losscli.results.summaries import Summary
 
 __all__ = [
     "HIDDEN",
@@ -52,12 +56,12 @@ __all__ = [
     "Scale",
     "add_colour_bar",
     "add_surface_axes",
+    "blank_notes",
     "colour_stops",
     "draw_contours",
     "draw_dots",
     "draw_path",
     "draw_surface",
-    "finish_layout",
     "hidden_by",
     "keep_inside",
     "label_contours",
@@ -89,10 +93,10 @@ _LIGHT = np.array([-0.35, -0.45, 0.82])
 _COLOURS = ListedColormap(0.12 + 0.88 * mpl.colormaps["viridis"](np.linspace(0.05, 1, 256))[:, :3])
 
 
-def colour_stops() -> list[tuple[float, str]]:
-    """Returns the colours of losses from the lowest to the highest, at positions in [0, 1]."""
-    positions = np.linspace(0, 1, 33)
-    return [(float(p), to_hex(c)) for p, c in zip(positions, _COLOURS(positions), strict=True)]
+def colour_stops(colours: ListedColormap = _COLOURS) -> list[tuple[float, str]]:
+    """Returns colours from the lowest to the highest, by default of losses, at places in [0, 1]."""
+    places = np.linspace(0, 1, 33)
+    return [(float(p), to_hex(c)) for p, c in zip(places, colours(places), strict=True)]
 
 
 @dataclass(frozen=True)
@@ -179,6 +183,18 @@ def scale_losses(losses: Floats, drawing: Drawing) -> Scale:
     shown = shown[drawable(shown, log=log)]
     low, high = extent(shown)
     return Scale(log, low, high, tuple(x for x in _levels(low, high, log=log) if low <= x <= high))
+
+
+def blank_notes(contours: Sequence[Contours]) -> list[str]:
+    """Returns a note for each reason why points of any panel are left blank."""
+    counts: dict[str, list[tuple[int, str]]] = {}
+    for drawn in contours:
+        for number, reason in drawn.blank:
+            counts.setdefault(reason, []).append((number, plain(drawn.grid.split)))
+    return [
+        f"{count_points(of_splits)}: loss {reason}, left blank (×)"
+        for reason, of_splits in counts.items()
+    ]
 
 
 def limit_notes(drawing: Drawing) -> list[str]:
@@ -331,15 +347,23 @@ def _line_colours(levels: Floats) -> list[tuple[float, float, float, float]]:
     return [(0.1, 0.1, 0.1, 0.75) if dark else (1.0, 1.0, 1.0, 0.85) for dark in light]
 
 
-def add_colour_bar(figure: Figure, panels: Sequence[Axes], scale: Scale, label: str) -> None:
+def add_colour_bar(
+    figure: Figure,
+    panels: Sequence[Axes],
+    scale: Scale,
+    runs: Sequence[Run[Summary]],
+    drawing: Drawing,
+) -> None:
     """Adds a colour bar to the right of panels.
 
     Args:
         figure: The figure.
         panels: The panels with these colours.
         scale: The scale.
-        label: The label of the colour bar.
+        runs: The runs, for the name of the loss.
+        drawing: How they are drawn.
     """
+    label = label_loss(figure, runs, drawing, log=scale.log).replace("\n", ", ")
     bar = figure.colorbar(
         ScalarMappable(Normalize(0, 1), _COLOURS),
         ax=list(panels),
@@ -403,8 +427,7 @@ def draw_surface(axes: Axes3D, scale: Scale, contours: Contours, drawing: Drawin
     grid = contours.grid
     axes.set_zlim(0, 1)
     for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_locator(MaxNLocator(2 if drawing.compact else 5, steps=STEPS))
-        axis.set_major_formatter(Numbers())
+        linear_ticks(axis, 2 if drawing.compact else 5)
     ticks = scale.ticks(3 if drawing.compact else 6)
     axes.set_zticks(scale(ticks).tolist(), scale.labels(ticks))
     if min(grid.loss.shape) < 2:
@@ -646,65 +669,3 @@ def path_entries(
             f"{word}  {shorten_path(figure, name, narrow(figure, 130))}".strip(),
         ))
     return entries
-
-
-# --- The layout ----------------------------------------------------------------------------------
-
-
-def finish_layout(figure: Figure, drawing: Drawing) -> None:
-    """Computes the final layout, with 3D axes as large as their cells allow."""
-    set_height(figure, drawing)
-    engine = figure.get_layout_engine()
-    assert engine is not None
-    axes_3d = [axes for axes in figure.axes if isinstance(axes, Axes3D)]
-    # Before Matplotlib 3.11 the labels of 3D axes have no position until they are drawn.
-    drawn_first = bool(axes_3d) and mpl.__version_info__[:2] < (3, 11)
-    if drawn_first:
-        figure.set_layout_engine("none")
-        figure.draw_without_rendering()
-        figure.set_layout_engine(engine)
-    # A panel with a fixed aspect ratio shrinks after its margins were measured: measure again.
-    fixed = any(axes.get_aspect() != "auto" for axes in figure.axes)
-    before = np.empty(0)
-    most = _MOST_LAYOUTS if drawing.compact else 2
-    for count in range(most if fixed else 0):
-        engine.execute(figure)
-        places = np.array([axes.get_position().bounds for axes in figure.axes])
-        if count and np.allclose(places, before, atol=1e-3):
-            break
-        before = places
-    freeze(figure, drawing)
-    page = figure.transSubfigure.inverted()
-    cells = [axes.get_position(original=True) for axes in axes_3d]
-    for axes in figure.axes if axes_3d else ():
-        if axes.get_aspect() != "auto":
-            axes.apply_aspect()
-    # Text keeps its size, so one step does not reach the final scale.
-    for _ in range(3 if axes_3d else 0):
-        if drawn_first:
-            figure.draw_without_rendering()
-        for axes, cell in zip(axes_3d, cells, strict=True):
-            _thin_ticks(axes)
-            drawn = axes.get_tightbbox().transformed(page)
-            box = axes.get_position(original=True)
-            factor = min(cell.width / drawn.width, cell.height / drawn.height)
-            x = (cell.x0 + cell.x1) / 2 + (box.x0 - (drawn.x0 + drawn.x1) / 2) * factor
-            y = (cell.y0 + cell.y1) / 2 + (box.y0 - (drawn.y0 + drawn.y1) / 2) * factor
-            axes.set_position([x, y, box.width * factor, box.height * factor])
-
-
-def _thin_ticks(axes: Axes3D) -> None:
-    """Removes ticks of the y axis with labels that overlap those of the other axes."""
-    # Their labels have a position since they were drawn; `get_ticklabels` would reset it.
-    others = [
-        tick.label1.get_window_extent()
-        for axis in (axes.xaxis, axes.zaxis)
-        for tick in axis.get_major_ticks()
-    ]
-    gap = 3 * axes.figure.dpi / INCH
-    kept = [
-        tick.get_loc()
-        for tick in axes.yaxis.get_major_ticks()
-        if not any(tick.label1.get_window_extent().padded(gap, 0).overlaps(o) for o in others)
-    ]
-    axes.yaxis.set_major_locator(FixedLocator(kept))
