@@ -223,17 +223,10 @@ def _draw_several(
 def _add_panels(
     loss: Axes, grid: GridSpec, last: int, *, ratios: bool, adam: bool
 ) -> tuple[list[Axes], list[Axes]]:
-    """Adds the panels below and beside that of the loss, side by side or one below another.
-
-    Args:
-        loss: The panel of the loss, in the second row.
-        grid: The cells.
-        last: The number of rows of these panels.
-        ratios: Whether there is a panel of the minimal ratio, below that of the gradient norm.
-        adam: Whether there is a panel of λ_max of P⁻¹H, below that of λ_min.
+    """Adds the panels below and beside that of the loss, which is in the second row of the grid.
 
     Returns:
-        The panels from the loss on, and those from λ_max on.
+        The panels from the loss on, and those from λ_max on, in the first ``last`` rows.
     """
     if grid.ncols == 1:
         cells = [grid[row, 0] for row in range(2, last)]
@@ -267,14 +260,7 @@ def _read(
 ) -> list[Series]:
     """Returns a series for each split over the numbers of the checkpoints.
 
-    Args:
-        table: The table of a run.
-        number: The numbers.
-        splits: The splits.
-        columns: The columns by the names of the values. The first may be missing, or empty.
-
-    Returns:
-        The series, with the rows in which the first column is not empty.
+    Its values are ``columns`` by their names; rows without the first of them are left out.
     """
     series = []
     first = next(iter(columns.values()))
@@ -308,16 +294,7 @@ def _read(
 
 
 def _criteria_note(run: Run[CheckSummary], escape: _Escape | None, *, bars: bool) -> str:
-    """Returns a note on the criteria of the verdicts that appear.
-
-    Args:
-        run: The run.
-        escape: The curve along the most negative curvature, if it is drawn.
-        bars: Whether the error bars of eigenvalues are visible.
-
-    Returns:
-        The note.
-    """
+    """Returns a note on the criteria of the verdicts; ``bars`` tells whether bars are visible."""
     tolerance = _number(run.summary.get("tolerance"))
     critical = "critical means a small gradient norm"
     if 0 <= tolerance < LARGEST:
@@ -418,10 +395,10 @@ def _draw_largest(
         axes: The panel.
         series: The series.
         column: The eigenvalue.
-        label: The label of the axis.
+        label: The label of the axis; a compact figure has its last line.
         edge: Above it, full-batch training is unstable; nan if unknown.
-        how: How it is computed.
-        drawing: How it is drawn; a compact figure has the last line of the label.
+        how: The formula of ``edge``.
+        drawing: How it is drawn.
         further: Further values that the axis has to show.
 
     Returns:
@@ -668,19 +645,7 @@ def _title(
     drawing: Drawing,
     width: float,
 ) -> str:
-    """Returns a title of at most ``width`` points: a checkpoint, and its verdict on a split.
-
-    Args:
-        figure: The figure.
-        run: The run.
-        checkpoint: The checkpoint; empty if unknown.
-        split: The split; empty for a title without a verdict.
-        drawing: How it is drawn.
-        width: The width.
-
-    Returns:
-        The title.
-    """
+    """Returns a checkpoint and its verdict on a split, if there is one, in ``width`` points."""
     suffix = f", {plain(split)}" if split else ""
     if verdict := _verdict(run, checkpoint, split):
         suffix += f": {plain(verdict)}"

@@ -193,14 +193,9 @@ def _mark_extrema(
     lowest: Sequence[tuple[Series, float, float]],
     drawing: Drawing,
 ) -> tuple[list[tuple[Artist, str]], list[str]]:
-    """Marks the significant local minima and maxima (beyond two standard errors).
+    """Marks the significant local minima and maxima (beyond two standard errors) in the summaries.
 
-    Args:
-        axes: The panel.
-        runs: The runs; their summaries list the extrema.
-        series: Their curves.
-        lowest: Points that already have a mark.
-        drawing: How they are drawn.
+    Points in ``lowest`` already have a mark.
 
     Returns:
         The entries of the legend, and notes.
@@ -256,17 +251,7 @@ def _read_whole(
 def _draw_whole(
     axes: Axes, whole: Sequence[Series], part: tuple[float, float], drawing: Drawing
 ) -> list[str]:
-    """Draws the whole line and shades the part that the panels below show.
-
-    Args:
-        axes: The panel.
-        whole: The curves.
-        part: The range of α in the panels below.
-        drawing: How it is drawn; the limits are those of the panels below.
-
-    Returns:
-        Notes on what is not drawn.
-    """
+    """Draws the whole line and shades the part that the panels below show; returns notes."""
     notes = draw_panel(axes, whole, "loss", replace(drawing, ylim=None), log=drawing.log)
     scale_alpha(axes, whole)
     low, high = axes.get_xlim()

@@ -163,13 +163,7 @@ def _grow(figure: Figure, inches: float) -> None:
 
 
 def _enlarge(figure: Figure, axes_3d: Sequence[Axes3D], *, drawn_first: bool) -> None:
-    """Enlarges 3D axes to their cells.
-
-    Args:
-        figure: The figure.
-        axes_3d: The axes.
-        drawn_first: Whether their labels have no position until they are drawn.
-    """
+    """Enlarges 3D axes to their cells."""
     page = figure.transSubfigure.inverted()
     cells = [axes.get_position(original=True) for axes in axes_3d]
     for axes in figure.axes:

@@ -245,18 +245,7 @@ def _legend(
 def _new_figure(
     panels: int, ratio: float, drawing: Drawing, *, surface: bool, distances: bool
 ) -> tuple[Figure, GridSpec]:
-    """Creates a figure with a panel per split, of height ``ratio`` times its width.
-
-    Args:
-        panels: The number of splits.
-        ratio: The height of a panel relative to its width.
-        drawing: How it is drawn.
-        surface: Whether a surface stands beside each panel.
-        distances: Whether there is one more row, for the distances from the plane.
-
-    Returns:
-        The figure and its cells.
-    """
+    """Creates a figure with a panel per split, ``ratio`` times as high as wide, and its cells."""
     across = columns(drawing, 2 if surface else min(2, panels))
     rows = math.ceil(panels * (1 + surface) / across) if panels else 1
     wide = across == 2
@@ -325,13 +314,8 @@ def _shape(view: Sequence[tuple[float, float]], kind: str) -> tuple[float, bool]
 
 
 def _scale(grids: Sequence[Grid], spanning: _Checkpoints, drawing: Drawing) -> Scale:
-    """Scales the losses on the plane and those of the checkpoints that span it.
-
-    Checkpoints of a projected path may be far from the plane and have very different losses.
-
-    Returns:
-        The scale.
-    """
+    """Scales the losses on the plane and those of the checkpoints that span it."""
+    # Not those of projected paths, which may be far from the plane and very different.
     own = [spanning.loss(grid.split) for grid in grids]
     losses = [*own, *(grid.loss.ravel() for grid in grids), np.empty(0)]
     return scale_losses(np.concatenate(losses), drawing)

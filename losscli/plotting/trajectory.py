@@ -164,20 +164,8 @@ def _draw_both(
     *,
     colours: Sequence[str] = (),
 ) -> tuple[list[str], list[list[tuple[Artist, str]]]]:
-    """Draws residuals into one panel and losses into another.
-
-    Args:
-        figure: The figure.
-        upper: The panel of the residuals.
-        lower: The panel of the losses, below or beside ``upper``.
-        runs: The runs.
-        paths: Their paths.
-        drawing: How they are drawn.
-        colours: A colour per run; if empty, the palette, with the ends of the paths in the legend.
-
-    Returns:
-        Notes, and the entries of the legend.
-    """
+    """Draws residuals into one panel and losses into another; returns notes and legend entries."""
+    # Beside a surface the path has a colour, and its ends are in the legend already.
     given = bool(colours)
     colours = list(colours or run_colours(len(runs), drawing))
     walks, limits = _draw_residual_axes(upper, runs, paths, drawing)
