@@ -82,28 +82,14 @@ def choose_device(name: str, dtype: str, local: int | None = None) -> torch.devi
 
 
 def describe_device(device: torch.device) -> str:
-    """Names the hardware.
-
-    Args:
-        device: The device.
-
-    Returns:
-        The name of the GPU or processor, or at least the architecture.
-    """
+    """Returns the name of the GPU or processor, or at least the architecture."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return platform.processor() or platform.machine()
 
 
 def launches_kernels(device: torch.device) -> bool:
-    """Whether the host launches kernels of a device, and may keep it waiting.
-
-    Args:
-        device: The device.
-
-    Returns:
-        False for a CPU.
-    """
+    """Whether the host launches kernels of a device, which may wait for the host; not on a CPU."""
     return device.type != "cpu"
 
 

@@ -284,28 +284,13 @@ def noise_of(values: Sequence[Tensor]) -> float:
 
 
 def are_verified(comparisons: Iterable[Comparison]) -> bool:
-    """Whether differences confirm a derivative.
-
-    Args:
-        comparisons: Those of all points.
-
-    Returns:
-        Whether they do at two or more of the points where it is finite.
-    """
+    """Whether differences confirm a derivative at two of the points where it is finite."""
     outcomes = [c.outcome for c in comparisons if c.outcome is not Outcome.NOT_FINITE]
     return outcomes.count(Outcome.RIGHT) >= min(NEEDED, len(outcomes))
 
 
 def unverified(what: str, of: str) -> str:
-    """Makes the note that derivatives could not be verified.
-
-    Args:
-        what: The derivatives.
-        of: The function with the differences that they are compared with.
-
-    Returns:
-        The note.
-    """
+    """Returns the note that derivatives could not be compared with differences of a function."""
     return f"{what} not verified: rounding or jumps hide differences of the {of} on a few examples"
 
 
@@ -341,14 +326,7 @@ _SECOND_ROUNDED = replace(
 
 
 def rules(narrowest: torch.dtype) -> tuple[Differences, Differences]:
-    """Chooses the rules for first and second derivatives.
-
-    Args:
-        narrowest: The narrowest type that the model and the loss compute in.
-
-    Returns:
-        The rule for first derivatives, and that for second derivatives.
-    """
+    """Returns the rules for first and second derivatives, by the narrowest type of computation."""
     if narrowest == torch.float64:
         return _FIRST, _SECOND
     if narrowest.itemsize < torch.float32.itemsize:

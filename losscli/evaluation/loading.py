@@ -59,13 +59,7 @@ class LoadableModel:
 
     @torch.no_grad()
     def load(self, weights: Weights) -> None:
-        """Loads tensors; the others keep the values last loaded.
-
-        The singular vectors of spectrally normalised weights are recomputed.
-
-        Args:
-            weights: Tensors of the model.
-        """
+        """Loads tensors and recomputes spectral normalisation; other tensors stay as they are."""
         if self.folds:
             self.model.train()
         point = self._whole(weights) if self._has_custom_loading else {}
@@ -110,14 +104,7 @@ def _cast(model: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Modu
 
 
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Returns the parameters and buffers of a model.
-
-    Args:
-        model: The model.
-
-    Returns:
-        The tensors themselves, by the names of its state dict.
-    """
+    """Returns a model's parameters and buffers themselves, by the names of its state dict."""
     return {
         name: tensor
         for name, tensor in model.state_dict(keep_vars=True).items()

@@ -275,11 +275,7 @@ class Objective(ScoredModel):
         return "tf32" if tf32 else str(self.dtype).removeprefix("torch.")
 
     def add_note(self, text: str) -> None:
-        """Adds a note.
-
-        Args:
-            text: The note; empty for none. The same note is not added twice.
-        """
+        """Adds a note, unless it is empty or was added before."""
         if text:
             self._notes[text] = None
 
@@ -295,11 +291,7 @@ class Objective(ScoredModel):
         return () if self.recalibration is None else self.batchnorm
 
     def first_batch_only(self) -> AbstractContextManager[None]:
-        """Estimates BatchNorm's statistics on the first training batch only.
-
-        Returns:
-            A context in which strategies can be compared.
-        """
+        """Estimates BatchNorm's statistics on the first training batch only, in a context."""
         return self._recalibrating(self.recalibration and self.recalibration.first_batch())
 
     def frozen_statistics(self) -> AbstractContextManager[None]:
@@ -308,11 +300,7 @@ class Objective(ScoredModel):
 
     @contextmanager
     def estimating_on(self, batch: Split) -> Iterator[None]:
-        """Estimates BatchNorm's statistics on a given batch at every point.
-
-        Args:
-            batch: The examples, used as one batch.
-        """
+        """Estimates BatchNorm's statistics on a given batch at every point, in a context."""
         idle, order = self.idle, torch.arange(len(batch))
         try:
             with self._recalibrating(Recalibration("", batch, len(batch), order)):
@@ -387,27 +375,13 @@ class Objective(ScoredModel):
         return f"the split {names[0]!r}" if names else "the data"
 
     def prepare(self, batch: Split) -> Nest:
-        """Prepares a batch for the forward pass.
-
-        Args:
-            batch: The batch, on the device.
-
-        Returns:
-            The inputs of the model; the whole batch for an objective.
-        """
+        """Prepares a batch for the forward pass: its inputs, or all of it for an objective."""
         if self.function is None:
             return self.data.prepare(batch.inputs, self.dtype)
         return self.data.prepare_batch(batch, self.dtype)
 
     def values(self, batch: Split) -> Values:
-        """Evaluates a batch.
-
-        Args:
-            batch: The batch, on the device.
-
-        Returns:
-            The loss of each example, and the metrics that may not be per example.
-        """
+        """Returns the loss of each example of a batch, and metrics that may not be per example."""
         with self.deferring():
             outputs = self.forward(self.model, self.prepare(batch))
         loss = self.per_example(self.loss, outputs, batch.targets, "loss")
@@ -528,14 +502,7 @@ class Objective(ScoredModel):
         return self._shared[key]
 
     def strategy_for(self, names: Iterable[str]) -> Strategy:
-        """Returns how points are evaluated.
-
-        Args:
-            names: The tensors that move.
-
-        Returns:
-            The strategy.
-        """
+        """Returns how points are evaluated if tensors of these names move."""
         if self.is_large(names):
             return Strategy.BOUND
         return self.strategy or self.provisional or Strategy.LOADED

@@ -81,12 +81,7 @@ class LinearCKA:
         self._mean = self._scatter = torch.empty(0)
 
     def add(self, x: Tensor, y: Tensor) -> None:
-        """Adds examples.
-
-        Args:
-            x: Their first representation, ``[B, p]``.
-            y: Their second representation, ``[B, q]``.
-        """
+        """Adds examples by their two representations, ``[B, p]`` and ``[B, q]``."""
         # MPS has no float64.
         x, y = (t.cpu() if t.device.type == "mps" else t for t in (x, y))
         both = torch.cat([x.double(), y.double()], 1)

@@ -240,11 +240,7 @@ class Ranks:
             self._store.compare_set("error", "", report)
 
     def leave(self, status: int) -> None:
-        """Ends the participation of this rank.
-
-        Args:
-            status: The exit status; report an error with `fail` first.
-        """
+        """Ends the participation of this rank; report an error with `fail` first."""
         # This rank is done, so an error of the store no longer matters.
         with contextlib.suppress(RanksError):
             if self.is_leader:

@@ -177,27 +177,13 @@ def decode(arrays: Arrays, splits: Iterable[str], metrics: Iterable[str]) -> dic
 
 
 def state_of(arrays: Arrays) -> State:
-    """Reads the state after a chunk of points.
-
-    Args:
-        arrays: The result of `encode`.
-
-    Returns:
-        The state.
-    """
+    """Reads the state after a chunk of points from the result of `encode`."""
     number, points_at_once, batch_size, strategy = arrays["state"].tolist()
     return State(number, points_at_once, batch_size, strategy, arrays["idle"].tolist())
 
 
 def idle_layers(objective: Objective) -> NDArray[np.int64]:
-    """Lists the BatchNorm layers that did not run.
-
-    Args:
-        objective: The objective after an evaluation.
-
-    Returns:
-        Their indices among the layers.
-    """
+    """Returns the indices of the BatchNorm layers that did not run in the last evaluation."""
     layers = enumerate(objective.batchnorm)
     return np.array([i for i, layer in layers if layer in objective.idle], np.int64)
 

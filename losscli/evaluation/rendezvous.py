@@ -39,7 +39,7 @@ def is_distributed() -> bool:
         Whether it was.
 
     Raises:
-        UsageError: RANK is set, and not all of the variables that say where the others are.
+        UsageError: RANK is set without the variables that say where the other ranks are.
     """
     if not os.environ.get("RANK") or os.environ.get("WORLD_SIZE") == "1":
         return False

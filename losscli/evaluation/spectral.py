@@ -113,12 +113,7 @@ class _Parametrized:
 
 @torch.no_grad()
 def normalise(layers: Sequence[SpectralLayer], tensors: Mapping[str, Tensor]) -> None:
-    """Recomputes the singular vectors in a model from its present weights.
-
-    Args:
-        layers: The weights.
-        tensors: The model's tensors by name.
-    """
+    """Recomputes the singular vectors in a model from its present weights."""
     for layer in layers:
         for name, vector in zip(layer.names, _singular_vectors(layer.matrix()), strict=True):
             tensors[name].copy_(vector)

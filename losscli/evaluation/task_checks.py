@@ -100,11 +100,7 @@ def _check(objective: Objective, names: Sequence[str] | None) -> None:
 
 
 def _check_split(objective: Objective, name: str) -> list[frozenset[Doubt]]:
-    """Checks the first batch of a split: evaluates it whole, then in halves.
-
-    Returns:
-        The doubts about the loss, if the model returns scores.
-    """
+    """Evaluates the first batch of a split whole, then in halves; returns doubts about the loss."""
     examples = objective.splits[name]
     batch = examples.first(objective.batch_size).to(objective.device)
     seed_all(0, objective.device)

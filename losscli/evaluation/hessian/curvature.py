@@ -166,14 +166,7 @@ class Curvature:
         return total / self.split.rows
 
     def named(self, v: Tensor) -> dict[str, Tensor]:
-        """Splits a vector into the tensors of the parameters.
-
-        Args:
-            v: ``[n]``.
-
-        Returns:
-            Each parameter's part, in its shape, as a view.
-        """
+        """Splits a vector ``[n]`` into views with the shapes of the parameters."""
         return unflatten(v, self.objective.tensors, self.names)
 
     def dense(self) -> DenseHessian:

@@ -133,7 +133,7 @@ def _compare_slopes(
     """Compares gradients with differences of the loss along as many directions as needed.
 
     Returns:
-        The comparisons; and a phrase on each wrong slope, by the name of its direction.
+        The comparisons, and a description of each wrong slope by the name of its direction.
     """
     objective, sample = curvature.objective, curvature.split
     length = norm(point) or 1.0

@@ -178,11 +178,7 @@ class _KrylovSpace:
         self.next = self._random_vector()
 
     def add(self, image: Tensor) -> None:
-        """Adds `next` to the basis.
-
-        Args:
-            image: Its product with the operator, ``[n]``.
-        """
+        """Adds `next` to the basis; ``image`` is its product with the operator, ``[n]``."""
         self._basis[self.dimension] = self.next
         self.dimension += 1
         before = float(image.norm())
@@ -208,12 +204,7 @@ class _KrylovSpace:
         return combinations
 
     def restart(self, pairs: _RitzPairs, kept: Tensor) -> None:
-        """Replaces the basis by some of the approximate eigenvectors.
-
-        Args:
-            pairs: The eigenpairs of the space.
-            kept: The indices of those that are kept.
-        """
+        """Replaces the basis by the approximate eigenvectors with the indices ``kept``."""
         number, columns = len(kept), pairs.vectors[:, kept].T.to(self._basis)
         for part in torch.split(self._basis, _COLUMNS, dim=1):
             part[:number] = columns @ part
@@ -229,11 +220,7 @@ class _KrylovSpace:
         return unit
 
     def _orthogonalise(self, vector: Tensor) -> tuple[Tensor, Tensor]:
-        """Removes from a vector its parts along the basis.
-
-        Returns:
-            The rest, and the coefficients of the parts, ``[m]``, on the CPU.
-        """
+        """Returns what is left of a vector without the basis, and the coefficients, ``[m]``."""
         basis = self._basis[: self.dimension]
         coefficients = vector.new_zeros(len(basis))
         # Apart from rounding, the product of a vector of the basis has parts along two of them.

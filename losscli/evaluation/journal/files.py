@@ -71,15 +71,7 @@ def open_regular(path: Path) -> FileIO:
 
 
 def is_at(file: FileIO, path: Path) -> bool:
-    """Whether a path still names an open file, and not one that replaced it.
-
-    Args:
-        file: The file.
-        path: The path.
-
-    Returns:
-        Whether it does.
-    """
+    """Whether a path still names an open file, and not one that replaced it."""
     try:
         return os.path.samestat(os.fstat(file.fileno()), path.lstat())
     except FileNotFoundError:

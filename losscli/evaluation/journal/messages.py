@@ -18,15 +18,7 @@ _LONGEST = 60
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Describes the differences between the conditions of two runs.
-
-    Args:
-        before: Those of the earlier run, by name.
-        now: Those of the later run.
-
-    Returns:
-        A clause for each difference, such as ``--limit was 100 and is 200``.
-    """
+    """Returns a clause for each difference of conditions: ``--limit was 100 and is 200``."""
     clauses = []
     for name in dict.fromkeys([*before, *now]):
         was, is_ = (json.dumps(side.get(name), sort_keys=True) for side in (before, now))

@@ -407,38 +407,17 @@ def _targets_like(outputs: Tensor, targets: Tensor, loss: str) -> Tensor:
 
 
 def per_example_mean(values: Tensor) -> Tensor:
-    """Reduces to one number per example.
-
-    Args:
-        values: ``[B, *]``.
-
-    Returns:
-        ``[B]``: the mean over all dimensions but the first.
-    """
+    """Averages ``[B, *]`` over all dimensions but the first."""
     return values.flatten(1).mean(1) if values.ndim > 1 else values
 
 
 def function_of(function: PerExample) -> PerExample:
-    """Returns the loss or metric without its options.
-
-    Args:
-        function: A loss or a metric; with options it is a `functools.partial`.
-
-    Returns:
-        The function.
-    """
+    """Returns a loss or metric without its options, which a `functools.partial` holds."""
     return function.func if isinstance(function, partial) else function
 
 
 def options_of(function: PerExample) -> dict[str, Any]:
-    """Returns the options of a loss or metric.
-
-    Args:
-        function: A loss or a metric; with options it is a `functools.partial`.
-
-    Returns:
-        Its keyword arguments.
-    """
+    """Returns the options of a loss or metric, which a `functools.partial` holds."""
     return dict(function.keywords) if isinstance(function, partial) else {}
 
 

@@ -72,14 +72,7 @@ def classes_of(loss: PerExample, outputs: Tensor, targets: Tensor) -> int | None
 
 
 def class_dim_of(loss: PerExample) -> int | None:
-    """Returns the dimension that a loss takes for the classes, independently of the shapes.
-
-    Args:
-        loss: The loss.
-
-    Returns:
-        1 or −1; None if the shapes decide, or the loss has no classes.
-    """
+    """Returns the dimension of classes that a loss fixes, 1 or −1; None if the shapes decide."""
     function = function_of(loss)
     if function is not cross_entropy:
         return -1 if function in TOKEN_LOSSES else None
@@ -88,15 +81,7 @@ def class_dim_of(loss: PerExample) -> int | None:
 
 
 def has_label(outputs: Tensor, targets: Tensor) -> bool:
-    """Whether targets may be classes: with one score per target, the labels 0 and 1.
-
-    Args:
-        outputs: The scores of a batch.
-        targets: Its targets.
-
-    Returns:
-        Whether they may.
-    """
+    """Whether targets may be classes: with one score per target, the labels 0 and 1."""
     return not one_score_per_target(outputs, targets) or are_labels(targets)
 
 
@@ -192,14 +177,7 @@ def _counted_by(loss: PerExample, targets: Tensor, classes: int | None) -> Tenso
 
 
 def first_not_finite(targets: Nest) -> int | None:
-    """Finds the first example with a target that is infinite or not a number.
-
-    Args:
-        targets: The targets.
-
-    Returns:
-        Its row; None if all targets are finite, or are a nest.
-    """
+    """Returns the row of the first target that is not finite; None without one, or for a nest."""
     if not isinstance(targets, Tensor) or not targets.is_floating_point():
         return None
     bad = ~targets.isfinite().flatten(1).all(1) if targets.ndim > 1 else ~targets.isfinite()

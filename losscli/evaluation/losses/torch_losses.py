@@ -55,15 +55,7 @@ class TorchLoss:
         self.of_scores = _name(function) in _OF_SCORES
 
     def __call__(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Computes the values of all elements.
-
-        Args:
-            outputs: The outputs of a batch.
-            targets: Its targets; floating-point ones are converted to the type of the outputs.
-
-        Returns:
-            The values that torch returns with ``reduction="none"``.
-        """
+        """Computes the values of all elements, as torch does with ``reduction="none"``."""
         device, dtype = outputs.device, outputs.dtype
         function = self._function
         if isinstance(function, nn.Module):
@@ -82,14 +74,7 @@ class TorchLoss:
 
 
 def is_of_torch(value: Any) -> bool:
-    """Whether an object is a loss of torch.
-
-    Args:
-        value: A class, a module, a function or a `functools.partial` of one.
-
-    Returns:
-        Whether `from_torch` accepts it.
-    """
+    """Whether `from_torch` takes an object: a loss of torch, its class, or a partial of either."""
     if isinstance(value, partial):
         return not value.args and is_of_torch(value.func)
     kind = value if isinstance(value, type) else type(value)

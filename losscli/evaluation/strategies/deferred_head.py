@@ -27,14 +27,7 @@ _SMALL = 1 << 22
 
 
 def head_weight(model: nn.Module) -> Tensor | None:
-    """Returns the weight of the last linear layer of a model, which may compute its scores.
-
-    Args:
-        model: The model.
-
-    Returns:
-        The weight; None if there is none.
-    """
+    """Returns the weight of a model's last linear layer, which may compute its scores."""
     weights = [m._parameters.get("weight") for m in model.modules() if isinstance(m, nn.Linear)]
     return weights[-1] if weights else None
 

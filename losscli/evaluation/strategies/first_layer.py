@@ -110,14 +110,7 @@ class FirstLayer:
         return self.replay(self.output(point), tensors, on_use)
 
     def output(self, point: Sequence[float]) -> Tensor:
-        """Combines the outputs at the ends.
-
-        Args:
-            point: The coordinates of a point.
-
-        Returns:
-            The layer's output at the point.
-        """
+        """Combines the outputs at the ends to the layer's output at a point."""
         return self.slice_.combine(self.products, point)
 
     def replay(

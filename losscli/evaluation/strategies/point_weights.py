@@ -73,12 +73,7 @@ class PointWeights:
         self._missing = {name: set(range(number)) for name in self.stacks}
 
     def fill(self, name: str, points: Iterable[int]) -> None:
-        """Computes a tensor at points where it has not been computed yet.
-
-        Args:
-            name: The name of the tensor.
-            points: The indices of the points.
-        """
+        """Computes a tensor at points, by their indices, where it has not been computed yet."""
         missing = self._missing[name]
         rows = [p for p in points if p in missing]
         if rows:
@@ -136,11 +131,7 @@ class SinglePointWeights:
             self._buffers.append(_Buffer(ends, weights, torch.empty_like(ends[0])))
 
     def move_to(self, point: Sequence[float]) -> None:
-        """Computes the weights at a point.
-
-        Args:
-            point: Its coordinates.
-        """
+        """Computes the weights at the coordinates of a point."""
         for buffer in self._buffers:
             combined = self._slice.combine(buffer.ends, point, buffer.combined)
             buffer.weights.copy_(combined)
@@ -211,13 +202,6 @@ def _fill(
 
 
 def combining_type(tensor: Tensor) -> torch.dtype:
-    """Returns the type in which a tensor is combined.
-
-    Args:
-        tensor: A tensor of the model.
-
-    Returns:
-        float64 or complex128; on MPS, which has neither, at least float32.
-    """
+    """Returns float64 or complex128, in which a tensor is combined; on MPS at least float32."""
     narrow = tensor.device.type == "mps"
     return torch.promote_types(tensor.dtype, torch.float32 if narrow else torch.float64)

@@ -85,25 +85,14 @@ class LoadedPoint(_OnePass):
         return 1
 
     def record_statistics(self, inputs: Nest) -> Iterator[int]:
-        """Records BatchNorm's statistics of a training batch at the point.
-
-        Args:
-            inputs: The batch, prepared.
-
-        Yields:
-            The point, done.
-        """
+        """Records BatchNorm's statistics of a prepared training batch; yields the point."""
         with recording(self._network.statistics) as statistics:
             self._network.forward(self._network.model, inputs)
         self._statistics.add(0, statistics)
         yield 0
 
     def use_statistics(self) -> Collection[str]:
-        """Sets the point's statistics to the means over the recorded batches.
-
-        Returns:
-            The names of these statistics.
-        """
+        """Sets the statistics to the means over the recorded batches; returns their names."""
         tensors = self._network.tensors
         means = self._statistics.at(0, tensors)
         for name, value in means.items():
@@ -111,15 +100,7 @@ class LoadedPoint(_OnePass):
         return means
 
     def evaluate(self, inputs: Nest, recorder: OutputRecorder) -> Iterator[int]:
-        """Evaluates a batch at the point.
-
-        Args:
-            inputs: The batch, prepared.
-            recorder: Records the outputs.
-
-        Yields:
-            The index of the point, when it is done.
-        """
+        """Evaluates a prepared batch; yields the point when it is done."""
         with self._network.deferring():
             outputs = self._network.forward(self._network.model, inputs)
         recorder.one(0, outputs)
@@ -152,14 +133,7 @@ class LoadedPoints(_OnePass):
         return len(self._coordinates)
 
     def record_statistics(self, inputs: Nest) -> Iterator[int]:
-        """Records BatchNorm's statistics of a training batch at all points, lazily.
-
-        Args:
-            inputs: The batch, prepared.
-
-        Yields:
-            Each point when it is done.
-        """
+        """Records BatchNorm's statistics of a batch; yields each point when it is done."""
         for p, point in enumerate(self._coordinates):
             self._load(p, point)
             with recording(self._network.statistics) as statistics:
@@ -168,23 +142,11 @@ class LoadedPoints(_OnePass):
             yield p
 
     def use_statistics(self) -> Collection[str]:
-        """Lets every point be loaded with the means of its statistics over the recorded batches.
-
-        Returns:
-            The names of these statistics.
-        """
+        """Loads every point with the means of its recorded statistics; returns their names."""
         return self._statistics.names
 
     def evaluate(self, inputs: Nest, recorder: OutputRecorder) -> Iterator[int]:
-        """Evaluates a batch at all points, lazily.
-
-        Args:
-            inputs: The batch, prepared.
-            recorder: Records the outputs.
-
-        Yields:
-            Each point when it is done.
-        """
+        """Evaluates a prepared batch; yields each point when it is done."""
         for p, point in enumerate(self._coordinates):
             self._load(p, point)
             with self._network.deferring():
@@ -320,11 +282,7 @@ class BoundPoints(_OnePass):
         return self._each(take, inputs)
 
     def use_statistics(self) -> Collection[str]:
-        """Sets the statistics of every point to the means over the recorded batches.
-
-        Returns:
-            The names of these statistics.
-        """
+        """Sets the statistics of every point to the recorded means; returns their names."""
         tensors = self._network.tensors
         points = [self._statistics.at(p, tensors) for p in range(len(self))]
         for name in self._statistics.names:
@@ -517,28 +475,13 @@ class StackedPoints(BoundPoints):
 
 
 def moving_spectral_layers(network: Network, slice_: Slice) -> list[SpectralLayer]:
-    """Finds the spectrally normalised weights that move along a slice.
-
-    Args:
-        network: The model.
-        slice_: The slice.
-
-    Returns:
-        The weights.
-    """
+    """Returns the spectrally normalised weights that move along a slice."""
     moving = slice_.ends[0].keys()
     return [layer for layer in network.spectral if not moving.isdisjoint(layer.sources)]
 
 
 def cudnn_weights(network: Network) -> frozenset[str]:
-    """Finds the weights that cuDNN keeps in one buffer: those of recurrent layers on a GPU.
-
-    Args:
-        network: The model.
-
-    Returns:
-        Their names. They must be copied into that buffer.
-    """
+    """Returns the weights of recurrent layers on a GPU, which cuDNN keeps in one buffer."""
     # `flatten_parameters` made them views of it. If they were bound to other memory, every call
     # would warn and copy them into a new buffer.
     flat = {

@@ -65,14 +65,7 @@ class Prefix:
     versions: tuple[tuple[Tensor, int], ...]
 
     def replay(self, tensors: Mapping[str, Tensor]) -> FunctionMode:
-        """Returns the results of the recorded calls instead of making them.
-
-        Args:
-            tensors: The tensors of the model that is run.
-
-        Returns:
-            A context to run the forward pass in.
-        """
+        """Returns the results of recorded calls instead of making them, in a context."""
         return _Replay(self, {id(tensor): name for name, tensor in tensors.items()})
 
     def check_unmodified(self) -> None:
@@ -138,11 +131,7 @@ class PrefixRecorder:
         return result
 
     def finish(self) -> Prefix | None:
-        """Ends the recording.
-
-        Returns:
-            The prefix; None if no layer of the model lies in it.
-        """
+        """Ends the recording; returns None if no layer of the model lies in the prefix."""
         if self._kept is None:
             self._end()
         if not self._has_layer or self._kept is None:

@@ -28,15 +28,7 @@ class Replica:
 
 
 def make_replicas(network: Network, number: int) -> list[Replica]:
-    """Makes replicas of a model that share its memory.
-
-    Args:
-        network: The model.
-        number: How many.
-
-    Returns:
-        The replicas; the model itself is the first.
-    """
+    """Makes replicas of a model that share its memory; the model itself is the first."""
     replicas = [Replica(network.model, network.tensors, network.statistics)]
     for _ in range(number - 1):
         shared: dict[int, Any] = {
@@ -77,14 +69,7 @@ def forward_with(network: Network, tensors: Mapping[str, Tensor], inputs: Nest) 
 
 
 def is_stateless(network: Network) -> bool:
-    """Whether a forward pass is known to keep no state but the tensors of the model.
-
-    Args:
-        network: The model.
-
-    Returns:
-        Whether its replicas may run concurrently, and a forward pass may be interrupted.
-    """
+    """Whether a forward pass is known to keep no state but the tensors of the model."""
     # A user's code may keep state: a closure that copying does not reach, a table filled by a hook.
     return network.function is None and all(
         type(module).__module__.startswith(("torch.nn.", "losscli.models"))
