@@ -141,16 +141,7 @@ def _time_points(
 
 
 def timed(objective: Objective, work: Callable[[], object], clock: Clock) -> float:
-    """Times a function.
-
-    Args:
-        objective: The objective, for its device.
-        work: The function.
-        clock: The clock.
-
-    Returns:
-        The seconds; for a short function the minimum of a few calls.
-    """
+    """Times a function on the objective's device: a short one by the minimum of a few calls."""
     best, spent = math.inf, 0.0
     for _ in range(_REPETITIONS):
         _synchronise(objective.device)

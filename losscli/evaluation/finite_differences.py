@@ -204,8 +204,8 @@ class Differences:
             left: The number of remaining points.
 
         Returns:
-            Whether the derivative is wrong at enough points; or can no longer be, and is verified
-            or can no longer be.
+            Whether enough points show that the derivative is wrong; or, if too few are left for
+            that, whether it is verified or too few are left to verify it.
         """
         outcomes = [c.outcome for c in comparisons]
         wrong, right, not_finite = (
@@ -336,12 +336,12 @@ def rules(narrowest: torch.dtype) -> tuple[Differences, Differences]:
 
 
 def finer(rule: Differences) -> Differences:
-    """Replaces a rule's steps by the shorter ones for second derivatives.
+    """Replaces the steps of a rule for first derivatives by those for second derivatives.
 
-    A straight-through rounding may be right on average over all longer steps.
+    They are shorter: a straight-through rounding may be right on average over all longer steps.
 
     Args:
-        rule: A rule for first derivatives.
+        rule: The rule.
 
     Returns:
         The rule with shorter steps.

@@ -329,17 +329,7 @@ class ScoredModel(LoadableModel):
         return mean_over_seeds(self.per_seed(function, outputs, targets, what))
 
     def per_seed(self, function: PerExample, outputs: Any, targets: Nest, what: str) -> Tensor:
-        """Computes a loss or a metric of a batch for each seed.
-
-        Args:
-            function: As for `per_example`.
-            outputs: The same.
-            targets: The same.
-            what: The same.
-
-        Returns:
-            ``[S, B]`` with S seeds, ``[1, B]`` without.
-        """
+        """Computes `per_example` for each of S seeds, ``[S, B]``; without seeds ``[1, B]``."""
         if not isinstance(outputs, Samples):
             return self._values(function, outputs, targets, what).unsqueeze(0)
         own = outputs.outputs
@@ -418,16 +408,7 @@ class ScoredModel(LoadableModel):
         return mean.reshape(1)
 
     def own_values(self, outputs: Any, targets: Nest, loss: Tensor) -> dict[str, Tensor]:
-        """Returns the losses of a batch and the metrics that may not be per example.
-
-        Args:
-            outputs: The outputs of the model.
-            targets: The targets of the batch.
-            loss: The loss of each example.
-
-        Returns:
-            The values by name, ``[B]`` each, float64 on the CPU.
-        """
+        """Returns losses, and metrics that may not be per example, ``[B]``, float64 on the CPU."""
         values = {"loss": loss}
         for name, metric in self.metrics.items():
             if not is_registered(metric):

@@ -776,16 +776,7 @@ def _bytes_in_forward(inputs: Tensor) -> int:
 
 
 def is_close(losses: Tensor, truth: Tensor, tolerance: float) -> bool:
-    """Whether losses agree, and are finite in the same places.
-
-    Args:
-        losses: The losses.
-        truth: The reference.
-        tolerance: The largest norm of the difference, relative to the norm of the reference.
-
-    Returns:
-        Whether they agree.
-    """
+    """Whether losses are finite in the same places, and their `relative_difference` is small."""
     return relative_difference(losses, truth) <= tolerance
 
 

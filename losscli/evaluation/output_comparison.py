@@ -110,10 +110,6 @@ class LinearCKA:
 def check_outputs(objective: Objective, measures: Measures) -> None:
     """Checks on a first batch that the outputs of the loaded checkpoint can be compared.
 
-    Args:
-        objective: The objective.
-        measures: What is to be computed.
-
     Raises:
         ModelError: The outputs are not a tensor with real numbers of each example, or too many.
         LossError: There are no classes.

@@ -154,17 +154,7 @@ class PathTraining:
         return record_key(self.objective, {name: split}, "path training", ends, numbers)
 
     def _train(self, start: int, stop: int, state: Arrays, execution: Execution) -> Arrays:
-        """Trains from one step to another.
-
-        Args:
-            start: The first step.
-            stop: The step after the last.
-            state: That before ``start``; empty for the first step.
-            execution: Reports progress.
-
-        Returns:
-            The state after these steps.
-        """
+        """Trains from step to step in a state, which is empty at the start; returns the new one."""
         objective = self.objective
         ends = [self._flat(end) for end in (self.a, self.b)]
         bends = self._first_bends(ends) if not state else torch.from_numpy(state["bends"].copy())

@@ -95,10 +95,7 @@ class Ranks:
         return self.rank == 0
 
     def gather(self, value: _T) -> list[_T]:
-        """Gathers a value from every rank.
-
-        Args:
-            value: That of this rank; JSON types.
+        """Gathers a value of JSON types from every rank.
 
         Returns:
             The values in rank order, the same on all ranks.
@@ -113,13 +110,7 @@ class Ranks:
         return [json.loads(text) for text in self._store.multi_get(keys)]
 
     def decide(self, value: _T) -> _T:
-        """Lets rank 0 decide.
-
-        Args:
-            value: What this rank would decide; JSON types.
-
-        Returns:
-            The decision of rank 0.
+        """Returns the value, of JSON types, that rank 0 passes.
 
         Raises:
             RanksError: A rank has failed or is gone.

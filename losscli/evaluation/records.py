@@ -88,17 +88,7 @@ def slice_key(
     slice_: Slice,
     coordinates: Sequence[Sequence[float]],
 ) -> str:
-    """Computes the key of the records of points of a slice.
-
-    Args:
-        objective: The objective.
-        splits: The examples.
-        slice_: The slice.
-        coordinates: The points.
-
-    Returns:
-        A digest in hexadecimal.
-    """
+    """Computes the key of the records of points of a slice, a digest in hexadecimal."""
     # A slice also has numbers that follow from its ends, such as the position of a corner.
     fields = vars(slice_).items()
     numbers = [x for name, x in fields if name != "ends" and not isinstance(x, Mapping)]
@@ -150,16 +140,7 @@ def encode(
 
 
 def decode(arrays: Arrays, splits: Iterable[str], metrics: Iterable[str]) -> dict[str, Evaluation]:
-    """Converts arrays back to the evaluations of a chunk of points.
-
-    Args:
-        arrays: The result of `encode`.
-        splits: The names of the splits, in order.
-        metrics: The names of the metrics, in order.
-
-    Returns:
-        The evaluation of each split.
-    """
+    """Converts the result of `encode` to the evaluation of each split, by names in order."""
     names = {metric: f"{k}" for k, metric in enumerate(metrics)}
     return {
         name: Evaluation(

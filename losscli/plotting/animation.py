@@ -96,12 +96,7 @@ class Animation:
     drawing: Drawing
 
     def frames(self, times: Sequence[float] | None = None) -> Iterator[Frame]:
-        """Draws frames.
-
-        What does not change is drawn once.
-
-        Args:
-            times: The numbers of the last checkpoints; None for those of all frames.
+        """Draws the frames of checkpoints, by default of all; what does not change is drawn once.
 
         Yields:
             The colours of each frame, [height, width, 3]; both sides are even.
@@ -173,14 +168,7 @@ class Animation:
         return text
 
     def render(self, suffix: str) -> bytes:
-        """Renders the animation.
-
-        Args:
-            suffix: The format, ``.gif`` or ``.mp4``.
-
-        Returns:
-            The content of the file. Equal animations give equal bytes.
-        """
+        """Renders the animation as ``.gif`` or ``.mp4``; equal animations give equal bytes."""
         return self._gif() if suffix == ".gif" else self._mp4()
 
     def _gif(self) -> bytes:
@@ -227,15 +215,7 @@ class Animation:
 
 
 def new_panels(drawing: Drawing) -> tuple[Figure, Axes, Axes]:
-    """Creates the figure of an animation.
-
-    Args:
-        drawing: How it is drawn.
-
-    Returns:
-        The figure, the panel of the paths, and that of the losses beside it, or below it if the
-        figure is narrow.
-    """
+    """Creates a figure with a panel of paths, and one of losses beside or below it."""
     across = columns(drawing, 2)
     rows = 2 // across
     figure = new_figure(drawing, 4.2 * rows, WIDE if across == 2 else WIDTH)

@@ -61,15 +61,7 @@ _HIGHEST, _LEAST_PLANE = 4.0, 2.2  # heights of a plane
 
 
 def draw_connect(run: Run[ConnectSummary], drawing: Drawing = FULL) -> Figure:
-    """Draws losses and metrics on the curve and on the line over t, and the plane with the curve.
-
-    Args:
-        run: The run. Its table ``plane``, if any, is drawn below.
-        drawing: How it is drawn.
-
-    Returns:
-        The figure, laid out and ready to `render`.
-    """
+    """Draws losses and metrics on the curve and the line over t, and the plane with the curve."""
     with house_style(drawing):
         splits = split_names([run])
         series = _series(run, splits)

@@ -221,16 +221,7 @@ def _as_json(view: View) -> dict[str, Any]:
 
 
 def layout_2d(x: str, y: str = "", **more: Any) -> dict[str, Any]:
-    """Returns the layout of a view with two axes.
-
-    Args:
-        x: The label of the horizontal axis.
-        y: The label of the vertical axis; by default that of the quantity.
-        **more: Further parts of the layout.
-
-    Returns:
-        The layout.
-    """
+    """Returns the layout of a view by the labels of its axes; ``y`` is that of the quantity."""
     style = {"gridcolor": _GRID, "linecolor": PALE, "showline": True, "zeroline": False}
     style |= {"automargin": True, **_POWERS}
     return {
@@ -411,15 +402,7 @@ def table_view(
 
 
 def ring(item: Item, steps: Sequence[int]) -> Item:
-    """Returns a ring around the point of an item that the slider chooses.
-
-    Args:
-        item: The item.
-        steps: The position of the slider of each point.
-
-    Returns:
-        The item of the ring.
-    """
+    """Returns a ring around the point that the slider chooses, by the position of each point."""
     trace = {key: item.trace[key] for key in ("type", "x", "y", "z", "name") if key in item.trace}
     mark = {"color": PATH, "size": 14, "symbol": "circle-open", "line": {"width": 2}}
     trace |= {"mode": "markers", "marker": mark, "showlegend": False}
@@ -427,16 +410,7 @@ def ring(item: Item, steps: Sequence[int]) -> Item:
 
 
 def ends(item: Item, names: Sequence[str], colour: str = PATH) -> list[Item]:
-    """Returns marks of the start and the end of a path.
-
-    Args:
-        item: The item of its points.
-        names: Their names.
-        colour: The colour of the path.
-
-    Returns:
-        An item for each end; none without points.
-    """
+    """Returns an item for the start and one for the end of a path; none without points."""
     marks = []
     for word, at, symbol in (("start", 0, "circle"), ("end", -1, "diamond")) if names else ():
         mark = {"color": "white" if at == 0 else colour, "size": 7, "symbol": symbol}

@@ -70,14 +70,7 @@ class Series:
 
 
 def repair_notes(runs: Sequence[Run[LineSummary]] | Sequence[Run[BarriersSummary]]) -> list[str]:
-    """Describes points that ``--repair`` corrected.
-
-    Args:
-        runs: The runs.
-
-    Returns:
-        A note for each split that preactivations were measured on.
-    """
+    """Returns a note for each split that the preactivations for ``--repair`` were measured on."""
     found = [run.summary["repair"]["split"] for run in runs if "repair" in run.summary]
     which = "Points" if len(found) == len(runs) else "Of some runs points"
     return [

@@ -60,16 +60,7 @@ def _quantities(run: Run[BarriersSummary]) -> dict[str, str]:
 
 
 def draw_pairs(run: Run[BarriersSummary], drawing: Drawing = FULL) -> Figure:
-    """Draws each quantity over the position: a point for each pair, and the mean over pairs.
-
-    Args:
-        run: The run.
-        drawing: How it is drawn; its limits and its logarithmic scale are those of the barrier of
-            the loss.
-
-    Returns:
-        The figure, laid out and ready to `render`.
-    """
+    """Draws each quantity over the position: a point for each pair, and the mean over pairs."""
     column, quantities = pair_position(run.table.columns), _quantities(run)
     splits = split_names([run])
     with house_style(drawing):

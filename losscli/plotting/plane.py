@@ -647,15 +647,7 @@ def plane_views(run: Run[PlaneSummary]) -> list[View]:
 
 
 def mesh_plane(run: Run[PlaneSummary], drawing: Drawing = FULL) -> dict[str, str]:
-    """Writes the loss on a plane as a surface, and its checkpoints at their own losses.
-
-    Args:
-        run: The run.
-        drawing: Whether the height is logarithmic.
-
-    Returns:
-        The content of x.vtp and of x.path.vtp, by the end of the name.
-    """
+    """Writes the plane as x.vtp and its checkpoints as x.path.vtp, by the ends of their names."""
     paths = [
         PathPoints(
             group.x,

@@ -35,15 +35,7 @@ _WIDTH_OF_NAME = 130  # points
 
 
 def draw_soup(run: Run[SoupSummary], drawing: Drawing = FULL) -> Figure:
-    """Draws the score of every average, and which checkpoints were kept.
-
-    Args:
-        run: The run.
-        drawing: How it is drawn; scores may be negative, so their axis is never logarithmic.
-
-    Returns:
-        The figure, laid out and ready to `render`.
-    """
+    """Draws the score of every average on a linear axis, and which checkpoints were kept."""
     with house_style(drawing):
         table = run.table
         figure = new_figure(drawing, 3.6)

@@ -187,11 +187,7 @@ _LOWEST = 0.7  # the least height of panels in a figure of fixed height relative
 
 @contextmanager
 def house_style(drawing: Drawing = FULL) -> Iterator[None]:
-    """Applies Matplotlib's defaults and the style of losscli instead of the user's matplotlibrc.
-
-    Args:
-        drawing: Its style sheet comes last.
-    """
+    """Applies Matplotlib's defaults, the style of losscli and the user's style sheet."""
     with mpl.rc_context():
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", mpl.MatplotlibDeprecationWarning)
@@ -284,15 +280,7 @@ def columns(drawing: Drawing, most: int) -> int:
 
 
 def narrow(figure: Figure, points: float) -> float:
-    """Returns a width of text for a figure that is narrower than a full one.
-
-    Args:
-        figure: The figure.
-        points: The width in a full figure, in points.
-
-    Returns:
-        The width in points.
-    """
+    """Returns a width of text in points, reduced for a figure that is narrower than a full one."""
     return points * min(figure.get_figwidth() / WIDTH, 1.0)
 
 
@@ -330,26 +318,13 @@ def render(figure: Figure, suffix: str, drawing: Drawing = FULL) -> bytes:
 
 
 def png_of(figure: Figure, drawing: Drawing) -> tuple[bytes, dict[str, float]]:
-    """Renders a figure for a notebook.
-
-    Args:
-        figure: A figure of this package.
-        drawing: How it was drawn.
-
-    Returns:
-        The content of a PNG file, and its width and height in CSS pixels.
-    """
+    """Renders a figure for a notebook as a PNG file, with its width and height in CSS pixels."""
     width, height = figure.get_size_inches() * _CSS_PIXELS
     return render(figure, ".png", drawing), {"width": float(width), "height": float(height)}
 
 
 def make_displayable(figure: Figure, drawing: Drawing) -> None:
-    """Lets notebooks show a figure that pyplot does not manage.
-
-    Args:
-        figure: The figure.
-        drawing: How it was drawn.
-    """
+    """Lets notebooks show a figure that pyplot does not manage."""
     # The method by which IPython asks any object for a PNG.
     vars(figure)["_repr_png_"] = partial(png_of, figure, drawing)
 
@@ -631,15 +606,7 @@ def scale_logarithmic(axis: Axis, decades: float) -> None:
 def scale_symlog(
     axes: Axes, which: Literal["x", "y"], low: float, high: float, *, linear: float
 ) -> None:
-    """Sets an axis that is linear around zero and logarithmic beyond.
-
-    Args:
-        axes: The panel.
-        which: The axis.
-        low: The lowest value.
-        high: The highest value.
-        linear: The end of the linear part on either side of zero.
-    """
+    """Sets an axis for low…high that is linear up to ``linear`` around zero, logarithmic beyond."""
     axis = axes.yaxis if which == "y" else axes.xaxis
     set_scale = axes.set_yscale if which == "y" else axes.set_xscale
     set_limits = axes.set_ylim if which == "y" else axes.set_xlim
@@ -692,8 +659,8 @@ def whole_numbers() -> MaxNLocator:
 def scale_checkpoints(axes: Axes, numbers: NDArray[np.float64], label: str) -> None:
     """Scales and labels the x axis of `number_checkpoints`.
 
-    The axis is logarithmic if most numbers are small, as those of checkpoints that are saved ever
-    more rarely.
+    The axis is logarithmic if most numbers are small, as those of checkpoints saved at growing
+    intervals.
 
     Args:
         axes: The panel.
@@ -803,18 +770,7 @@ def distinct_names(names: Sequence[str]) -> tuple[list[str], str]:
 def distinct_checkpoints(
     run: Run[Any], names: Sequence[str], drawing: Drawing
 ) -> tuple[list[str], str]:
-    """Returns the labels of checkpoints, or else the distinct parts of their names and a pattern.
-
-    In a compact figure these are the names of the files, if these are different.
-
-    Args:
-        run: The run.
-        names: The names of some of its checkpoints.
-        drawing: How they are drawn.
-
-    Returns:
-        The labels or names, and the pattern of `distinct_names`.
-    """
+    """Returns labels, or else distinct parts of names and their pattern (see `distinct_names`)."""
     if run.checkpoint_labels:
         return [name_checkpoint(run, name, FULL) for name in names], ""
     stems = [plain(_stem(name)) for name in names]
@@ -852,18 +808,7 @@ def label_loss(
     log: bool,
     width: float = 190.0,
 ) -> str:
-    """Returns the label of an axis of the loss, with its scale in a full figure.
-
-    Args:
-        figure: The figure.
-        runs: The runs.
-        drawing: How they are drawn.
-        log: Whether the scale is logarithmic.
-        width: The longest label of a full figure in points.
-
-    Returns:
-        The label.
-    """
+    """Returns the label of an axis of the loss, with its scale in a full figure."""
     name = f"loss{loss_name(runs)}"
     if drawing.compact:
         return "loss"

@@ -164,15 +164,7 @@ class Scale:
 
 
 def scale_losses(losses: Floats, drawing: Drawing) -> Scale:
-    """Chooses the scale: logarithmic on request or if the losses span a large ratio.
-
-    Args:
-        losses: All losses to show, in any order.
-        drawing: Whether to force a logarithmic scale, and its limits.
-
-    Returns:
-        The scale.
-    """
+    """Chooses the scale: logarithmic on request or if the losses span a large ratio."""
     log = drawing.log
     losses = losses if drawing.ylim is None else np.array(drawing.ylim)
     shown = losses[drawable(losses, log=log)]
@@ -248,16 +240,7 @@ class Contours:
 
 
 def draw_contours(axes: Axes, grid: Grid, scale: Scale) -> Contours:
-    """Draws filled contours with lines between them.
-
-    Args:
-        axes: The panel.
-        grid: The losses.
-        scale: Their scale.
-
-    Returns:
-        The contours, for `label_contours` once the layout is final.
-    """
+    """Draws filled contours with lines between them, for `label_contours` after the layout."""
     axes.grid(visible=False)
     heights = scale(grid.loss)
     missing = np.isnan(heights)
@@ -354,15 +337,7 @@ def add_colour_bar(
     runs: Sequence[Run[Summary]],
     drawing: Drawing,
 ) -> None:
-    """Adds a colour bar to the right of panels.
-
-    Args:
-        figure: The figure.
-        panels: The panels with these colours.
-        scale: The scale.
-        runs: The runs, for the name of the loss.
-        drawing: How they are drawn.
-    """
+    """Adds a colour bar to the right of panels, with the name of the loss."""
     label = label_loss(figure, runs, drawing, log=scale.log).replace("\n", ", ")
     bar = figure.colorbar(
         ScalarMappable(Normalize(0, 1), _COLOURS),
@@ -416,14 +391,7 @@ def add_surface_axes(
 
 
 def draw_surface(axes: Axes3D, scale: Scale, contours: Contours, drawing: Drawing) -> None:
-    """Draws losses as a surface in the colours of the contours, with the contour lines on it.
-
-    Args:
-        axes: The 3D axes, with x and y limits set.
-        scale: The scale.
-        contours: The losses and their contour lines.
-        drawing: A compact figure has fewer ticks.
-    """
+    """Draws losses as a surface with contour lines; x and y limits have to be set."""
     grid = contours.grid
     axes.set_zlim(0, 1)
     for axis in (axes.xaxis, axes.yaxis):
@@ -645,19 +613,7 @@ def _mark(style: Mapping[str, Any], colour: str) -> dict[str, Any]:
 def path_entries(
     figure: Figure, colour: str, label: str, start: str, end: str, drawing: Drawing
 ) -> list[tuple[Artist, str]]:
-    """Returns the legend entries of a path.
-
-    Args:
-        figure: The figure.
-        colour: The colour of the path.
-        label: The label of the path; no entry if empty.
-        start: The name of the first checkpoint; may be empty.
-        end: The name of the last checkpoint; may be empty.
-        drawing: How the path is drawn.
-
-    Returns:
-        Handles and labels.
-    """
+    """Returns the legend entries of a path and its ends; none for the path without a label."""
     dot = "" if drawing.no_markers else "o"
     line = Line2D([], [], color=colour, marker=dot, ms=4, lw=1.7)
     entries: list[tuple[Artist, str]] = [(line, label)] if label else []

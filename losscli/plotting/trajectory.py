@@ -550,11 +550,7 @@ def _step_labels(run: Run[TrajectorySummary], path: _Path, drawing: Drawing) -> 
 
 
 def trajectory_views(runs: Sequence[Run[TrajectorySummary]]) -> list[View]:
-    """Returns the views of an interactive page: the paths of one or several runs.
-
-    Args:
-        runs: The runs; the table ``surface`` is shown of a single run.
-    """
+    """Returns the views of an interactive page: the paths, and the surface of a single run."""
     paths = [_Path.read(run.table) for run in runs]
     loss = f"loss{loss_name(runs)}"
     quantities = {"loss": loss, **{m: m for run in runs for m in run.table.metrics}}

@@ -414,16 +414,7 @@ class CriticalPointTest:
         return analysis.to_arrays(eigenvector if is_kept else None, objective)
 
     def gradient(self, weights: Weights, every: Examples, execution: Execution) -> Tensor:
-        """Computes the gradient at a point.
-
-        Args:
-            weights: The point: all tensors of the model.
-            every: The examples.
-            execution: Fails if another rank has failed.
-
-        Returns:
-            The gradient, ``[n]``.
-        """
+        """Computes the gradient at a point, ``[n]``; fails if another rank has failed."""
         with self.curvature(weights, every, execution) as curvature:
             return curvature.gradient()
 

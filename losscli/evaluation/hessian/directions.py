@@ -172,16 +172,7 @@ class DerivativeDirections:
         return found
 
     def direction(self, arrays: Arrays, k: int, weights: Weights) -> Weights:
-        """Reads a direction from a record.
-
-        Args:
-            arrays: The record.
-            k: The index of the direction.
-            weights: Tensors with the shapes of the parameters.
-
-        Returns:
-            The direction, by parameters.
-        """
+        """Reads the direction with index k from a record, in the shapes of the parameters."""
         return unflatten(torch.from_numpy(arrays["vectors"][k]), weights, self.names)
 
     def describe(self, arrays: Arrays) -> list[Derivative]:

@@ -117,7 +117,7 @@ class GradientGraphs:
             self._batch_bytes = measure()
 
     def map(self, function: Callable[[Gradients], Tensor]) -> list[Tensor]:
-        """Calls a function, from several threads, with each gradient; keeps the order of batches."""
+        """Calls a function, from several threads, with each gradient in the order of batches."""
         gradients = [gradient for _, gradient in self.batches]
         workers = min(self._threads, len(gradients))
         if workers < 2:

@@ -170,17 +170,7 @@ def _named(path: Path) -> str:
 
 @contextlib.contextmanager
 def explained(path: Path) -> Iterator[None]:
-    """Turns errors of the operating system into an `OutputError` with advice.
-
-    Args:
-        path: The file that is written.
-
-    Yields:
-        Nothing.
-
-    Raises:
-        OutputError: An operation failed.
-    """
+    """Turns errors of the operating system for a file into an `OutputError` with advice."""
     try:
         yield
     except OSError as error:

@@ -54,16 +54,7 @@ class Doubt(enum.Enum):
 def doubts_of(
     functions: Sequence[PerExample], outputs: Tensor, targets: Tensor
 ) -> frozenset[Doubt]:
-    """Looks for signs that a loss or a metric does not fit these outputs and targets.
-
-    Args:
-        functions: The loss, then the metrics, all of which take the outputs and targets.
-        outputs: The outputs of a batch.
-        targets: Its targets.
-
-    Returns:
-        The doubts.
-    """
+    """Returns signs that the loss, or a metric after it, does not fit the outputs and targets."""
     loss, *metrics = map(function_of, functions)
     doubts = set()
     single = one_score_per_target(outputs, targets)

@@ -185,16 +185,7 @@ def first_not_finite(targets: Nest) -> int | None:
 
 
 def target_error(target: Tensor, where: str, position: int) -> DataError:
-    """Makes the error for a target that is infinite or not a number.
-
-    Args:
-        target: The target.
-        where: The name of the data.
-        position: The index of its example in the data.
-
-    Returns:
-        The error.
-    """
+    """Makes the error for a target that is not finite, at the position of its example in data."""
     value = float(target[~target.isfinite()].flatten()[0])
     return DataError(
         f"{where}: the target of example {position} (counted from 0) is {value}",
