@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
 from losscli.errors import DeviceError, one_line
+from losscli.evaluation.function_mode import FunctionMode
 
 __all__ = [
     "Narrowest",
@@ -221,7 +221,7 @@ def _float32_settings(tf32: bool) -> Sequence[_Float32Setting]:
     return settings
 
 
-class Narrowest(TorchFunctionMode):
+class Narrowest(FunctionMode):
     """Records the narrowest floating-point type of all results in the context.
 
     Args:
@@ -235,14 +235,11 @@ class Narrowest(TorchFunctionMode):
         super().__init__()
         self.dtype = dtype
 
-    def __torch_function__(
-        self,
-        function: Callable[..., Any],
-        types: Sequence[type],
-        args: Sequence[Any] = (),
-        kwargs: Mapping[str, Any] | None = None,
+    def intercept(
+        self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> Any:
-        result = function(*args, **(kwargs or {}))
+        """Records the type of a result."""
+        result = function(*args, **kwargs)
         if isinstance(result, Tensor) and result.is_floating_point():
             self.dtype = max(self.dtype, result.dtype, key=lambda t: torch.finfo(t).eps)
         return result
@@ -275,20 +272,15 @@ def widened() -> Iterator[None]:
 _IS_WIDENED = ContextVar("_IS_WIDENED", default=False)
 
 
-class _Widened(TorchFunctionMode):
-    def __torch_function__(
-        self,
-        function: Callable[..., Any],
-        types: Sequence[type],
-        args: Sequence[Any] = (),
-        kwargs: Mapping[str, Any] | None = None,
+class _Widened(FunctionMode):
+    def intercept(
+        self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> Any:
         # In-place functions and attribute access need the tensor itself.
         kept = getattr(function, "__name__", "").endswith("_")
         change = _kept if kept else _widened
-        args = [_mapped(change, value) for value in args]
-        kwargs = {key: _mapped(change, value) for key, value in (kwargs or {}).items()}
-        return _CASTS.get(function, function)(*args, **kwargs)
+        changed = {key: _mapped(change, value) for key, value in kwargs.items()}
+        return _CASTS.get(function, function)(*(_mapped(change, x) for x in args), **changed)
 
 
 _CASTS: Mapping[Callable[..., Any], Callable[..., Any]] = dict.fromkeys(

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from losscli.errors import ModelError
-from losscli.evaluation.strategies.function_mode import METADATA, FunctionMode
+from losscli.evaluation.function_mode import METADATA, FunctionMode
 
 __all__ = ["DeferredHead", "DeferredProduct", "head_weight"]
 

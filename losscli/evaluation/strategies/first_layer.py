@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from losscli.evaluation.device import launches_kernels
-from losscli.evaluation.strategies.function_mode import METADATA, FunctionMode
+from losscli.evaluation.function_mode import METADATA, FunctionMode
 from losscli.evaluation.strategies.prefix import Prefix, PrefixRecorder
 from losscli.weight_space.slices import Slice
 
@@ -90,24 +90,6 @@ class FirstLayer:
             too_large = c.abs() @ sizes.T > _LARGEST_TERMS * squares.sqrt()
             cancels += too_large.any(1).tolist()
         return cancels
-
-    def replay_at(
-        self,
-        point: Sequence[float],
-        tensors: Mapping[str, Tensor],
-        on_use: Callable[[], None] | None = None,
-    ) -> TorchFunctionMode:
-        """Replaces the layer's first call by its output at a point.
-
-        Args:
-            point: The coordinates of the point.
-            tensors: The tensors of the model that is run.
-            on_use: Called before any other call that uses the layer's weight; None for nothing.
-
-        Returns:
-            A context to run the forward pass in.
-        """
-        return self.replay(self.output(point), tensors, on_use)
 
     def output(self, point: Sequence[float]) -> Tensor:
         """Combines the outputs at the ends to the layer's output at a point."""

@@ -80,6 +80,7 @@ class LoadedPoint(_OnePass):
     def __init__(self, network: Network) -> None:
         self._network = network
         self._statistics = Statistics(1)
+        self._point = 0
 
     def __len__(self) -> int:
         return 1
@@ -103,8 +104,8 @@ class LoadedPoint(_OnePass):
         """Evaluates a prepared batch; yields the point when it is done."""
         with self._network.deferring():
             outputs = self._network.forward(self._network.model, inputs)
-        recorder.one(0, outputs)
-        yield 0
+        recorder.one(self._point, outputs)
+        yield self._point
 
 
 class LoadedPoints(_OnePass):
@@ -332,7 +333,8 @@ class BoundPoints(_OnePass):
             fill = None
         with ExitStack() as stack:
             if layer is not None and shares:
-                replay = layer.replay_at(self._coordinates[p], replica.tensors, fill)
+                output = layer.output(self._coordinates[p])
+                replay = layer.replay(output, replica.tensors, fill)
                 stack.enter_context(replay)
             if prefix is not None:
                 stack.enter_context(prefix.replay(replica.tensors))

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from losscli.errors import ModelError
-from losscli.evaluation.strategies.function_mode import FunctionMode
+from losscli.evaluation.function_mode import FunctionMode
 
 __all__ = ["Prefix", "PrefixChanged", "PrefixRecorder"]
 

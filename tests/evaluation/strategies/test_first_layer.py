@@ -123,7 +123,7 @@ def test_after_the_layer_has_run_no_call_is_looked_at(monkeypatch: pytest.Monkey
     with torch.no_grad():
         expected = model(inputs)
         monkeypatch.setattr(first_layer, "_uses", None)
-        with layer.replay_at((0.5,), tensors):
+        with layer.replay(layer.output((0.5,)), tensors):
             assert torch.equal(model(inputs), expected)
 
 
