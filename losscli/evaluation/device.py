@@ -34,7 +34,7 @@ __all__ = [
 _PRODUCT_SIZE = 256
 _PRODUCTS = 5
 
-# A type is slower if its products take so many times as long.
+# A type is slower if its products take this many times as long.
 _SLOWER = 1.25
 
 
@@ -45,8 +45,7 @@ def choose_device(name: str, dtype: str, local: int | None = None) -> torch.devi
         name: ``auto``, ``cpu``, ``cuda``, ``cuda:I`` or ``mps``.
         dtype: The type of the forward pass, which not every device supports.
         local: The local rank of this process, None for a single process. ``cuda`` is the GPU of
-            this number, modulo the number of GPUs that the process sees: where each process sees a
-            GPU of its own, each takes that one.
+            this number, modulo the number of GPUs that the process sees, which may be only one.
 
     Returns:
         The device. A GPU with a number becomes the current one, for code that asks for ``cuda``.
@@ -180,7 +179,7 @@ class _Float32Setting:
     value: object
 
     def read(self) -> Any:
-        """The value; None where PyTorch refuses to name one, as user code mixed both interfaces."""
+        """The value; None if PyTorch refuses to return it because both interfaces were mixed."""
         try:
             return self.getter()
         except RuntimeError:
@@ -247,7 +246,7 @@ class Narrowest(FunctionMode):
 
 @contextmanager
 def widened() -> Iterator[None]:
-    """Makes code compute in float64 that casts to a narrower type or has tensors of one.
+    """Makes code that casts to a narrower type, or has tensors of one, compute in float64.
 
     Autocast does not change float64. Compiled and scripted code is not affected.
 

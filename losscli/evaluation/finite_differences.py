@@ -41,8 +41,8 @@ NEEDED = 2
 
 DETACHED = "part of the forward pass is detached from autograd"
 CURE = (
-    "Remove detach(), no_grad() and roundings with a gradient of their own from the model's "
-    "forward and from the loss"
+    "Remove detach(), no_grad() and roundings with a custom gradient from the model's forward and "
+    "from the loss"
 )
 
 # Examples on which derivatives are compared with differences: the fewest, the most, and the budget
@@ -60,7 +60,7 @@ _SPREAD = 1 / 8
 # A difference with a larger error relative to the derivative is not resolved.
 _RESOLVED = 0.02
 
-# A derivative below this share of what is differentiated, per unit, counts as zero.
+# A derivative below this share of the function, per unit of its argument, counts as zero.
 _FLAT = 1e-4
 
 # Roundings of a mean loss in units of ε, at least; and standard deviations of measured noise.
@@ -176,7 +176,7 @@ class Differences:
 
         Args:
             derivative: The derivative, of any shape.
-            size: The size of what is differentiated, per unit of its argument.
+            size: The size of the function, per unit of its argument.
             function: Computes f(t + h) for h, as terms ``[N, …]`` with mean f(t + h): the terms of
                 single examples show rounding better than their mean.
 

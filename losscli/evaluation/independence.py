@@ -1,4 +1,4 @@
-"""Tests whether the loss of an example depends on its own example alone."""
+"""Tests whether the loss of an example is independent of the other examples in its batch."""
 
 from __future__ import annotations
 

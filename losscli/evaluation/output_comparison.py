@@ -38,7 +38,7 @@ _MOST_OUTPUTS = 4096
 
 @dataclass(frozen=True)
 class Measures:
-    """What is computed from the outputs of two checkpoints.
+    """The quantities to compute from the outputs of two checkpoints.
 
     Attributes:
         accuracy: Defines the predictions to compare; None if disagreement is not measured.
@@ -183,7 +183,7 @@ def compare(
         objective: The objective.
         checkpoints: All tensors of the model for each checkpoint.
         pairs: The indices of the two checkpoints of each pair.
-        measures: What is computed.
+        measures: The quantities to compute.
         splits: The examples.
         execution: How pairs are executed. Progress counts two points per pair.
 

@@ -34,9 +34,9 @@ from losscli.weight_space.vectors import Weights, unflatten, working_type
 __all__ = ["FORWARD_PASSES", "PathTraining", "TrainedBends"]
 
 FORWARD_PASSES = 3
-"""A step costs about as much as so many forward passes of its minibatch."""
+"""A step costs about as much as this number of forward passes of its minibatch."""
 
-# A loss with a gradient of 0 in so many steps, such as an error rate, trains nothing.
+# A loss with a gradient of 0 in this many steps, such as an error rate, cannot be trained.
 _TRIED = 10
 
 # The most records of the state, which is three times as large as the bends.

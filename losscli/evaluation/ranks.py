@@ -323,7 +323,7 @@ class Ranks:
             self._past.remove(past)
 
     def _send_heartbeats(self) -> None:
-        """Runs in a thread of its own, because a batch may take long."""
+        """Runs in a separate thread, because a batch may take long."""
         with contextlib.suppress(RanksError):
             while True:
                 self._store.add(f"beat/{self.rank}", 1)
@@ -345,7 +345,7 @@ class Ranks:
                 raise RanksError(
                     f"rank {rank} has sent nothing for {now - since:.0f} s",
                     "Check that every rank runs the same command; without RANK and WORLD_SIZE "
-                    "in the environment losscli runs alone",
+                    "in the environment losscli runs as a single process",
                 )
 
 
@@ -398,7 +398,7 @@ class _Distribution:
         self.log_read = 0  # entries read of the log of results
         self.recalled = 0.0  # size of the tasks with known results
         self.done_here = 0.0  # progress of this rank
-        self.reported = 0  # units of it added to the store's counter
+        self.reported = 0  # units of that progress added to the store's counter
 
 
 def _pack(arrays: Arrays) -> bytes:

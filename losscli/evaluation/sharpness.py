@@ -80,7 +80,7 @@ def rises(found: Evaluation, here: Evaluation) -> list[tuple[float, float]]:
 
 
 def widened(objective: Objective, weights: Weights) -> Weights:
-    """Converts weights to float64 for a forward pass in float64, so that steps are as exact."""
+    """Converts weights to float64 for a forward pass in float64, so that steps are exact too."""
     if objective.dtype != torch.float64:
         return weights
     return {n: t.double() if t.is_floating_point() else t for n, t in weights.items()}
@@ -116,17 +116,17 @@ def perturbation_line(
 
 @dataclass(frozen=True)
 class GradientSharpness:
-    """What one gradient and forward passes say of one point on one split.
+    """SAM sharpness and critical sharpness at one point on one split.
 
     Attributes:
         loss: The mean loss.
         gradient_norm: ‖∇L‖.
-        rounding: How much of a difference of mean losses may be rounding.
+        rounding: The largest difference of mean losses that may be rounding.
         sam: SAM sharpness and its standard error for each radius; empty where the gradient, or its
             product with abs(θ) if adaptive, is 0.
         step: The critical step; 0 where the loss rises at once, nan where there is none.
         step_error: How far rounding may move it.
-        reason: Why there is none, or why it is 0.
+        reason: Why there is no critical step, or why it is 0.
         unverified: Which derivatives could not be compared with differences; empty if none.
         seed_error: The standard error of the mean loss over seeds; nan without several.
     """
@@ -387,7 +387,7 @@ class SharpnessTest:
             while gradients <= MAX_GRADIENTS and step >= _LAST_STEP:
                 uphill = scale * slope
                 if not uphill.any():
-                    # Every direction is as good at a critical point.
+                    # At a critical point no direction is better than another.
                     noise = torch.randn(theta.shape, generator=generator, dtype=torch.float64)
                     uphill = scale * noise.to(theta)
                 length = float(uphill.norm())

@@ -235,7 +235,7 @@ def _check_repetition(objective: Objective, batch: Split, whole: Values) -> None
     for what, values in whole.items():
         if not torch.allclose(values, again[what], rtol=1e-5, atol=1e-7, equal_nan=True):
             raise NondeterministicModelError(
-                f"the model gives two answers for the same weights and data, even in eval "
+                f"the model gives different results for the same weights and data, even in eval "
                 f"mode: the {what} differs",
                 "Draw random numbers from the global generators of Python, NumPy and torch, which "
                 "--stochastic seeds"
@@ -299,7 +299,7 @@ def _check_parameters(objective: Objective, trace: Trace) -> None:
         return
     raise ModelError(
         what,
-        "Does its code hold another module (a closure, a patched forward), or a value computed "
+        "Does its code use another module (a closure, a patched forward), or a value computed "
         "from its weights? Let forward read the parameters of the model that it is called on",
     )
 

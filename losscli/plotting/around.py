@@ -83,7 +83,7 @@ class _Curves:
         """Reads the rows of one checkpoint and split: the losses or another quantity."""
         coefficients = np.array(rows.floats("coefficient"))
         x = np.copysign(np.array(rows.floats("distance")), coefficients)
-        # At 0 all directions have the checkpoint itself, whatever its sign.
+        # At 0 and −0 all directions have the checkpoint itself.
         x = np.where(coefficients == 0, 0.0, x)
         known = np.isfinite(x) & drawable(x, log=False)
         # Rounding aside, equal coefficients are equal distances.
@@ -226,10 +226,12 @@ def _draw(
             _draw_random(axes, curves, group.colour, log=log)
             marks.setdefault("mean", (Line2D([], [], color=colour, lw=2.2), "mean"))
             marks.setdefault(
-                "thin", (Line2D([], [], color=colour, lw=0.7, alpha=0.45), "one direction each")
+                "thin", (Line2D([], [], color=colour, lw=0.7, alpha=0.45), "single directions")
             )
             if len(curves.directions) > 1:
-                marks.setdefault("band", (Patch(color=colour, alpha=0.18, lw=0), "10–90 % of them"))
+                marks.setdefault(
+                    "band", (Patch(color=colour, alpha=0.18, lw=0), "10–90 % of directions")
+                )
         else:
             for k, name in enumerate(curves.directions):
                 line = Line2D([], [], color=colour, linestyle=DASHES[k % len(DASHES)])

@@ -184,7 +184,7 @@ def _draw_planes(
         if cell.rowspan == cells[-1].rowspan:
             panel.set_xlabel(drawing.words("distance along C − A", "along C − A"))
         if cell.colspan == cells[0].colspan:
-            panel.set_ylabel(drawing.words("distance at right angles", "orthogonal"))
+            panel.set_ylabel(drawing.words("distance orthogonal to C − A", "orthogonal"))
         panels.append(panel)
     add_colour_bar(figure, panels, scale, [run], drawing)
     return contours, panels

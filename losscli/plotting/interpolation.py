@@ -63,8 +63,8 @@ __all__ = ["draw_interpolation", "interpolation_views"]
 
 _ALPHA = "α:  θ(α) = A + α (B − A)"
 _PAIRED = (
-    "Differences between points are known better than the bands show (paired standard errors are "
-    "in the text)."
+    "Differences between points are more precise than the bands suggest (the text has their paired "
+    "standard errors)."
 )
 _MOST_MARKS = 12  # maximum number of marked local minima and maxima
 _DERIVATIVES = {"slope": "dL/dα", "curvature": "d²L/dα²"}
@@ -175,7 +175,7 @@ def interpolation_views(runs: Sequence[Run[LineSummary]]) -> list[View]:
         views.append(view("whole line", [("", more["context"])]))
     if "blocks" in more:
         blocks = {"x_label": BLOCK_ALPHA, "colours": block_colours}
-        views.append(view("each block alone", [("", more["blocks"])], **blocks))
+        views.append(view("single blocks", [("", more["blocks"])], **blocks))
     return views
 
 

@@ -64,7 +64,7 @@ def block_colours(number: int) -> list[str]:
 
 
 def draw_layerwise(run: Run[LineSummary], drawing: Drawing = FULL) -> Figure:
-    """Draws the loss over the line for the whole network and for each block alone.
+    """Draws the loss over the line for the whole network and for each block on its own.
 
     There is a panel per split, with all blocks together in black and single blocks in colours in
     the order of the model.
@@ -109,7 +109,7 @@ def draw_layerwise(run: Run[LineSummary], drawing: Drawing = FULL) -> Figure:
         if not drawing.compact:
             _add_legend(figure, blocks)
         if len(names) > _MOST_BANDS:
-            notes.append("Single blocks are drawn without their standard errors")
+            notes.append("Single blocks are drawn without standard errors")
         draw_ends(panels, view)
         ends = mark_ends(panels[0], view, end_names([run], drawing))
         marks = _marks(whole, curves, lowest, len(splits), drawing)
@@ -179,7 +179,7 @@ def _add_legend(figure: Figure, entries: Sequence[tuple[Artist, str]]) -> None:
     figure.legend(
         [handle for handle, _ in entries],
         [name for _, name in entries],
-        title="moving",
+        title="interpolated",
         title_fontsize=small_size(),
         alignment="left",
         loc="outside right upper",

@@ -72,10 +72,10 @@ class Series:
 def repair_notes(runs: Sequence[Run[LineSummary]] | Sequence[Run[BarriersSummary]]) -> list[str]:
     """Returns a note for each split that the preactivations for ``--repair`` were measured on."""
     found = [run.summary["repair"]["split"] for run in runs if "repair" in run.summary]
-    which = "Points" if len(found) == len(runs) else "Of some runs points"
+    runs_named = "" if len(found) == len(runs) else " of some runs"
     return [
-        f"{which} between two checkpoints are corrected by REPAIR on {plain(split)}: they are not "
-        "on the line"
+        f"Points between two checkpoints{runs_named} are corrected by REPAIR on {plain(split)}: "
+        "they are not on the line"
         for split in dict.fromkeys(found)
     ]
 

@@ -305,7 +305,8 @@ def _explanations(summary: SharpnessSummary) -> list[str]:
     """Returns what a reader of the figure has to know."""
     what = "δ/|θ|" if summary.get("adaptive") else "δ"
     lengths = (
-        f"For average sharpness {what} is about ρ√n long, for the others at most ρ: not comparable."
+        f"‖{what}‖ is about ρ√n for average sharpness and at most ρ for the others: they are not "
+        "comparable."
     )
     bars = (
         "Bars: ± one standard error, over random perturbations for the average and over examples "
@@ -345,7 +346,7 @@ def _legend(
     ]
     if any((curve.values(column) < 0).any() for curve in curves for column in _NAMES):
         hollow = Line2D([], [], marker="o", mec=only, mfc="white", **mark)
-        text = drawing.words("hollow: the loss falls by so much", "falls")
+        text = drawing.words("hollow: negative, the loss decreases", "falls")
         measures.append((hollow, text))
     lines = [Line2D([], [], color=only, linestyle=dashes) for dashes in DASHES]
     return [

@@ -52,7 +52,7 @@ def draw_soup(run: Run[SoupSummary], drawing: Drawing = FULL) -> Figure:
         finite = np.isfinite(best)
         (line,) = axes.step(steps[finite], best[finite], where="post", color=PALE, lw=1.2)
         axes.vlines(steps, scores - errors, scores + errors, color=INK, lw=1, alpha=0.6)
-        marks = [(line, drawing.words("score of the average that is kept", "average"))]
+        marks = [(line, drawing.words("score of the current average", "average"))]
         for chosen, face, label in ((True, PALETTE[0], "kept"), (False, "white", "not kept")):
             at = shown & (kept == chosen)
             (mark,) = axes.plot(
@@ -67,10 +67,10 @@ def draw_soup(run: Run[SoupSummary], drawing: Drawing = FULL) -> Figure:
             room = narrow(figure, _WIDTH_OF_NAME)
             texts = [shorten(figure, name, room, text_size()) for name in distinct]
             axes.set_xticks(steps, texts, rotation=30, ha="right")
-            axes.set_xlabel(drawing.words("checkpoint that is added, the best first", ""))
+            axes.set_xlabel(drawing.words("checkpoint added (best first)", ""))
         else:
             axes.xaxis.set_major_locator(whole_numbers())
-            axes.set_xlabel(drawing.words("step: a checkpoint is added, the best first", "step"))
+            axes.set_xlabel(drawing.words("step (one checkpoint added, best first)", "step"))
         score = "score"
         for split, found in run.summary.get("splits", {}).items():
             score = f"{plain(found['score'])} on {plain(split)}"
@@ -82,6 +82,6 @@ def draw_soup(run: Run[SoupSummary], drawing: Drawing = FULL) -> Figure:
         if missing := int((~shown).sum()):
             notes.append(f"{missing} score{'s' * (missing > 1)} not drawn: not finite.")
         if np.isfinite(scores[:1]).all():
-            notes.append(f"The best checkpoint alone has {format_number(scores[0], 4)}.")
+            notes.append(f"The best single checkpoint has {format_number(scores[0], 4)}.")
         finish_layout(figure, drawing, notes, [marks])
     return figure

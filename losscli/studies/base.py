@@ -113,7 +113,7 @@ class Study(ABC):
             The result.
 
         Raises:
-            LosscliError: The model or the loss fails on the data, gives two answers for one
+            LosscliError: The model or the loss fails on the data, gives different results for one
                 point, or does not fit into the memory.
         """
 

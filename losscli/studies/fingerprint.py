@@ -86,7 +86,7 @@ def fingerprint_of(command: str, problem: Problem, options: Mapping[str, Any]) -
         The fingerprint. Where it is the same, and the machine too, the numbers are the same.
 
     Raises:
-        LosscliError: The model or the loss fails on the data, or gives two answers for one point.
+        LosscliError: The model or the loss fails on the data, or its results differ at one point.
     """
     objective, settings = problem.objective, problem.settings
     provenance: Mapping[str, Any] = problem.provenance

@@ -322,6 +322,6 @@ def _check_differentiable(value: Tensor) -> None:
         if node is None or node in visited:
             continue
         if node.name().endswith("autograd::Error"):
-            raise ModelError("a backward of the model's own cannot be differentiated")
+            raise ModelError("a custom backward of the model cannot be differentiated")
         visited.add(node)
         nodes += [child for child, _ in node.next_functions]

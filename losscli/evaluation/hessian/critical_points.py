@@ -42,7 +42,7 @@ __all__ = ["CriticalPointTest", "Evidence", "PointAnalysis", "batch_size_of", "v
 # Largest residual norm of a converged eigenpair, as a share of |λ|.
 _TOLERANCE = 1e-4
 
-# A predicted change of the loss this many times its accuracy is far beyond it.
+# A predicted change of the loss beyond this many times its accuracy is significant.
 _FAR = 10
 
 # The keys of the steps on either side in a record.
@@ -54,19 +54,19 @@ _DIRECTION = "down "
 
 @dataclass(frozen=True)
 class Evidence:
-    """What a verdict rests on beside the gradient and the eigenvalues.
+    """The evidence for a verdict in addition to the gradient and the eigenvalues.
 
     Attributes:
-        reason: Why nothing is decided; empty if something is.
+        reason: Why the verdict is undecided; empty for other verdicts.
         slope: ⟨∇L, v⟩, v the eigenvector of λ_min.
-        loss_rounding: How much of a change of the mean loss may be rounding.
+        loss_rounding: The largest change of the mean loss that may be rounding.
         change: By how much the loss is predicted to change towards a minimum (downwards) or a
             maximum (upwards); nan for other points. An upper bound if it is not exact.
         exact: Whether ``change`` is ½ gᵀ|H|⁻¹g, and not its bound ‖g‖² / 2 min abs(λ).
         sides: The best step on the negative and on the positive side along v, each None if no step
             lowers the loss; None if the curvature is not negative.
         measured: Examples on which the rounding of eigenvalues was measured.
-        scattered: Whether there was no float64 to measure it against, or to compute in.
+        scattered: Whether it was measured without float64, from the scatter at nearby points.
         unverified: Which derivatives could not be compared with differences; empty if none.
         seed_error: The standard error of the mean loss over seeds; nan without several.
     """
@@ -112,7 +112,7 @@ class Evidence:
                 bound = "" if self.exact else "up to "
                 reason = (
                     f"{step} {may} {verb} the loss by {bound}{self.change:.2g}, and the loss "
-                    f"is known to {accuracy:.2g}: the point is beside a {decided}, not at it"
+                    f"is known to {accuracy:.2g}: the point is near a {decided}, not at it"
                 )
         elif decided == "undecided":
             figures = smallest.value, smallest.error, largest.value, largest.error
@@ -125,7 +125,7 @@ class Evidence:
         return "undecided" if reason else decided, replace(self, reason=reason)
 
     def summary(self) -> CheckedPoint:
-        """Returns its part of the summary."""
+        """Returns the part of the summary."""
         predicted: Predicted = {"change": self.change, "exact": self.exact}
         return {
             "reason": self.reason or None,
@@ -180,7 +180,7 @@ class PointAnalysis:
         spectrum: Each known eigenvalue and its error, in ascending order.
         verdict: What the point is.
         descent: At a point that is not critical, the best step along −∇L; None if there is none.
-        evidence: What else the verdict rests on.
+        evidence: The other evidence for the verdict.
     """
 
     loss: float
@@ -333,7 +333,7 @@ class CriticalPointTest:
         Args:
             placed: The point: all tensors of the model, the parameters as they are stored.
             split: The name of the split.
-            kept: The verdicts with which the eigenvector of a negative λ_min is kept.
+            kept: The verdicts for which the eigenvector of a negative λ_min is kept.
             execution: Evaluates losses; its progress is not counted.
 
         Returns:

@@ -186,7 +186,7 @@ class Curvature:
         """
         if self.size > DENSE_LIMIT:
             raise UsageError(
-                f"the Hessian of {self.size:,} parameters is too large to be made as a whole",
+                f"the Hessian of {self.size:,} parameters is too large to be computed as a whole",
                 f"Choose {DENSE_LIMIT:,} or fewer with --only",
             )
         if self._dense is None:
@@ -223,7 +223,10 @@ class Curvature:
             UsageError: ``number`` or ``limit`` is below 1.
         """
         if number < 1 or limit < 1:
-            raise UsageError(f"{number} eigenvalues from {limit} products are none", "Give 1 each")
+            raise UsageError(
+                f"{number} eigenvalues and {limit} products were requested",
+                "Give 1 or more of each",
+            )
         before = self.products
         number = min(number, self.size)
         exact = self._dense is not None or self.size <= max(_SMALL, 4 * number)
@@ -282,7 +285,7 @@ class Curvature:
 
     def _products(self, vectors: Tensor) -> Tensor:
         """Multiplies the Hessian with the rows of a matrix, ``[K, n]``."""
-        # Checks that the gradient reaches every parameter: else the rows of H would be zero.
+        # Checks that the gradient reaches every parameter: otherwise rows of H would be zero.
         _ = self._loss_and_gradient
         dtype, device = self.objective.dtype, self.objective.device
         directions = [list(self.named(v.to(dtype).to(device)).values()) for v in vectors]

@@ -114,7 +114,7 @@ def check_derivatives(
     if len(wrong_products) >= NEEDED:
         raise ModelError(
             f"the second derivative is wrong: curvature along {wrong_products[0]}",
-            "Write operators with a backward of their own in elementary ones",
+            "Write operators with a custom backward in elementary operations",
         )
     if not verified:
         return unverified("gradient and Hessian" if twice else "gradient", "loss")

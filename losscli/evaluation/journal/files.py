@@ -98,7 +98,8 @@ def lock(file: FileIO, path: Path) -> bool:
     except OSError as error:
         if error.errno in _BUSY:
             raise OutputError(
-                f"{_named(path)} is held by another run{holder(file)} that writes the same results",
+                f"{_named(path)} is in use by another run{holder(file)} that writes the same "
+                "results",
                 "Wait for that run to end, or choose another --out",
             ) from None
         if error.errno in _NO_LOCKS:
@@ -122,8 +123,8 @@ def set_aside(path: Path) -> str:
     other = path.with_name(f"{path.name}.old")
     if os.path.lexists(other):
         raise OutputError(
-            f"{_named(path)} is not a journal of losscli, and {_named(other)}, which it would be "
-            "called, is there already",
+            f"{_named(path)} is not a journal of losscli and cannot be renamed to "
+            f"{_named(other)}, which exists",
             "Move one of them away, or choose another --out",
         )
     path.rename(other)

@@ -27,13 +27,11 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
         one, other = (_value(side.get(name)) for side in (before, now))
         label = printable(name)
         if name not in now:
-            clauses.append(f"{label} is no longer there")
+            clauses.append(f"{label} is no longer given")
         elif name not in before:
-            clauses.append(f"{label} was not there")
-        elif all(_CONTENT.fullmatch(str(side[name])) for side in (before, now)):
-            clauses.append(f"{label} was changed since")
-        elif max(len(one), len(other)) > _LONGEST:
-            clauses.append(f"{label} is not what it was")
+            clauses.append(f"{label} was not given")
+        elif max(len(one), len(other)) > _LONGEST or all(map(_CONTENT.fullmatch, (one, other))):
+            clauses.append(f"{label} changed")
         else:
             clauses.append(f"{label} was {one} and is {other}")
     return clauses

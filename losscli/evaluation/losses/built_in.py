@@ -108,7 +108,8 @@ def cross_entropy(
         raise LossError(
             f"cross_entropy needs outputs [B, C] and integer targets [B], not {describe(outputs)} "
             f"and {describe(targets)}",
-            advise_integers(targets) or "Choose another --loss, or a model with one output a class",
+            advise_integers(targets)
+            or "Choose another --loss, or a model with one output per class",
         )
     targets = mark_ignored(targets, outputs.shape[dim], ignore_index)
     if dim == -1:
@@ -143,7 +144,7 @@ def nll(
         raise LossError(
             f"NLLLoss needs outputs [B, C] and integer targets [B], not {describe(outputs)} and "
             f"{describe(targets)}",
-            "Choose another --loss, or a model with one output a class",
+            "Choose another --loss, or a model with one output per class",
         )
     targets = mark_ignored(targets, outputs.shape[1], ignore_index)
     return _in_float64(partial(_negative_score, weight=weight), outputs, targets)
@@ -401,7 +402,7 @@ def _targets_like(outputs: Tensor, targets: Tensor, loss: str) -> Tensor:
             f"{loss} needs outputs and targets of one shape, not {describe(outputs)} and "
             f"{describe(targets)}",
             (classes and advise_integers(targets))
-            or "Choose another --loss, or a model with one output a target",
+            or "Choose another --loss, or a model with one output per target",
         )
     return targets
 

@@ -68,7 +68,7 @@ def doubts_of(
         dim = 1
         if outputs.ndim > 2:
             dim = class_dim_of(functions[0]) or class_dim(outputs, targets, "", None) or 1
-        # One token is enough to see that scores, of which there may be millions, are none.
+        # One token is enough to see that millions of scores are no probabilities.
         first = outputs.flatten(0, -2)[:1] if loss in TOKEN_LOSSES else outputs
         sums = are_probabilities(first) and are_probabilities(outputs) and outputs.shape[dim] > 1
         if sums and sums_to_one(outputs, dim):

@@ -189,5 +189,5 @@ def target_error(target: Tensor, where: str, position: int) -> DataError:
     value = float(target[~target.isfinite()].flatten()[0])
     return DataError(
         f"{where}: the target of example {position} (counted from 0) is {value}",
-        "Leave the example out, or give a --loss of your own that does",
+        "Leave the example out, or give your own --loss that skips it",
     )

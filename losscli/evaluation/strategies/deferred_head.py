@@ -2,7 +2,7 @@
 
 The scores of 1,024 tokens over a vocabulary of 50,000 take 200 MB, and a loss reads them once. If
 the last linear layer returns a `DeferredProduct` instead, only the rows in use are in memory. Every
-other operation on it computes it as a whole, so that nothing has to be known about the model.
+other operation on it computes it as a whole, so it works with any model.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def head_weight(model: nn.Module) -> Tensor | None:
 class DeferredProduct(Tensor):
     """The output x·Wᵀ + b of a linear layer, computed when it is used.
 
-    Slices of its rows are computed alone, everything else as a whole, once.
+    Slices of its rows are computed separately; any other use computes all of it, once.
 
     Args:
         inputs: x, ``[*, n, in]``.

@@ -32,7 +32,7 @@ __all__ = ["FirstLayer", "FirstLayerFound", "FirstLayerWatcher"]
 _AFFINE = frozenset({F.linear, F.embedding, F.conv1d, F.conv2d, F.conv3d})
 
 # Largest ratio of the terms of a combination to the combination itself. The rounding error of a
-# shared layer is then at most so many times that of an ordinary forward pass.
+# shared layer is then at most this many times that of an ordinary forward pass.
 _LARGEST_TERMS = 8
 
 # Weights of a unit from which sharing pays on a GPU. For fewer, reading the outputs at the ends

@@ -22,7 +22,7 @@ _PIECE_ELSEWHERE = 1 << 22
 # combine it than the host to launch the kernels.
 _SMALL = 1 << 20
 
-# Tensors in a buffer start at multiples of so many values: the fastest kernels of a GPU need
+# Tensors in a buffer start at multiples of this many values: the fastest kernels of a GPU need
 # aligned operands.
 _ALIGNMENT = 128
 
