@@ -33,7 +33,7 @@ class _NotFiniteError(ArithmeticError):
 
 @dataclass(frozen=True)
 class Crossing:
-    """Where the loss rises above that of the point.
+    """The distance at which the loss rises above that of the point.
 
     Attributes:
         distance: The distance; nan if there is no crossing, or it is not known.

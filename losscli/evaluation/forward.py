@@ -75,7 +75,7 @@ _MOST_SHAPES = 4
 # Part of torch's message for a tensor that cannot be differentiated.
 NO_GRAPH = "does not require grad"
 
-# A random loss draws other numbers than the forward pass with the same seed.
+# A random loss must not draw the numbers of the forward pass with the same seed.
 _LOSS_STREAM = 1 << 40
 
 
@@ -95,8 +95,8 @@ class ScoredModel(LoadableModel):
         device: Where to compute.
         dtype: The type of the forward pass.
         batch_loss: Whether the loss is one number per batch.
-        function: An objective in the place of the loss of outputs and targets.
-        seeds: Those of a random model: outputs are then `Samples`, and losses are means over them.
+        function: An objective, which replaces the loss of outputs and targets.
+        seeds: The seeds of a random model: outputs are then `Samples`, and losses means over them.
 
     Attributes:
         draws: Whether a forward pass or a loss has drawn random numbers.
@@ -357,7 +357,7 @@ class ScoredModel(LoadableModel):
                     else "Give --metric none, or a metric of your own that takes it",
                 )
             outputs = scores_in(outputs)
-            # A user's function gets the targets in the type that the user's data has.
+            # A user's function gets the targets in the type of the data.
             targets = targets if targets.is_floating_point() else targets.long()
         if self.copies_outputs:
             outputs = tree_map_only(Tensor, Tensor.clone, outputs)

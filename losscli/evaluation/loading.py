@@ -16,7 +16,7 @@ from losscli.weight_space.vectors import Weights, can_move
 
 __all__ = ["LoadableModel", "named_tensors"]
 
-# Modules with a `train` and `eval` that change no weights. Those of transformers may swap kernels.
+# Modules with `train` and `eval` that change no weights; in transformers they may swap kernels.
 _PLAIN_MODES = ("torch.nn.modules.module", "transformers.modeling_utils")
 
 
@@ -63,7 +63,7 @@ class LoadableModel:
         if self.folds:
             self.model.train()
         point = self._whole(weights) if self._has_custom_loading else {}
-        # A user's code may modify the tensors that it gets.
+        # User code may modify the tensors that it receives.
         given = {name: tensor.clone() for name, tensor in point.items()} or weights
         state = loadable(given, self.versions, self.extra)
         self.model.load_state_dict(state, strict=False)
@@ -77,7 +77,7 @@ class LoadableModel:
             self.model.eval()
 
     def _whole(self, weights: Weights) -> Weights:
-        """All tensors of the model: the given ones, and its own for the rest."""
+        """Returns all tensors of the model, with the given ones in place of its own."""
         given = {id(own): weights[n] for n, own in self.tensors.items() if n in weights}
         own = {name: given.get(id(tensor), tensor) for name, tensor in self.tensors.items()}
         return {name: tensor.detach().clone() for name, tensor in own.items()}

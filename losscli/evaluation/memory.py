@@ -139,7 +139,7 @@ def halve_batch(
 
     Args:
         objective: The objective.
-        what: What does not fit for a batch, for the error.
+        what: The computation that does not fit, for the error.
         cure: What may help in addition to another device.
 
     Raises:

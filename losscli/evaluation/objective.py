@@ -1,7 +1,6 @@
 """The objective: per-example losses of a model on data, at points of weight space.
 
-However points are evaluated, the numbers are those of the checkpoint loaded with
-``load_state_dict``.
+Every strategy gives the numbers of the checkpoint loaded with ``load_state_dict``.
 """
 
 from __future__ import annotations
@@ -139,7 +138,7 @@ class Evaluation:
 
 @dataclass
 class _Sums:
-    """What is collected of a split at P points, on the device.
+    """The losses and sums of metrics of a split at P points, on the device.
 
     Attributes:
         losses: The losses of N examples, ``[P, N]``.
@@ -170,15 +169,15 @@ class Objective(ScoredModel):
             None keeps those that are loaded.
         batch_loss: Whether the loss is one number per batch: each example of the data is a whole
             batch, and the batch size is 1.
-        function: An objective in the place of the loss.
-        seeds: Those of a random model.
+        function: An objective, which replaces the loss.
+        seeds: The seeds of a random model.
         optional: The metrics that are omitted if they do not apply.
         tf32: Whether a GPU computes float32 products in TF32.
 
     Attributes:
         left_out: The omitted metrics with the reason.
         batchnorm: The model's BatchNorm layers that track statistics.
-        idle: Those of them that did not run when statistics were last estimated.
+        idle: The BatchNorm layers that did not run when statistics were last estimated.
         doubts: Signs that the loss is the wrong one, common to the first batches of all splits.
         unchecked: The splits on which the model accepts the first batch only as a whole, so that
             it is unknown whether losses depend on other examples in the batch.
@@ -251,7 +250,7 @@ class Objective(ScoredModel):
 
     @property
     def columns(self) -> Mapping[str, PerExample]:
-        """What is evaluated in addition to the loss, by the name of its column."""
+        """The functions evaluated in addition to the loss, by the names of their columns."""
         return self.metrics | ({SEED_ERROR: loss_seed_stderr} if len(self.seeds) > 1 else {})
 
     @property

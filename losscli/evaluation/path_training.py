@@ -65,12 +65,12 @@ class PathTraining:
         a: All tensors of A.
         b: All tensors of B; those that do not move are A's.
         names: The parameters that are trained.
-        buffers: The buffers that move along. Those of a bend are on the line.
+        buffers: The buffers that move along; a bend has them on the straight line.
         kind: The kind of the path.
         bends: The number of bends.
         examples: The training examples with the name of their split.
         steps: The number of steps.
-        learning_rate: That of Adam.
+        learning_rate: The learning rate of Adam.
         minibatch: The number of examples in a minibatch.
         seed: Of t and of the order of the examples.
     """

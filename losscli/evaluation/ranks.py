@@ -1,7 +1,7 @@
 """Several processes that share one run, as torchrun starts them.
 
 All ranks execute the same program: each reads the checkpoints and the data and reaches the same
-calls of `Ranks.distribute`. There, each task goes to the first rank that is free, and its result to
+calls of `Ranks.distribute`, which gives each task to the first rank that is free, and its result to
 all ranks. Only rank 0 reads and writes the journal and the results, and prints.
 
 Ranks communicate through the store of torch.distributed, which torchrun keeps outside of the ranks.
@@ -34,7 +34,7 @@ __all__ = [
     "reason",
 ]
 
-# A string, so that NumPy is not imported for --help.
+# A string, because --help must not import NumPy.
 Arrays: TypeAlias = "Mapping[str, NDArray[Any]]"
 
 _T = TypeVar("_T")
@@ -61,7 +61,7 @@ class RanksError(LosscliError):
 
 
 class Ranks:
-    """The ranks that share a run, as one of them sees them.
+    """The ranks that share a run, from the view of one of them.
 
     Args:
         store: The store that all ranks share.
@@ -220,7 +220,7 @@ class Ranks:
             self._poll_now()
 
     def fail(self, text: str, *, changed: bool = False) -> None:
-        """Reports why this rank ends, so that the others end too; the first report counts.
+        """Reports why this rank ends, which ends the others too; the first report counts.
 
         Args:
             text: The error, in one line.

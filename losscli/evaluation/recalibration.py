@@ -45,7 +45,7 @@ class Recalibration:
     Attributes:
         name: The name of their split.
         split: The split.
-        size: Examples a batch.
+        size: Examples per batch.
         order: The indices of the examples in the split, in whole batches.
     """
 
@@ -130,7 +130,7 @@ def batchnorm_layers(model: nn.Module, tensors: Mapping[str, Tensor]) -> tuple[B
 
 @contextmanager
 def recording(layers: Sequence[BatchNormLayer]) -> Iterator[BatchStatistics]:
-    """Lets BatchNorm layers normalise by the statistics of the batch, and records these.
+    """Makes BatchNorm layers normalise by the statistics of the batch, and records these.
 
     Only these layers are in train mode: dropout and everything else stay as they are.
 

@@ -62,7 +62,7 @@ _LARGEST_ERROR = 0.1
 
 
 def rises(found: Evaluation, here: Evaluation) -> list[tuple[float, float]]:
-    """Computes how far the mean loss at each point is above that of one point.
+    """Computes how much higher the mean loss at each point is than at one point.
 
     Args:
         found: A split at P points.

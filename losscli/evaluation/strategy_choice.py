@@ -157,7 +157,7 @@ def candidates(objective: Objective) -> list[Strategy]:
     if objective.folds:
         return []
     if objective.seeds:
-        # What is shared by all points would be that of one seed.
+        # Shared results would be those of one seed.
         return [Strategy.BOUND]
     strategies = [Strategy.SHARED, Strategy.BOUND]
     functions = [objective.loss, *objective.metrics.values()]

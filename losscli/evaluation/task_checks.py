@@ -247,7 +247,7 @@ def _check_repetition(objective: Objective, batch: Split, whole: Values) -> None
 def _random(
     objective: Objective, names: Sequence[str], batch: Split, whole: Values
 ) -> LosscliError:
-    """Makes the error for a forward pass that draws random numbers; says what they change."""
+    """Returns the error for a forward pass that draws random numbers, and what they change."""
     changes = False
     for seed in range(1, 1 + _SEEDS):
         seed_all(seed, objective.device)

@@ -78,7 +78,7 @@ class Animation:
         panel: The panel of the paths.
         beside: The panel of the losses.
         series: The losses, which are in ``beside``.
-        curves: What is drawn of them.
+        curves: The artists of the losses.
         caption: Names the checkpoint.
         tracks: The paths.
         times: The number of the last checkpoint in each frame.

@@ -104,7 +104,7 @@ class _Curves:
 
 @dataclass(frozen=True)
 class _Group:
-    """One checkpoint of one run, with a colour of its own."""
+    """One checkpoint of one run, with its colour."""
 
     run: Run[AroundSummary]
     checkpoint: str
@@ -118,7 +118,7 @@ class _Group:
         return curves if curves.x.size else None
 
     def point(self, split: str) -> AroundPoint:
-        """Returns what the summary says of the checkpoint on a split."""
+        """Returns the part of the summary on the checkpoint and a split."""
         points = self.run.summary.get("splits", {}).get(split, {}).get("points", ())
         own: AroundPoint = {}
         return next((p for p in points if p.get("checkpoint") == self.checkpoint), own)
@@ -171,7 +171,7 @@ def draw_around(runs: Sequence[Run[AroundSummary]], drawing: Drawing = FULL) -> 
             shown = [groups[0], groups[-1]]
             order = "from dark to light in the order of the table"
             notes.append(f"{len(groups)} checkpoints, {order}; the first and the last are named")
-        # The colour of a single checkpoint is that of all entries.
+        # A single checkpoint needs no sample of its colour, which all entries have.
         style = "solid" if len(groups) > 1 else "none"
         named = [
             (Line2D([], [], color=g.colour, lw=2.2, ls=style), drawing.words(_label(g), g.name))

@@ -148,8 +148,8 @@ def flat_range_notes(
 ) -> list[str]:
     """Returns a note with the range of the loss if the axis conceals how small it is.
 
-    Either all losses vary by less than ``_FLAT`` of the largest, and fill the axis nevertheless,
-    or those between A and B look flat beside the losses outside.
+    Either all losses vary by less than ``_FLAT`` of the largest, although they fill the axis, or
+    the losses between A and B look flat in comparison with those outside.
     """
     alpha = np.concatenate([np.empty(0), *(s.x for s in series)])
     loss = np.concatenate([np.empty(0), *(s["loss"] for s in series)])

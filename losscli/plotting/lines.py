@@ -89,7 +89,7 @@ def draw_panel(
         axes: The panel.
         series: The series; those without the column are ignored.
         column: The name of the column.
-        drawing: How: its limits are those of ``loss``.
+        drawing: How it is drawn; its limits apply to ``loss``.
         log: Whether the y axis is logarithmic.
 
     Returns:
@@ -139,7 +139,7 @@ def draw_panel(
             y[end],
             "o",
             color=s.colour,
-            # Wider the earlier, so that the ends of later curves do not hide them.
+            # Earlier curves have wider marks, which the ends of later curves do not hide.
             markersize=size * ((5.5 if few else 3.5) + wider * colours.index(s.colour)),
             mec="white" if few else s.colour,
             mew=0.8,
@@ -164,7 +164,7 @@ def split_entries(
         colour: The colour of the entries.
         series: The series, for their errors.
         drawing: How they are drawn.
-        prefix: What precedes the name of each split.
+        prefix: A text before the name of each split.
 
     Returns:
         Handles and labels.

@@ -74,7 +74,7 @@ class _Curve:
         rows: The rows.
         x: The position of each row.
         colour: The colour.
-        dashes: The line style, which is that of the split.
+        dashes: The line style of the split.
         split: The name of the split.
     """
 
@@ -302,7 +302,7 @@ def _critical_notes(table: Table, splits: Sequence[str]) -> list[str]:
 
 
 def _explanations(summary: SharpnessSummary) -> list[str]:
-    """Returns what a reader of the figure has to know."""
+    """Returns notes on the measures and their errors."""
     what = "δ/|θ|" if summary.get("adaptive") else "δ"
     lengths = (
         f"‖{what}‖ is about ρ√n for average sharpness and at most ρ for the others: they are not "

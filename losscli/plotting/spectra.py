@@ -123,7 +123,7 @@ def matrix_name(run: Run[CheckSummary]) -> str:
 
 @dataclass(frozen=True)
 class _Curve:
-    """The density of one checkpoint on one split, and what the summary says of it."""
+    """The density of one checkpoint on one split, with its part of the summary."""
 
     name: str
     split: str

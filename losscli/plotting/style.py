@@ -171,7 +171,7 @@ _COMPACT_STYLE: Mapping[Any, Any] = {
     "savefig.dpi": 300,
 }
 
-# What figures rely on, whatever a style sheet says: the size of the page, and names as they are.
+# Settings that no style sheet may change: the size of the page, and literal names.
 _FIXED: dict[Any, Any] = {
     key: _STYLE.get(key, mpl.rcParamsDefault[key])
     for key in ("figure.autolayout", "savefig.bbox", "svg.hashsalt", "text.parse_math")
@@ -207,7 +207,7 @@ def house_style(drawing: Drawing = FULL) -> Iterator[None]:
 
 
 def _sizes(drawing: Drawing) -> dict[Any, Any]:
-    """Returns the sizes of text and the widths of lines, relative to that of ordinary text."""
+    """Returns the sizes of text and the widths of lines, which follow the size of ordinary text."""
     points = style_sheet.parse(drawing.style).get("font.size", drawing.points)
     small, note = (1.0, 1.0) if drawing.compact else (0.9, 0.85)
     scale = drawing.points / FULL.points
@@ -624,7 +624,7 @@ def scale_symlog(
 
 
 IN_ORDER = "checkpoint, in the order given"
-# What counts checkpoints in their names: step-500, epoch=3, checkpoint_1000.
+# A counter in the name of a checkpoint: step-500, epoch=3, checkpoint_1000.
 _COUNTER = re.compile(r"(?i)(step|iteration|iter|epoch|checkpoint|ckpt)s?[\W_]*$")
 
 
@@ -694,7 +694,7 @@ def is_light(colours: NDArray[np.float64]) -> NDArray[np.bool_]:
 
 
 def run_colours(number: int, drawing: Drawing = FULL) -> list[str]:
-    """Returns one colour per run: those of the style sheet if it has them."""
+    """Returns one colour per run, from the style sheet if it has colours."""
     cycle = style_sheet.parse(drawing.style).get("axes.prop_cycle")
     own = [to_hex(entry["color"]) for entry in cycle if "color" in entry] if cycle else []
     palette = own or PALETTE
@@ -734,7 +734,7 @@ def checkpoint_names(
 
 
 def name_checkpoint(run: Run[Summary], name: str, drawing: Drawing) -> str:
-    """Returns the label of a checkpoint, or else its name: that of its file in a compact figure."""
+    """Returns the label of a checkpoint, or else its name; in a compact figure that of its file."""
     if label := run.label_of(name):
         return Label(plain(label))
     return plain(_stem(name) if drawing.compact else name)

@@ -522,7 +522,7 @@ def draw_path(
         ends: The colour of the marks at the ends; that of the path if empty.
         faces: The colours of the dots; that of the path if None.
         cased: Whether the path has a white outline.
-        clip: Whether what lies outside the panel is left out. Marks on its edges are drawn whole.
+        clip: Whether the parts outside the panel are left out; marks on its edges are whole.
         behind: The checkpoints behind a surface; None for none. The path is dotted there.
         shown: How many checkpoints are shown, the last of them with a dot instead of the mark of
             the end; None for all.

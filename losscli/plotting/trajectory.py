@@ -94,7 +94,7 @@ _MOST_BACKWARD = 0.1  # above this backward fraction of a path its loss is drawn
 
 @dataclass(frozen=True)
 class _Path:
-    """The checkpoints of one run in their order, without those of non-finite coordinates."""
+    """The checkpoints of one run in their order, without non-finite coordinates."""
 
     steps: tuple[int, ...]
     projection: Floats

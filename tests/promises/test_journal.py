@@ -600,7 +600,7 @@ def test_a_file_that_is_removed_before_its_lock_is_had_does_not_fool(
     with begin(stem) as journal:
         assert meanwhile == []
         assert journal.recall("other") == {}
-        with pytest.raises(OutputError, match="held"):
+        with pytest.raises(OutputError, match="in use"):
             begin(stem)
 
 
@@ -612,7 +612,7 @@ def test_an_old_file_is_replaced_by_one_that_is_held(
 
     def replace(self: Path, target: Path) -> Path:
         result = real(self, target)
-        with pytest.raises(OutputError, match="held"):
+        with pytest.raises(OutputError, match="in use"):
             begin(stem)
         refused.append(target)
         return result
@@ -881,7 +881,7 @@ def test_any_name_will_do(name: str, tmp_path: Path) -> None:
         with pytest.raises(OutputError) as error:
             begin(stem, "i", told)
         assert str(error.value).isprintable()
-        assert " is held by" in str(error.value)
+        assert " is in use by" in str(error.value)
     with begin(stem, "i", told) as journal:
         assert same(journal.recall(name), {name: np.arange(2)})
         journal.finish()

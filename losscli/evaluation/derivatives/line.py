@@ -37,7 +37,7 @@ class Method(enum.Enum):
     TAYLOR = "Taylor", True
     FORWARD = "forward", True
     REVERSE = "reverse", True
-    # PyTorch cannot differentiate its fused recurrent kernels twice, but their unfused operators.
+    # PyTorch can differentiate recurrent layers twice only with unfused operators.
     FORWARD_UNFUSED = "forward", False
     REVERSE_UNFUSED = "reverse", False
 
@@ -191,7 +191,7 @@ class LineDerivatives:
             raise ModelError(what) from error
 
     def _losses(self, batch: Split, weights: Weights | None = None) -> Tensor:
-        """Computes the losses of a batch, with other tensors than those of the model if given."""
+        """Computes the losses of a batch, with ``weights`` in place of the model's tensors."""
         objective = self.objective
         outputs = forward_with(objective, weights or {}, objective.prepare(batch))
         self.weight = objective.weight(outputs, batch.targets)
@@ -284,7 +284,7 @@ class LineDerivatives:
 
     @contextlib.contextmanager
     def _bound(self, weights: Weights) -> Iterator[dict[str, Tensor]]:
-        """Points the model's own tensors to other values, so that closures see these too."""
+        """Binds the model's own tensors to other values, which closures then see too."""
         leaves = {name: self.objective.tensors[name] for name in weights}
         own = [(leaf, leaf.data, leaf.requires_grad) for leaf in leaves.values()]
         try:
@@ -314,7 +314,7 @@ def _gradient(
 def _check_differentiable(value: Tensor) -> None:
     """Refuses nodes that `once_differentiable` left in the graph.
 
-    They raise only when the gradient passes through them, which that of the leaves may not.
+    They raise only if the gradient passes through them, and that of the leaves may bypass them.
     """
     visited, nodes = set(), [value.grad_fn]
     while nodes:

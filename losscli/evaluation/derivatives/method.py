@@ -155,8 +155,8 @@ class _DifferenceTest:
             method: How they are computed.
 
         Returns:
-            Why a derivative is wrong, empty if none is; and a note on what could not be verified,
-            empty if everything was.
+            Why a derivative is wrong, empty if none is; and a note on unverified derivatives, empty
+            if all were verified.
         """
         objective = self.line.objective
         first_rule, second_rule = rules(narrowest_type(objective, self.sample))
@@ -235,9 +235,9 @@ def _matches_reverse_mode(
     sample: Split,
     sums: Sequence[tuple[float, float]],
 ) -> bool:
-    """Whether reverse mode gives the same derivatives, or fails and so cannot be compared with."""
+    """Whether reverse mode gives the same derivatives, or fails so that they cannot be compared."""
     # PyTorch tests its forward-mode formulas by differentiating once, not twice: in version 2.13
-    # that of layer norm has a wrong second derivative.
+    # the formula of layer norm has a wrong second derivative.
     try:
         truth = [
             derivatives.sums(method.reference, derivatives.at(alpha), sample) for alpha in alphas

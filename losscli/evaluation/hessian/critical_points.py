@@ -1,8 +1,8 @@
 """Is a point of weight space critical, and is it a minimum or a saddle?
 
 The gradient and the extreme eigenvalues of the Hessian give a verdict (`verdict`), and the losses
-around the point have to confirm it (`Evidence.confirm`): that of a saddle falls to both sides along
-the most negative curvature, and a minimum is critical to the accuracy of its loss.
+around the point have to confirm it (`Evidence.confirm`): at a saddle the loss falls on both sides
+along the most negative curvature, and a minimum is critical to the accuracy of its loss.
 """
 
 from __future__ import annotations
@@ -85,13 +85,13 @@ class Evidence:
     def confirm(
         self, decided: Verdict, smallest: Eigenpair, largest: Eigenpair, stored: float
     ) -> tuple[Verdict, Self]:
-        """Withdraws a verdict that says more than the losses show, and says why.
+        """Withdraws a verdict that the losses do not confirm, and gives the reason.
 
         Args:
             decided: The verdict by the gradient and the eigenvalues.
             smallest: λ_min.
             largest: λ_max.
-            stored: By how much rounding of the stored weights changes the loss at a minimum.
+            stored: How much rounding of the stored weights changes the loss at a minimum.
 
         Returns:
             The verdict, and this evidence with the reason.
@@ -178,7 +178,7 @@ class PointAnalysis:
         shares: The shares of positive, negative and undecided eigenvalues, and the trace; empty if
             the Hessian was not computed as a whole.
         spectrum: Each known eigenvalue and its error, in ascending order.
-        verdict: What the point is.
+        verdict: The kind of the point.
         descent: At a point that is not critical, the best step along −∇L; None if there is none.
         evidence: The other evidence for the verdict.
     """
@@ -203,7 +203,7 @@ class PointAnalysis:
         return self.extremes.largest[0]
 
     def summary(self) -> CheckedPoint:
-        """Returns what a table has no column for."""
+        """Returns the results that have no column in the table."""
         return {
             "verdict": self.verdict,
             **self.evidence.summary(),
@@ -528,7 +528,7 @@ class CriticalPointTest:
     def _stored_rounding(
         self, weights: Weights, dense: DenseHessian | None, largest: float
     ) -> float:
-        """Returns what rounding θ for its file does to the loss at a minimum: ½ Σ Hᵢᵢ (u θᵢ)²."""
+        """Returns how much rounding θ in a file raises the loss at a minimum: ½ Σ Hᵢᵢ (u θᵢ)²."""
         stored = {name: weights[name] for name in self.names}
         units = {name: torch.finfo(tensor.dtype).eps / 2 for name, tensor in stored.items()}
         steps = torch.cat([t.cpu().double().reshape(-1) * units[n] for n, t in stored.items()])

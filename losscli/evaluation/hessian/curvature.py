@@ -307,7 +307,7 @@ class Curvature:
             self._report(len(vectors) * known)
             self._add_up(derive, sums, known)
             if graphs.examples > known:
-                # The passes after that of a batch may have changed what its graph holds.
+                # Passes after that of a batch may have changed tensors that its graph holds.
                 again = self._multiply_kept(directions[:1])[0]
                 if not is_close(again, fresh, AGREEMENT[self.objective.precision]):
                     graphs.release()
@@ -320,7 +320,7 @@ class Curvature:
         sums = torch.zeros(shape, dtype=torch.float64, device=self.device)
 
         def multiply(gradients: Gradients) -> Tensor:
-            # Its modes are those of a thread.
+            # Modes apply to one thread only.
             with self._differentiable():
                 return self._rows(gradients, directions, self._differentiate_kept, keeps=True)
 
@@ -403,7 +403,7 @@ class Curvature:
         return weight
 
     def _losses(self, outputs: Any, targets: Nest) -> Tensor:
-        """Computes the numbers ``[B]`` of a batch that are differentiated: the losses."""
+        """Computes the losses of a batch, ``[B]``, which are differentiated."""
         return self.objective.per_example(self.objective.loss, outputs, targets, "loss")
 
     def _report(self, examples: int) -> None:
@@ -438,7 +438,7 @@ class Curvature:
         except Exception as error:
             raise ModelError(
                 f"the loss cannot be differentiated with respect to the weights: {one_line(error)}",
-                "Take what has no derivative out of the model's forward, or out of the loss",
+                "Remove operations without a derivative from the model's forward or from the loss",
             ) from error
 
     def _differentiate_again(
@@ -468,7 +468,7 @@ class Curvature:
     def _differentiate_kept(
         self, along: Sequence[Tensor], retains: bool
     ) -> Sequence[Tensor | None]:
-        """Does the same with a graph that `_differentiate_again` has passed; thread-safe."""
+        """Differentiates ⟨∇L, v⟩ with a graph that `_differentiate_again` accepted; thread-safe."""
         parts: Sequence[Tensor | None] = torch.autograd.grad(
             along, self._parameters, retain_graph=retains, allow_unused=True
         )

@@ -37,8 +37,8 @@ Along = Literal["gradient", "hessian"]
 class DerivativeDirections:
     """The gradient, or eigenvectors of the Hessian, of the mean loss of a split.
 
-    All directions have length one. BatchNorm's statistics are constants: what is differentiated is
-    a function of the parameters alone.
+    All directions have length one. BatchNorm's statistics are constants: the differentiated loss
+    is a function of the parameters only.
 
     Attributes:
         objective: The model, the loss and the data.
@@ -95,16 +95,16 @@ class DerivativeDirections:
     def extra_cost(
         self, points: int, weights: Weights, clock: Clock, seconds: float
     ) -> CostEstimate:
-        """Estimates what gradients, or products with the Hessian, take.
+        """Estimates the cost of gradients, or of products with the Hessian.
 
         Args:
             points: How many points are differentiated.
             weights: One of them: all tensors of the model.
             clock: The clock.
-            seconds: What the evaluation of losses takes.
+            seconds: The seconds of the evaluation of losses.
 
         Returns:
-            ``seconds``, and of products the most seconds and what one takes.
+            ``seconds`` in total; for products also the most seconds, and those of one product.
         """
         took = self._measure(weights, clock)
         each = took * points
@@ -203,7 +203,7 @@ class DerivativeDirections:
 
     @staticmethod
     def unverified(arrays: Arrays) -> str:
-        """Reads from a record what could not be verified; empty if everything was."""
+        """Reads from a record the note on unverified derivatives; empty if all were verified."""
         return arrays["unverified"].tobytes().decode()
 
     @cached_property

@@ -67,8 +67,8 @@ class GradientGraphs:
     """The gradients of the first batches of a split, with their graphs.
 
     The first product at a point keeps nothing, because it is often the only one. The second keeps
-    as many graphs as fit. Each thread of a CPU differentiates a graph of its own, so that none
-    waits for another within an operation.
+    as many graphs as fit. Each thread of a CPU differentiates another graph, so that
+    threads do not wait for each other within an operation.
 
     Args:
         tensors: The tensors of the model, which the graphs depend on.

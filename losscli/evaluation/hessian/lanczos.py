@@ -85,7 +85,7 @@ class LanczosSearch:
             OutOfMemoryError: The basis does not fit into memory.
         """
         width = max(4 * number + 8, min(_BASIS, _BASIS_BYTES // (8 * self._size)))
-        # If the whole space is not much larger, take it: then there is nothing to restart for.
+        # If the whole space is not much larger, take it: then no restart is needed.
         width = self._size if self._size <= 2 * width else width
         krylov = _KrylovSpace(width, self._size, self._device, seed)
         # How far below the tolerance the residuals have to lie by estimate.
@@ -220,7 +220,7 @@ class _KrylovSpace:
         return unit
 
     def _orthogonalise(self, vector: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns what is left of a vector without the basis, and the coefficients, ``[m]``."""
+        """Returns the part of a vector orthogonal to the basis, and its coefficients, ``[m]``."""
         basis = self._basis[: self.dimension]
         coefficients = vector.new_zeros(len(basis))
         # Apart from rounding, the product of a vector of the basis has parts along two of them.

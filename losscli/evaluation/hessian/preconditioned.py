@@ -92,8 +92,8 @@ def adam_preconditioner(state: AdamState) -> Weights:
 def adam_threshold(learning_rate: float, beta1: float) -> float:
     """Returns the largest λ_max(P^-½ H P^-½) at which full-batch training with Adam is stable.
 
-    It is (2 + 2β₁) / ((1 − β₁) η), that of gradient descent with an exponential moving average of
-    gradients in the place of the gradient (Cohen et al. 2022, arXiv 2207.14484).
+    It is (2 + 2β₁) / ((1 − β₁) η), the threshold of gradient descent with an exponential moving
+    average of gradients instead of the gradient (Cohen et al. 2022, arXiv 2207.14484).
 
     Args:
         learning_rate: η.

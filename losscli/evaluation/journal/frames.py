@@ -1,6 +1,6 @@
 """The file format of a journal: a chain of frames, each with a checksum.
 
-The file STEM.journal lies beside the results and is only appended to::
+The file STEM.journal is in the folder of the results and is only appended to::
 
     losscli journal 1       magic bytes and a newline: 18 bytes
     PID HOST                the process that holds it, for messages of other runs: 110 bytes,
@@ -255,7 +255,7 @@ def write(
     number = length.to_bytes(_LENGTH, "little")
     seal = hashlib.sha256(before)
     file.seek(start)
-    # The rest is of a record that was not written to its end.
+    # Remove the rest of a record that was not written completely.
     file.truncate(start)
     for part in (number, len(text).to_bytes(_DESCRIPTION, "little"), text):
         seal.update(part)

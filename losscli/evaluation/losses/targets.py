@@ -147,7 +147,7 @@ def check_probabilities(loss: PerExample, targets: Nest, where: str) -> None:
 
 
 def check_lengths(lengths: Collection[torch.Size]) -> None:
-    """Checks that all examples have equally many targets, so that each counts the same in a mean.
+    """Checks that all examples have equally many targets, and so the same weight in a mean.
 
     Args:
         lengths: The different shapes of the targets of an example.

@@ -1,4 +1,4 @@
-"""Makes losses per example of those of torch.nn and torch.nn.functional."""
+"""Converts the losses of torch.nn and torch.nn.functional to losses per example."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def is_of_torch(value: Any) -> bool:
 
 
 def from_torch(value: Any, options: Mapping[str, Any], where: str) -> tuple[PerExample, str]:
-    """Makes a loss per example of a loss of torch.
+    """Converts a loss of torch to a loss per example.
 
     The mean over all elements is the mean over examples of each example's mean, so
     ``reduction="mean"`` and ``reduction="none"`` are the same loss here.

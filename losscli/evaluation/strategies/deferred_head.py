@@ -92,7 +92,7 @@ class DeferredProduct(Tensor):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        """Answers what depends on no value, takes rows, or calls with the computed product."""
+        """Returns metadata, computes rows, or calls the function with the whole product."""
         del types
         if func in METADATA:
             with torch._C.DisableTorchFunctionSubclass():

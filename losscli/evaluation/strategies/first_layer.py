@@ -133,7 +133,7 @@ class FirstLayerWatcher(FunctionMode):
 
     Attributes:
         layer: The first layer; None before the first use, or if that is not affine.
-        prefix: What is computed before it; None before the first use, or if no layer is.
+        prefix: The calls before it; None before the first use, or if they contain no layer.
     """
 
     def __init__(
@@ -333,7 +333,7 @@ class _Replay(FunctionMode):
             and _uses((*args, *kwargs.values()), self._ids)
         ):
             self._on_use()
-            # What it computes stays.
+            # It computes the weight only once.
             self._on_use = None
         return function(*args, **kwargs)
 

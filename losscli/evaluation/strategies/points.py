@@ -1,6 +1,6 @@
 """Points of weight space, and how a batch of examples is evaluated at them.
 
-`LoadedPoint` and `LoadedPoints` load every point as a user would: slow, and the reference. The
+`LoadedPoint` and `LoadedPoints` load every point with `load_state_dict`: the slow reference. The
 others compute the weights of all points first and bind the model's tensors to them: one point after
 the other, in threads, or all at once. `losscli.evaluation.strategies.sequential_points` has one set
 of weights for all points. All numbers are compared with the reference before they are relied on
@@ -51,7 +51,7 @@ __all__ = [
 ]
 
 _TakeBatch = Callable[[int, Replica, AbstractContextManager[Any]], None]
-"""Takes a batch to a point with a replica; the context is for the forward pass."""
+"""Evaluates a batch at a point with a replica; the context is for the forward pass."""
 
 
 class _OnePass:
@@ -109,7 +109,7 @@ class LoadedPoint(_OnePass):
 
 
 class LoadedPoints(_OnePass):
-    """P points of a slice, each loaded for every batch: slow, and the reference.
+    """P points of a slice, each loaded for every batch: the slow reference.
 
     Args:
         network: The model.
@@ -293,7 +293,7 @@ class BoundPoints(_OnePass):
         return self._statistics.names
 
     def _each(self, take: _TakeBatch, inputs: Nest) -> Iterator[int]:
-        """Takes a batch to all points; what comes before the first moving tensor is shared."""
+        """Evaluates a batch at all points; all before the first moving tensor is shared."""
         layer, prefix, done = self._find_first_layer(take)
         # In a user's code the weight may also be used where no watcher sees it.
         if layer is not None and self._lazy is None and self._stateless:
@@ -325,7 +325,7 @@ class BoundPoints(_OnePass):
     def _shared(
         self, p: int, replica: Replica, layer: FirstLayer | None, prefix: Prefix | None
     ) -> Iterator[None]:
-        """Replaces what is shared in a forward pass at a point."""
+        """Replaces the shared parts of a forward pass at a point."""
         shares = layer is not None and p not in (self._unshared or ())
         fill: Callable[[], None] | None = partial(self._fill_lazy, p)
         if layer is None or not shares or layer.weight != self._lazy:
@@ -358,7 +358,7 @@ class BoundPoints(_OnePass):
         )
 
     def _find_first_layer(self, take: _TakeBatch) -> tuple[FirstLayer | None, Prefix | None, range]:
-        """Finds the first layer on a batch, what comes before it, and the points that are done."""
+        """Finds the first layer on a batch, the prefix before it, and the points that are done."""
         if not self._shares:
             return None, None, range(0)
         for name in self._weights.stacks:
@@ -501,4 +501,4 @@ def _is_in_cudnn(weight: Tensor) -> bool:
 
 
 Points = LoadedPoint | LoadedPoints | BoundPoints
-"""Points of any class: what `Objective.evaluate` takes."""
+"""Points of any class, for `Objective.evaluate`."""

@@ -1,4 +1,4 @@
-"""What a forward pass computes before its first use of a moving tensor, kept for all points.
+"""The results of a forward pass before its first use of a moving tensor, kept for all points.
 
 Until then nothing depends on the point: every call of a function of torch has the same arguments
 and the same result. So the calls of one pass are recorded, and in the passes at other points each
@@ -76,7 +76,7 @@ class Prefix:
         """
         if any(tensor._version != version for tensor, version in self.versions):
             raise ModelError(
-                "the model modifies in place what it computed before its first moving tensor"
+                "the model modifies in place a result from before its first moving tensor"
             )
 
 
@@ -212,7 +212,7 @@ def _modifies(function: Callable[..., Any], kwargs: Mapping[str, Any]) -> bool:
 
 
 def _key(value: Any, key_of: Callable[[Tensor], _Key]) -> _Key:
-    """Returns what equal arguments have in common."""
+    """Returns a key that equal arguments share."""
     if isinstance(value, Tensor):
         return key_of(value)
     if isinstance(value, tuple | list):

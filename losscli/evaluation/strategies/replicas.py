@@ -20,7 +20,7 @@ __all__ = ["Replica", "forward_with", "is_stateless", "make_replicas"]
 
 @dataclass(frozen=True)
 class Replica:
-    """A model with tensors that can be bound to values of their own."""
+    """A model with tensors that can be bound to separate values."""
 
     model: nn.Module
     tensors: Mapping[str, Tensor]
@@ -70,7 +70,7 @@ def forward_with(network: Network, tensors: Mapping[str, Tensor], inputs: Nest) 
 
 def is_stateless(network: Network) -> bool:
     """Whether a forward pass is known to keep no state but the tensors of the model."""
-    # A user's code may keep state: a closure that copying does not reach, a table filled by a hook.
+    # User code may keep state: in a closure that is not copied, or in a table filled by a hook.
     return network.function is None and all(
         type(module).__module__.startswith(("torch.nn.", "losscli.models"))
         and not module._forward_hooks
