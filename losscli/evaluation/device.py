@@ -99,10 +99,6 @@ def half_precision_note(device: torch.device, dtype: torch.dtype) -> str:
     have such instructions and multiply with them at half the rate. So products are measured, which
     takes about ten milliseconds.
 
-    Args:
-        device: The device; a GPU is assumed to multiply fast in half precision.
-        dtype: The type of the forward pass.
-
     Returns:
         The note; empty if the type is not slower, or has as many bits as float32.
     """

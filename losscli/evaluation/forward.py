@@ -419,10 +419,6 @@ class ScoredModel(LoadableModel):
     def weight(self, outputs: Any, targets: Nest) -> float:
         """Returns the sum of the weights of the examples of a batch in the mean loss.
 
-        Args:
-            outputs: The outputs of the model.
-            targets: The targets of the batch.
-
         Returns:
             The sum. The sum of the losses divided by it is the mean loss of the batch. With
             ``batch_loss`` it is 1, as for every batch.

@@ -139,11 +139,6 @@ class LineSearch:
 def best_step(distances: Sequence[float], found: Evaluation, here: Evaluation) -> Step | None:
     """Finds the step to the lowest loss.
 
-    Args:
-        distances: The distances.
-        found: A split at each of them.
-        here: The split at the point itself.
-
     Returns:
         The step, its gain with the standard error of paired differences; None if no finite loss is
         below that of the point.

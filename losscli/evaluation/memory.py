@@ -49,11 +49,6 @@ def points_that_fit(
     A point takes its losses; its weights and statistics, unless points are evaluated in turn; and
     its activations if all points are evaluated in one forward pass.
 
-    Args:
-        objective: The objective.
-        names: The tensors that move.
-        splits: The examples; all by default.
-
     Returns:
         At least 1. They take at most 256 MiB on a CPU, or a quarter of the free memory of
         a GPU.
@@ -80,11 +75,6 @@ def points_at_once(
     objective: Objective, names: Collection[str], splits: Mapping[str, Examples] | None = None
 ) -> int:
     """Chooses how many points are evaluated at once: as many as fit, but at most a minute's work.
-
-    Args:
-        objective: The objective.
-        names: The tensors that move.
-        splits: The examples; all by default.
 
     Returns:
         At least 1. If they fit, at least 16; and if data is decoded in each pass, enough to make

@@ -431,16 +431,7 @@ class Objective(ScoredModel):
         splits: Mapping[str, Examples] | None = None,
         progress: Progress | None = None,
     ) -> dict[str, Evaluation]:
-        """Evaluates one point the usual way: ``load_state_dict``, then batch by batch.
-
-        Args:
-            weights: All tensors of the model; they stay loaded.
-            splits: The examples; all by default.
-            progress: Called with the progress.
-
-        Returns:
-            For each split the evaluation at this point, P = 1.
-        """
+        """Evaluates a point, P = 1, the usual way: ``load_state_dict``, then batch by batch."""
         self.load(weights)
         return self.evaluate(LoadedPoint(self), splits, progress)
 
@@ -450,9 +441,6 @@ class Objective(ScoredModel):
         The comparison would cost a second copy of the weights that move, and few points of many
         weights fit into memory together, so that there is little to share. Studies verify the ends
         of every line anyway.
-
-        Args:
-            names: The tensors that move.
 
         Returns:
             Whether they are large. False for a model that has to be loaded.
@@ -467,10 +455,6 @@ class Objective(ScoredModel):
         On a GPU with its examples in memory, unless points share a part of their forward passes. On
         a CPU both orders take the same time (an MLP and a ResNet-20, measured), and replicas of the
         model in threads need weights of their own.
-
-        Args:
-            names: The tensors that move.
-            splits: The examples; all by default.
 
         Returns:
             Whether `SequentialPoints` evaluate them.
@@ -545,16 +529,7 @@ class Objective(ScoredModel):
         splits: Mapping[str, Examples] | None = None,
         progress: Progress | None = None,
     ) -> dict[str, Evaluation]:
-        """Evaluates points with all splits.
-
-        Args:
-            points: The points, of the class that evaluates them.
-            splits: The examples; all by default.
-            progress: Called with the progress.
-
-        Returns:
-            For each split the evaluation at the points.
-        """
+        """Evaluates points with the given splits, by default all of them."""
         splits = self.splits if splits is None else splits
         total = sum(map(len, splits.values()))
         if self.recalibration is not None:

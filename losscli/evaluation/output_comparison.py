@@ -179,14 +179,6 @@ def compare(
 ) -> list[dict[str, Comparison]]:
     """Compares the outputs of pairs of checkpoints.
 
-    Args:
-        objective: The objective.
-        checkpoints: All tensors of the model for each checkpoint.
-        pairs: The indices of the two checkpoints of each pair.
-        measures: The quantities to compute.
-        splits: The examples.
-        execution: How pairs are executed. Progress counts two points per pair.
-
     Returns:
         For each pair and split the comparison.
     """

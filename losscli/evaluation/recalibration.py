@@ -61,11 +61,6 @@ class Recalibration:
         The batches are as few as possible and have the same size, so that each counts the same.
         Fewer examples are left out than there are batches. Whole batches of the data are kept.
 
-        Args:
-            name: The name of the split.
-            split: The split, of two examples or more.
-            seed: Of the order.
-
         Returns:
             The examples and the batches.
         """

@@ -112,18 +112,7 @@ def encode(
     number: int,
     points_at_once: int,
 ) -> Arrays:
-    """Converts the evaluations of a chunk of points to arrays.
-
-    Args:
-        objective: The objective after the evaluation.
-        splits: The examples.
-        evaluations: The evaluation of each split.
-        number: The number of points in the chunk.
-        points_at_once: The number of points planned for a chunk.
-
-    Returns:
-        The arrays, for `decode` and `state_of`.
-    """
+    """Converts the evaluations of a chunk of points to arrays, for `decode` and `state_of`."""
     strategy = objective.strategy
     state = [number, points_at_once, objective.batch_size, strategy.value if strategy else 0]
     arrays: dict[str, NDArray[Any]] = {"state": np.array(state), "idle": idle_layers(objective)}
@@ -170,16 +159,10 @@ def idle_layers(objective: Objective) -> NDArray[np.int64]:
 
 
 def restore(objective: Objective, batch_size: int, idle: Iterable[int], strategy: int = 0) -> None:
-    """Restores the state of an objective when a record was made.
+    """Restores the state of an objective when a record was made; strategy 0 keeps the present one.
 
     A resumed run continues in this state. So it evaluates the same chunks as the interrupted run
     would have, also if memory had run out there.
-
-    Args:
-        objective: The objective.
-        batch_size: The number of examples in a batch.
-        idle: The indices of the BatchNorm layers that did not run.
-        strategy: The value of the strategy; 0 keeps the present one.
     """
     objective.batch_size = batch_size
     objective.idle = [objective.batchnorm[i] for i in idle]

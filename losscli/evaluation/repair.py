@@ -92,9 +92,6 @@ class Repair:
     def measure(self, weights: Weights) -> list[Preactivations]:
         """Measures all layers at a point, in one pass over the examples.
 
-        Args:
-            weights: All tensors of the point.
-
         Returns:
             The statistics of each layer.
 

@@ -57,11 +57,6 @@ _WITHOUT_METRICS = "Choose another --metric, or --metric none"
 def check_task(objective: Objective, weights: Weights, names: Sequence[str] | None = None) -> None:
     """Checks on a first batch that the model, the loss and the data work together.
 
-    Args:
-        objective: The objective.
-        weights: All tensors of the model; they stay loaded.
-        names: The splits to check; all by default.
-
     Raises:
         LossError: Labels are out of the model's range, or a loss depends on other examples.
         NondeterministicModelError: Repeated losses differ, or random numbers are drawn.
@@ -124,10 +119,6 @@ def check_independence(objective: Objective, weights: Weights) -> None:
 
     An initialisation may give all examples the same outputs, and sorted data a first batch of one
     class. So here the batch is spread over all examples in memory.
-
-    Args:
-        objective: The objective.
-        weights: All tensors of the model; they stay loaded.
 
     Raises:
         LossError: A loss depends on other examples.

@@ -106,9 +106,6 @@ class Execution:
         A single process evaluates lazily, one task after the other. Several ranks take tasks
         whenever they are free, and yield when all are done.
 
-        Args:
-            tasks: The tasks, the same on all ranks.
-
         Yields:
             The arrays of each task, in the order of the tasks, the same on all ranks.
         """

@@ -32,11 +32,6 @@ def scale_eigenvalues(axes: Axes, which: Literal["x", "y"], values: NDArray[np.f
     The axis is linear around zero and logarithmic beyond (symlog) if the eigenvalues of one sign
     are far smaller than those of the other, or most are far smaller than the largest.
 
-    Args:
-        axes: The panel.
-        which: The axis.
-        values: Finite eigenvalues; may be empty.
-
     Returns:
         The scale in words for the label of the axis; empty if it is linear.
     """

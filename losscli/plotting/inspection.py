@@ -88,10 +88,6 @@ def draw_inspection(run: Run[InspectionSummary], drawing: Drawing = FULL) -> Fig
     Tensors are in the order of the checkpoint; tensors of the same module have the same colour.
     More than 60 are grouped by the longest prefixes of their names that give at most 60 groups.
 
-    Args:
-        run: The run.
-        drawing: How it is drawn; there is no loss.
-
     Returns:
         The figure, laid out and ready to `render`.
 

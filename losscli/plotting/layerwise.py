@@ -69,10 +69,6 @@ def draw_layerwise(run: Run[LineSummary], drawing: Drawing = FULL) -> Figure:
     There is a panel per split, with all blocks together in black and single blocks in colours in
     the order of the model.
 
-    Args:
-        run: The run, with the table ``blocks``.
-        drawing: How it is drawn.
-
     Returns:
         The figure, laid out and ready to `render`.
     """

@@ -83,14 +83,7 @@ def repair_notes(runs: Sequence[Run[LineSummary]] | Sequence[Run[BarriersSummary
 def draw_panel(
     axes: Axes, series: Sequence[Series], column: str, drawing: Drawing, *, log: bool
 ) -> list[str]:
-    """Draws a column of all series over x.
-
-    Args:
-        axes: The panel.
-        series: The series; those without the column are ignored.
-        column: The name of the column.
-        drawing: How it is drawn; its limits apply to ``loss``.
-        log: Whether the y axis is logarithmic.
+    """Draws a column of all series that have it over x; limits are those of ``loss``.
 
     Returns:
         Notes on values that are not drawn.
@@ -156,19 +149,7 @@ def split_entries(
     drawing: Drawing,
     prefix: str = "",
 ) -> list[tuple[Artist, str]]:
-    """Returns the legend entries of the line style of each split, and of the error bands.
-
-    Args:
-        runs: The runs.
-        splits: The splits in the order of their line styles.
-        colour: The colour of the entries.
-        series: The series, for their errors.
-        drawing: How they are drawn.
-        prefix: A text before the name of each split.
-
-    Returns:
-        Handles and labels.
-    """
+    """Returns the legend entries of the line style of each split, and of the error bands."""
     entries: list[tuple[Artist, str]] = []
     for index, split in enumerate(splits):
         line = Line2D([], [], color=colour, linestyle=DASHES[index % len(DASHES)])

@@ -539,10 +539,6 @@ def _loss(value: float) -> str:
 def animate_plane(run: Run[PlaneSummary], drawing: Drawing = FULL) -> Animation:
     """Animates the paths on the contours of the first split, the losses of all splits beside it.
 
-    Args:
-        run: The run.
-        drawing: How it is drawn.
-
     Returns:
         The animation.
 

@@ -96,10 +96,6 @@ def draw_sharpness(run: Run[SharpnessSummary], drawing: Drawing = FULL) -> Figur
     at the same ρ, has its own. Critical sharpness of several checkpoints is drawn over these, with
     2/η where their learning rates η are known.
 
-    Args:
-        run: The run.
-        drawing: How it is drawn; all axes of sharpness are logarithmic.
-
     Returns:
         The figure, laid out and ready to `render`.
     """

@@ -88,12 +88,6 @@ def spectra_rows(
 ) -> Iterator[Row]:
     """Yields the rows of a run that has a spectral density or blocks.
 
-    Args:
-        run: The run.
-        names: Its checkpoints.
-        splits: Its splits.
-        drawing: How they are drawn.
-
     Yields:
         The rows, from top to bottom.
     """

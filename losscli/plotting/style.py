@@ -287,11 +287,6 @@ def narrow(figure: Figure, points: float) -> float:
 def render(figure: Figure, suffix: str, drawing: Drawing = FULL) -> bytes:
     """Renders a figure to bytes.
 
-    Args:
-        figure: A figure of this package.
-        suffix: The format as a file suffix: ``.png``, ``.svg`` or ``.pdf``.
-        drawing: How it was drawn.
-
     Returns:
         The content of the file. Equal figures give equal bytes.
 
@@ -661,11 +656,6 @@ def scale_checkpoints(axes: Axes, numbers: NDArray[np.float64], label: str) -> N
 
     The axis is logarithmic if most numbers are small, as those of checkpoints saved at growing
     intervals.
-
-    Args:
-        axes: The panel.
-        numbers: The numbers, in ascending order.
-        label: Their label.
     """
     low, high = (float(numbers[0]), float(numbers[-1])) if numbers.size else (0.0, 1.0)
     if numbers.size > _FEW_CHECKPOINTS and np.median(numbers) - low < _CROWDED * (high - low):

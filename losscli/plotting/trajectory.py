@@ -465,10 +465,6 @@ def animate_trajectory(
     One run with a table ``surface`` has its path on the contours of the first split; otherwise the
     residuals are over the projection. The losses of all splits are beside it.
 
-    Args:
-        runs: The runs.
-        drawing: How they are drawn.
-
     Returns:
         The animation.
 
@@ -659,10 +655,6 @@ def mesh_trajectory(
     runs: Sequence[Run[TrajectorySummary]], drawing: Drawing = FULL
 ) -> dict[str, str]:
     """Writes the surface of a run, and its path at the checkpoints' own losses.
-
-    Args:
-        runs: A single run with a table ``surface``.
-        drawing: Whether the height is logarithmic.
 
     Returns:
         The content of x.vtp and of x.path.vtp, by the end of the name.

@@ -61,11 +61,6 @@ def choose_method(
 ) -> tuple[Method, str]:
     """Chooses the first method that works and gives no wrong derivatives on a few examples.
 
-    Args:
-        derivatives: The line.
-        alphas: The points at which it will be differentiated.
-        split: The examples to draw a few from.
-
     Returns:
         The method; and a note on what could not be verified, empty if everything was.
 

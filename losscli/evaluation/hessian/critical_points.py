@@ -423,11 +423,6 @@ class CriticalPointTest:
     ) -> tuple[Tensor, Extremes, DenseHessian | None]:
         """Computes the gradient and the ends of the spectrum at a point.
 
-        Args:
-            weights: The point: all tensors of the model.
-            every: The examples.
-            execution: Fails if another rank has failed.
-
         Returns:
             The gradient, ``[n]``; the ends of the spectrum, with measured rounding in their errors;
             and the whole Hessian of a small model.
@@ -450,18 +445,7 @@ class CriticalPointTest:
         operator: Callable[..., Curvature],
         execution: Execution,
     ) -> Eigenpair:
-        """Computes the largest eigenvalue of a diagonal block of a matrix.
-
-        Args:
-            weights: The point: all tensors of the model.
-            names: The parameters of the block.
-            every: The examples.
-            operator: The matrix.
-            execution: Fails if another rank has failed.
-
-        Returns:
-            λ_max, with measured rounding in its error.
-        """
+        """Computes λ_max of a diagonal block of a matrix, with measured rounding in its error."""
         with self.curvature(weights, every, execution, names, operator) as curvature:
             extremes = curvature.extremes(1, tolerance=_TOLERANCE, seed=self.seed)
         differentiated = self.differentiated(weights)
@@ -487,18 +471,7 @@ class CriticalPointTest:
         names: Sequence[str] | None = None,
         operator: Callable[..., Curvature] = Curvature,
     ) -> Curvature:
-        """Makes the operator of second derivatives at a point.
-
-        Args:
-            weights: The point: all tensors of the model.
-            every: The examples.
-            execution: Fails if another rank has failed.
-            names: The parameters; None for those of the test.
-            operator: The matrix.
-
-        Returns:
-            The operator, in float64 for a small model.
-        """
+        """Makes the operator of second derivatives at a point, in float64 for a small model."""
 
         def poll(_: float) -> None:
             # The progress of a search is unknown, but another rank may have failed meanwhile.

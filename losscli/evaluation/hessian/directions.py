@@ -78,9 +78,6 @@ class DerivativeDirections:
     def extra_description(self, points: int) -> Description:
         """Returns the number of products with the Hessian, and the memory for them.
 
-        Args:
-            points: How many points are differentiated.
-
         Returns:
             Their number at most, and the most bytes of gradients that are kept with their graphs,
             if there are any.

@@ -73,10 +73,6 @@ class LanczosSearch:
     def run(self, number: int, seed: int) -> list[Eigenpair]:
         """Searches for the pairs at both ends.
 
-        Args:
-            number: How many at each end.
-            seed: Of the start.
-
         Returns:
             The pairs by ascending eigenvalue, the same number at each end: fewer than asked for,
             down to a single pair, if ``limit`` is too low; pairs of nan if H is not finite.

@@ -109,18 +109,7 @@ def largest_preconditioned(
     preconditioner: Weights,
     execution: Execution,
 ) -> Arrays:
-    """Computes λ_max(P^-½ H P^-½) at one point on one split.
-
-    Args:
-        test: The objective, the parameters and the seed.
-        placed: The point: all tensors of the model.
-        split: The name of the split.
-        preconditioner: The diagonal of P by parameter.
-        execution: Fails if another rank has failed; its progress is not counted.
-
-    Returns:
-        The record, for `PreconditionedEigenvalue.from_arrays`.
-    """
+    """Computes a `PreconditionedEigenvalue` at one point on one split, as a record."""
     objective = test.objective
     operator = partial(PreconditionedHessian, preconditioner)
     weights = recalibrated(objective, placed)

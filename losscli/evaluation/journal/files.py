@@ -39,9 +39,6 @@ def _flags() -> int:
 def open_regular(path: Path) -> FileIO:
     """Opens a regular file for reading and writing, or creates it.
 
-    Args:
-        path: The path.
-
     Returns:
         The file.
 
@@ -81,10 +78,6 @@ def is_at(file: FileIO, path: Path) -> bool:
 def lock(file: FileIO, path: Path) -> bool:
     """Locks a file until it is closed or the process ends.
 
-    Args:
-        file: The file of a journal.
-        path: Its path.
-
     Returns:
         Whether it is locked; False if the file system has no locks.
 
@@ -110,9 +103,6 @@ def lock(file: FileIO, path: Path) -> bool:
 
 def set_aside(path: Path) -> str:
     """Renames a file that losscli did not write.
-
-    Args:
-        path: Its path.
 
     Returns:
         A note.

@@ -200,10 +200,6 @@ def frames(file: FileIO, size: int) -> Iterator[Frame]:
 def read(file: FileIO, frame: Frame) -> dict[str, NDArray[Any]] | None:
     """Reads the arrays of a record.
 
-    Args:
-        file: The journal.
-        frame: The frame of the record.
-
     Returns:
         The arrays; None if the frame is no longer valid.
 

@@ -49,11 +49,6 @@ def is_of_classes(loss: PerExample) -> bool:
 def classes_of(loss: PerExample, outputs: Tensor, targets: Tensor) -> int | None:
     """Returns the number of classes that a loss reads in a model's outputs.
 
-    Args:
-        loss: The loss.
-        outputs: The outputs of a batch.
-        targets: Its targets.
-
     Returns:
         The number of classes; None if the loss has none or the shapes do not fit.
 
@@ -121,11 +116,6 @@ def check_range(loss: PerExample, labels: Tensor, classes: int | None, where: st
 def check_probabilities(loss: PerExample, targets: Nest, where: str) -> None:
     """Checks that targets that are probabilities lie in 0…1.
 
-    Args:
-        loss: The loss.
-        targets: The targets.
-        where: Their name in errors.
-
     Raises:
         LossError: One is outside.
     """
@@ -148,9 +138,6 @@ def check_probabilities(loss: PerExample, targets: Nest, where: str) -> None:
 
 def check_lengths(lengths: Collection[torch.Size]) -> None:
     """Checks that all examples have equally many targets, and so the same weight in a mean.
-
-    Args:
-        lengths: The different shapes of the targets of an example.
 
     Raises:
         LossError: There is more than one.

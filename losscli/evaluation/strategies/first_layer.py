@@ -73,9 +73,6 @@ class FirstLayer:
         larger than ‖Σ c_i W_i‖ for some unit, the combination of products has a larger error than
         the product with the combined weights.
 
-        Args:
-            points: The coordinates of the points.
-
         Returns:
             For each point, whether the terms of some unit are too large.
         """

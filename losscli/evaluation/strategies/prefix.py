@@ -102,16 +102,7 @@ class PrefixRecorder:
     def record(
         self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> Any:
-        """Makes a call and records it.
-
-        Args:
-            function: The function.
-            args: Its positional arguments.
-            kwargs: Its keyword arguments.
-
-        Returns:
-            Its result.
-        """
+        """Makes a call, records it and returns its result."""
         if self._kept is not None:
             return function(*args, **kwargs)
         try:

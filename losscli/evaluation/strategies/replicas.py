@@ -54,16 +54,7 @@ class _Forward(nn.Module):
 
 
 def forward_with(network: Network, tensors: Mapping[str, Tensor], inputs: Nest) -> Any:
-    """Runs a network with other tensors, see `torch.func.functional_call`.
-
-    Args:
-        network: The network.
-        tensors: The tensors by name; the others are those of the model.
-        inputs: A prepared batch.
-
-    Returns:
-        Its outputs.
-    """
+    """Runs a network with other tensors by name, see `torch.func.functional_call`."""
     named = {f"model.{name}": tensor for name, tensor in tensors.items()}
     return functional_call(_Forward(network), named, (inputs,))
 
