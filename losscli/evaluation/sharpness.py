@@ -23,11 +23,10 @@ from losscli.data import Examples
 from losscli.evaluation.critical_step import Crossing, Reason, find_crossing
 from losscli.evaluation.finite_differences import sample_size
 from losscli.evaluation.hessian.curvature import Curvature
-from losscli.evaluation.hessian.curvature_check import check_derivatives
+from losscli.evaluation.hessian.curvature_check import check_derivatives, float64_copy
 from losscli.evaluation.line_search import LineSearch
 from losscli.evaluation.loss_rounding import ROUNDING_EXAMPLES, loss_rounding
 from losscli.evaluation.objective import Evaluation, Objective
-from losscli.evaluation.precision import in_float64
 from losscli.evaluation.ranks import Arrays
 from losscli.evaluation.records import idle_layers
 from losscli.evaluation.sweep import sweep_plain
@@ -294,10 +293,7 @@ class SharpnessTest:
     @cached_property
     def float64(self) -> Objective | None:
         """The objective in float64; None if there is none."""
-        objective = self.objective
-        split = next(iter(objective.splits.values()))
-        sample, _ = split.spread(sample_size(objective))
-        return in_float64(objective, sample.to(objective.device), inside=True)
+        return float64_copy(self.objective)
 
     def along_gradient(
         self,

@@ -23,7 +23,7 @@ from losscli.evaluation.derivatives.taylor import TaylorTensor, apply, values
 from losscli.evaluation.device import without_cudnn
 from losscli.evaluation.objective import Objective
 from losscli.evaluation.strategies.first_layer import FirstLayer, FirstLayerFound, FirstLayerWatcher
-from losscli.evaluation.strategies.point_weights import combining_type
+from losscli.evaluation.strategies.point_weights import combining_type, weights_at
 from losscli.evaluation.strategies.replicas import forward_with, is_stateless
 from losscli.weight_space.slices import Line
 from losscli.weight_space.vectors import Weights, pieces
@@ -134,12 +134,7 @@ class LineDerivatives:
 
     def at(self, alpha: float) -> dict[str, Tensor]:
         """Computes the weights at a point of the line."""
-        weights = {}
-        for name in self.line.a:
-            own = self.objective.tensors[name]
-            ends = [end[name].to(combining_type(own)) for end in self.line.ends]
-            weights[name] = self.line.combine(ends, (alpha,)).to(own.dtype)
-        return weights
+        return weights_at(self.line, self.objective.tensors, (alpha,))
 
     def sums(
         self,

@@ -21,14 +21,13 @@ from torch import Tensor
 from losscli.data import Examples, Split
 from losscli.evaluation.finite_differences import sample_size
 from losscli.evaluation.hessian.curvature import DENSE_LIMIT, Curvature
-from losscli.evaluation.hessian.curvature_check import check_derivatives
+from losscli.evaluation.hessian.curvature_check import check_derivatives, float64_copy
 from losscli.evaluation.hessian.eigenvalues import DenseHessian, Eigenpair, Extremes
 from losscli.evaluation.hessian.rounding import add_rounding, hessian_rounding
 from losscli.evaluation.hessian.verdict import Verdict, verdict
 from losscli.evaluation.line_search import LineSearch
 from losscli.evaluation.loss_rounding import ROUNDING_EXAMPLES, loss_rounding
 from losscli.evaluation.objective import Objective, recalibrated
-from losscli.evaluation.precision import in_float64
 from losscli.evaluation.ranks import Arrays
 from losscli.evaluation.records import idle_layers
 from losscli.evaluation.sampling import Estimate
@@ -315,10 +314,7 @@ class CriticalPointTest:
     @cached_property
     def float64(self) -> Objective | None:
         """The objective in float64; None if there is none."""
-        objective = self.objective
-        split = next(iter(objective.splits.values()))
-        sample, _ = split.spread(sample_size(objective))
-        return in_float64(objective, sample.to(objective.device), inside=True)
+        return float64_copy(self.objective)
 
     def differentiated(self, weights: Weights) -> Objective:
         """Returns the objective that is differentiated: for a whole Hessian that in float64."""

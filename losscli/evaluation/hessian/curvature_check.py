@@ -20,18 +20,26 @@ from losscli.evaluation.finite_differences import (
     are_verified,
     finer,
     rules,
+    sample_size,
     unverified,
 )
 from losscli.evaluation.hessian.curvature import Curvature
 from losscli.evaluation.objective import Objective
 from losscli.evaluation.perturbation import displaced, random_step
-from losscli.evaluation.precision import narrowest_type
+from losscli.evaluation.precision import in_float64, narrowest_type
 from losscli.weight_space.vectors import Weights, norm
 
-__all__ = ["check_derivatives"]
+__all__ = ["check_derivatives", "float64_copy"]
 
 # Distance from the point at which derivatives are compared, as a share of its norm.
 _OFFSET = 0.01
+
+
+def float64_copy(objective: Objective) -> Objective | None:
+    """Returns an objective in float64 with its loaded weights; None if there is none."""
+    split = next(iter(objective.splits.values()))
+    sample, _ = split.spread(sample_size(objective))
+    return in_float64(objective, sample.to(objective.device), inside=True)
 
 
 def check_derivatives(

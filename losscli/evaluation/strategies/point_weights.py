@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from losscli.evaluation.strategies.base import Network
 from losscli.weight_space.slices import Slice
 
-__all__ = ["PointWeights", "SinglePointWeights", "combining_type"]
+__all__ = ["PointWeights", "SinglePointWeights", "combining_type", "weights_at"]
 
 # Values that are converted to another type at once: on a CPU few enough to stay in its cache.
 _PIECE = 1 << 14
@@ -199,6 +199,18 @@ def _fill(
             buffer = torch.empty_like(values[0])
             for row, point in zip(rows, coordinates, strict=True):
                 row[piece].copy_(slice_.combine(values, point, buffer))
+
+
+def weights_at(
+    slice_: Slice, tensors: Mapping[str, Tensor], point: Sequence[float]
+) -> dict[str, Tensor]:
+    """Computes the weights at a point, in the types of the model's tensors."""
+    weights = {}
+    for name in slice_.ends[0]:
+        own = tensors[name]
+        ends = [end[name].to(combining_type(own)) for end in slice_.ends]
+        weights[name] = slice_.combine(ends, point).to(own.dtype)
+    return weights
 
 
 def combining_type(tensor: Tensor) -> torch.dtype:

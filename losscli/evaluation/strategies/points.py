@@ -30,7 +30,7 @@ from losscli.evaluation.recalibration import Statistics, recording
 from losscli.evaluation.spectral import SpectralLayer, normalise
 from losscli.evaluation.strategies.base import Network, NothingSharedError, OutputRecorder, Strategy
 from losscli.evaluation.strategies.first_layer import FirstLayer, FirstLayerFound, FirstLayerWatcher
-from losscli.evaluation.strategies.point_weights import PointWeights, combining_type
+from losscli.evaluation.strategies.point_weights import PointWeights, weights_at
 from losscli.evaluation.strategies.prefix import Prefix, PrefixChanged
 from losscli.evaluation.strategies.replicas import (
     Replica,
@@ -156,11 +156,7 @@ class LoadedPoints(_OnePass):
             yield p
 
     def _load(self, p: int, point: Sequence[float]) -> None:
-        weights = {}
-        for name in self._slice.ends[0]:
-            own = self._network.tensors[name]
-            ends = [end[name].to(combining_type(own)) for end in self._slice.ends]
-            weights[name] = self._slice.combine(ends, point).to(own.dtype)
+        weights = weights_at(self._slice, self._network.tensors, point)
         estimated = self._statistics.at(p, self._network.tensors)
         self._network.load({**weights, **self._own, **estimated})
 
