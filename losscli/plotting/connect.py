@@ -23,6 +23,7 @@ from losscli.plotting.style import (
     PALE,
     Label,
     columns,
+    extent,
     format_number,
     house_style,
     label_loss,
@@ -66,7 +67,9 @@ def draw_connect(run: Run[ConnectSummary], drawing: Drawing = FULL) -> Figure:
         splits = split_names([run])
         series = _series(run, splits)
         metrics = list(run.table.metrics)
-        grids = read_grids(run.more["plane"]) if "plane" in run.more else []
+        # Without the summary, the position of the curve on the plane is unknown.
+        plane = run.summary.get("plane")
+        grids = read_grids(run.more["plane"]) if plane and "plane" in run.more else []
         figure, cells, places = _new_figure(len(metrics), grids, drawing)
         panels = [figure.add_subplot(cells[0])]
         panels += [figure.add_subplot(cell, sharex=panels[0]) for cell in cells[1:]]
@@ -86,14 +89,13 @@ def draw_connect(run: Run[ConnectSummary], drawing: Drawing = FULL) -> Figure:
         panels[-1].set_xlabel(
             drawing.words(f"t: from {a} (0) to {b} (1), on the path and on the line", "t")
         )
-        contours, planes = _draw_planes(run, figure, places, grids, drawing)
-        notes += _notes(run, drawing, with_plane=bool(planes))
+        drawn = _draw_planes(run, figure, places, grids, drawing)
+        notes += _notes(run, drawing, with_plane=bool(grids))
         splits_shown = split_entries([run], splits, INK, series, drawing)
         finish_layout(figure, drawing, notes, [_entries(), splits_shown])
-        if planes:
-            corners = np.array(run.summary["plane"]["corners"])  # type: ignore[index]
-            for panel, drawn in zip(planes, contours, strict=True):
-                label_contours(panel, drawn, corners[:, 0], corners[:, 1], clearance=28)
+        if plane:
+            for panel, contours in drawn:
+                label_contours(panel, contours, *np.array(plane["corners"]).T, clearance=28)
     return figure
 
 
@@ -109,14 +111,20 @@ def _new_figure(
     if grids and drawing.compact and columns(drawing, 2) == 2:
         figure = new_figure(drawing, max(sum(curves), _LEAST_PLANE * len(grids)))
         halves = figure.add_gridspec(1, 2)
-        left = halves[0].subgridspec(len(curves), 1, height_ratios=curves)
-        right = halves[1].subgridspec(len(grids), 1)
-        return figure, [left[k] for k in range(left.nrows)], [right[k] for k in range(right.nrows)]
+        above = halves[0].subgridspec(len(curves), 1, height_ratios=curves)
+        beside = halves[1].subgridspec(len(grids), 1)
+        return (
+            figure,
+            [above[row] for row in range(len(curves))],
+            [beside[row] for row in range(len(grids))],
+        )
     across = columns(drawing, min(2, max(len(grids), 1)))
     rows = math.ceil(len(grids) / across)
-    sides = [np.ptp(grids[0].y), np.ptp(grids[0].x)] if grids else [1, 1]
-    width = _NARROW if drawing.compact else _WIDE / across
-    plane = _LABELS + min(width * float(sides[0] / sides[1]), _HIGHEST)
+    plane = 0.0
+    if grids:
+        (left, right), (low, high) = extent(grids[0].x), extent(grids[0].y)
+        width = _NARROW if drawing.compact else _WIDE / across
+        plane = _LABELS + min(width * (high - low) / (right - left), _HIGHEST)
     heights = [*curves, *[plane] * rows]
     figure = new_figure(drawing, sum(heights) + 0.3 * bool(rows))
     grid = figure.add_gridspec(len(heights), across, height_ratios=heights)
@@ -147,18 +155,18 @@ def _draw_planes(
     cells: Sequence[SubplotSpec],
     grids: Sequence[Grid],
     drawing: Drawing,
-) -> tuple[list[Contours], list[Axes]]:
+) -> list[tuple[Axes, Contours]]:
     """Draws the plane of each split with the curve and the line on it."""
     plane = run.summary.get("plane")
     if not grids or plane is None:
-        return [], []
+        return []
     losses = np.concatenate([grid.loss.ravel() for grid in grids])
     scale = scale_losses(losses, drawing)
     curve, corners = np.array(plane["curve"]), np.array(plane["corners"])
-    contours, panels = [], []
+    drawn = []
     for cell, grid in zip(cells, grids, strict=True):
         panel = figure.add_subplot(cell)
-        contours.append(draw_contours(panel, grid, scale))
+        drawn.append((panel, draw_contours(panel, grid, scale)))
         panel.set_aspect("equal")
         outline = [Stroke(linewidth=3.2, foreground="white"), Normal()]
         panel.plot(*corners[[0, 2]].T, color=PALE, lw=1.4, path_effects=outline, zorder=4)
@@ -185,9 +193,8 @@ def _draw_planes(
             panel.set_xlabel(drawing.words("distance along C − A", "along C − A"))
         if cell.colspan == cells[0].colspan:
             panel.set_ylabel(drawing.words("distance orthogonal to C − A", "orthogonal"))
-        panels.append(panel)
-    add_colour_bar(figure, panels, scale, [run], drawing)
-    return contours, panels
+    add_colour_bar(figure, [panel for panel, _ in drawn], scale, [run], drawing)
+    return drawn
 
 
 def _entries() -> list[tuple[Artist, str]]:

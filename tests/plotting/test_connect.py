@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -56,3 +57,13 @@ def test_panels_fill_their_page(size: str) -> None:
     assert len(column) == {"full": 3, "paper": 4}.get(size, 2)
     gaps = [upper.y0 - lower.y1 for upper, lower in itertools.pairwise(column)]
     assert all(-0.02 < gap < 0.3 for gap in gaps), gaps
+
+
+def test_a_plane_without_a_summary_is_left_out() -> None:
+    bare = replace(run(), summary={})
+    for size in ("full", "slide"):
+        figure = draw_connect(bare, Drawing(size=size))
+        assert [axes.get_ylabel().partition("\n")[0] for axes in figure.axes] == [
+            "loss",
+            "accuracy",
+        ]
