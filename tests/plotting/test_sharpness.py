@@ -119,7 +119,7 @@ def test_every_value_is_a_mark_over_rho_or_over_checkpoints() -> None:
             assert points(figure.axes[2], "D") == critical
         else:
             assert "Critical sharpness on train: 0.9, step 2.22." in sentence(figure)
-        assert "at most ρ: not comparable" in sentence(figure)
+        assert "at most ρ for the others: they are not comparable" in sentence(figure)
 
 
 def test_the_legend_names_colours_splits_and_marks() -> None:
