@@ -38,7 +38,7 @@ settings.register_profile(
 settings.load_profile("any machine")
 
 
-# The commands and their options are the same in every run of a process.
+# The commands that there are, and their options, are the same in every run of a process.
 app.make_app = functools.cache(app.make_app)
 typer.main.get_command = functools.cache(typer.main.get_command)
 
