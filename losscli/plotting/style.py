@@ -60,6 +60,7 @@ __all__ = [
     "drawable",
     "end_names",
     "error_label",
+    "evenly_spaced",
     "examples_notes",
     "extent",
     "format_number",
@@ -518,6 +519,12 @@ def scale_distance(axes: Axes, high: float, number: int | Literal["auto"] = "aut
 def title_panel(figure: Figure, axes: Axes, text: str, width: float = 250.0) -> None:
     """Writes a title above a panel, shortened to a width in points in a full figure."""
     axes.set_title(shorten(figure, text, narrow(figure, width), text_size()), loc="left")
+
+
+def evenly_spaced(number: int, most: int) -> list[int]:
+    """Returns up to ``most`` evenly spaced indices below ``number``, both ends among them."""
+    indices = np.linspace(0, number - 1, min(number, most)).round()
+    return [int(index) for index in indices]
 
 
 def extent(values: NDArray[np.float64]) -> tuple[float, float]:
