@@ -572,7 +572,9 @@ def scale_y(
     if values.size and (values.max() < low or values.min() > high):
         side = "lower" if values.max() < low else "higher"
         text = f"no value between {format_number(low)} and {format_number(high)}: all are {side}"
-        axes.text(0.5, 0.5, text, ha="center", color=PALE, transform=axes.transAxes)
+        look: dict[str, Any] = {"color": PALE, "fontsize": small_size()}
+        look["bbox"] = {"fc": "white", "ec": "none", "pad": 2}
+        axes.text(0.5, 0.5, text, ha="center", transform=axes.transAxes, zorder=4, **look)
     if not log:
         if fraction:
             low, high = max(low, 0.0), min(high, 1.0)
