@@ -1056,7 +1056,7 @@ def test_export_does_not_pass_over_a_lowest_point_without_a_place(
         "e.safetensors",
     ])
     assert done.status == 1
-    assert "t.csv: the lowest loss on test, 1, stands in a row without an alpha" in done.stderr
+    assert "t.csv: the lowest loss on test, 1, is in a row without an alpha" in done.stderr
     assert not (folder / "e.safetensors").exists()
 
 

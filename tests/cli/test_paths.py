@@ -217,7 +217,7 @@ def assert_refused(arguments: str, status: int, text: str, losscli: Losscli, fol
         ("plane a.pt b.pt", 2, "one checkpoint or three, and got 2"),
         ("plane a.pt b.pt b.pt", 2, "B and C have the same parameters"),
         ("plane --pca a.pt b.pt", 2, "with --pca three checkpoints or more"),
-        ("plane a.pt --points 1", 2, "--points 1 is not a plane"),
+        ("plane a.pt --points 1", 2, "--points must be at least 2, not 1"),
         ("plane a.pt --range 1 1", 2, "--range 1.0 1.0 is empty"),
         ("plane a.pt b.pt other.pt", 1, "other.pt does not fit the model"),
     ],

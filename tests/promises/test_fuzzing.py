@@ -677,4 +677,4 @@ def test_a_model_that_no_memory_holds_is_refused_where_a_file_names_it(
     torch.save(MLP("6-5-3").state_dict(), "c.pt")
     done = losscli("interpolate", "c.pt", "c.pt")
     assert done.status == 1
-    assert "more than there is memory" in done.stderr
+    assert "more than the memory has" in done.stderr
