@@ -13,11 +13,11 @@ import re
 from base64 import b64encode
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import cached_property
 from html import escape
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from losscli.errors import OutputError, TableError, UsageError, printable
 from losscli.files import create, read_regular
@@ -34,7 +34,7 @@ from losscli.registry import (
     load,
 )
 from losscli.results.drawing import FULL, Drawing
-from losscli.results.figures import check_panel_count, has_panels, render_files
+from losscli.results.figures import check_panel_count, has_panels
 from losscli.results.summaries import from_json
 from losscli.settings import PathLike, checked
 from losscli.table import Table
@@ -93,6 +93,13 @@ class Run(Generic[S_co]):
     checkpoint_labels: Sequence[str] = ()
 
     @property
+    def command(self) -> Command:
+        """The command, by the columns of the table."""
+        command = command_of(self.table.columns)
+        assert command is not None  # see `losscli.results.runs.check_main`
+        return command
+
+    @property
     def checkpoints(self) -> list[str]:
         """The names of the checkpoints in their order, as far as they are known."""
         entries: Any = self.summary.get("checkpoints")
@@ -107,19 +114,8 @@ class Run(Generic[S_co]):
         return next((label for checkpoint, label in labels if checkpoint == name), "")
 
 
-class Draw(Protocol):
-    """Draws runs of one command."""
-
-    def __call__(self, runs: Sequence[Run[Any]], drawing: Drawing) -> Figure:
-        """Draws a figure.
-
-        Args:
-            runs: The runs.
-            drawing: How.
-
-        Returns:
-            A matplotlib figure.
-        """
+Draw = Callable[[Sequence[Run[Any]], Drawing], "Figure"]
+"""Draws runs of one command."""
 
 
 @dataclass(frozen=True)
@@ -146,11 +142,11 @@ class Result(Generic[S_co]):
     def _picture(self) -> tuple[bytes, dict[str, float]] | None:
         """The figure as a PNG for a notebook, and its size; None if there is no figure."""
         try:
-            figure = self.draw_with(drawing := self._drawing({}))
+            figure = self.figure()
         except UsageError:  # the state dicts of a file have none
             return None
         png_of = load("losscli.plotting.style:png_of")
-        picture: tuple[bytes, dict[str, float]] = png_of(figure, drawing)
+        picture: tuple[bytes, dict[str, float]] = png_of(figure, self._drawing({}))
         return picture
 
     def _repr_png_(self) -> tuple[bytes, dict[str, float]] | None:
@@ -191,14 +187,7 @@ class Result(Generic[S_co]):
         return make_drawing({**stored, **options})
 
     def with_drawing(self, drawing: Drawing) -> Result[S_co]:
-        """Stores in the summary how the result is drawn.
-
-        Args:
-            drawing: How.
-
-        Returns:
-            The result with another summary.
-        """
+        """Returns the result with a summary that stores how it is drawn."""
         if not drawing.stored and "drawing" not in self.summary:
             return self
         summary: Any = {**self.summary, "drawing": drawing.stored}
@@ -217,18 +206,8 @@ class Result(Generic[S_co]):
         Raises:
             UsageError: A value cannot be drawn, or the style sheet cannot be read.
         """
-        return self.draw_with(self._drawing(drawing))
-
-    def draw_with(self, drawing: Drawing) -> Figure:
-        """Draws the result.
-
-        Args:
-            drawing: How.
-
-        Returns:
-            A matplotlib figure.
-        """
-        return self.draw(label_runs([self.run], drawing.label), drawing)
+        options = self._drawing(drawing)
+        return self.draw(label_runs([self.run], options.label), options)
 
     @checked(Drawing)
     def html(self, **drawing: Any) -> str:
@@ -243,18 +222,8 @@ class Result(Generic[S_co]):
         Raises:
             UsageError: Plotly is not installed.
         """
-        return self.html_with(self._drawing(drawing))
-
-    def html_with(self, drawing: Drawing) -> str:
-        """Renders the result as an interactive page.
-
-        Args:
-            drawing: How.
-
-        Returns:
-            HTML that needs no other file and no network.
-        """
-        return render_html(label_runs([self.run], drawing.label), drawing)
+        options = self._drawing(drawing)
+        return render_html(label_runs([self.run], options.label), options)
 
     @checked(Drawing)
     def save(
@@ -415,39 +384,6 @@ def render_html(runs: Sequence[Run[Any]], drawing: Drawing = FULL) -> str:
     return page
 
 
-def animate(runs: Sequence[Run[Any]], drawing: Drawing, suffix: str) -> bytes:
-    """Animates the paths of runs of one command, by the columns of their tables.
-
-    Args:
-        runs: One or more, each with the table of a command.
-        drawing: How.
-        suffix: The format, ``.gif`` or ``.mp4``.
-
-    Returns:
-        The content of a file.
-
-    Raises:
-        UsageError: The runs are of several commands, or have no path.
-    """
-    return _shared_command(runs).animate(runs, drawing, suffix)
-
-
-def write_mesh(runs: Sequence[Run[Any]], drawing: Drawing) -> dict[str, str]:
-    """Writes the surface of a run and the path on it, by the columns of its tables.
-
-    Args:
-        runs: A single run with the table of a command.
-        drawing: Whether the height is logarithmic.
-
-    Returns:
-        The content of each file, by the end of its name: ``.vtp`` and ``.path.vtp``.
-
-    Raises:
-        UsageError: There are several runs, or the run has no surface.
-    """
-    return _shared_command(runs).write_mesh(runs, drawing)
-
-
 def check_plotly() -> None:
     """Checks that interactive pages can be rendered.
 
@@ -462,7 +398,7 @@ def check_plotly() -> None:
 
 def _shared_command(runs: Sequence[Run[Any]]) -> Command:
     """Returns the command of all runs."""
-    commands = {command.name: command for run in runs if (command := command_of(run.table.columns))}
+    commands = {run.command.name: run.command for run in runs}
     if len(commands) > 1:
         raise UsageError(
             f"tables of {' and '.join(sorted(commands))} have no axes in common",
@@ -694,14 +630,10 @@ class Output:
         """
         if self.force:
             return
-        files = [self._file(".csv"), *(self._file(f".{name}.csv") for name in tables)]
-        existing = [path for path in (*files, *self.figures) if path.exists()]
-        summary = self._file(".json")
-        if summary.exists():
-            existing.append(summary)
-        if not existing:
-            return
-        if not self.is_of(identity):
+        suffixes = (".csv", *(f".{name}.csv" for name in tables))
+        files = (*map(self._file, suffixes), *self.figures, self._file(".json"))
+        existing = [path for path in files if path.exists()]
+        if existing and not self.is_of(identity):
             raise OutputError(
                 f"{existing[0]} contains the results of another run",
                 "Choose another --out, or overwrite it with --force",
@@ -777,14 +709,21 @@ class Output:
         Raises:
             UsageError: The runs have no such figure.
         """
-        return render_files(
-            partial(draw, runs, drawing),
-            partial(page, runs, drawing),
-            partial(animate, runs, drawing),
-            partial(write_mesh, runs, drawing),
-            self.figures,
-            drawing,
-        )
+        contents = {}
+        for path in self.figures:
+            suffix = path.suffix.lower()
+            if suffix == ".html":
+                contents[path] = page(runs, drawing).encode()
+            elif suffix in ANIMATIONS:
+                contents[path] = _shared_command(runs).animate(runs, drawing, suffix)
+            elif suffix == MESH:
+                part = PATH_MESH if path.name.lower().endswith(PATH_MESH) else MESH
+                contents[path] = _shared_command(runs).write_mesh(runs, drawing)[part].encode()
+            else:
+                # Rendering modifies a figure, so that each file has its own.
+                render = load("losscli.plotting.style:render")
+                contents[path] = render(draw(runs, drawing), path.suffix, drawing)
+        return contents
 
     def write_pictures(self, pictures: Mapping[Path, bytes]) -> list[Path]:
         """Writes figures only; refuses to overwrite different ones unless ``force``.

@@ -82,9 +82,7 @@ def load(stem: PathLike) -> Result[Any]:
             "table",
             f"Draw it without one, by losscli.plot({str(path)!r}), or make both again",
         )
-    command = command_of(run.table.columns)
-    assert command is not None  # see `check_main`
-    return Result(run.table, run.summary, command.draw, run.more)
+    return Result(run.table, run.summary, run.command.draw, run.more)
 
 
 Drawable = PathLike | Result[Any]
@@ -148,15 +146,12 @@ def report(names: Sequence[str], runs: Sequence[Run[Any]], drawing: Drawing) -> 
     check_plotly()
     together: dict[str, list[tuple[str, Run[Any]]]] = {}
     for name, run in zip(names, runs, strict=True):
-        command = command_of(run.table.columns)
-        assert command is not None  # see `check_main`
-        key = f"{command.name} {name}" if command.not_overlaid else command.name
+        key = f"{run.command.name} {name}" if run.command.not_overlaid else run.command.name
         together.setdefault(key, []).append((name, run))
     section = load_function("losscli.plotting.html:Section")
     sections = []
     for members in together.values():
-        command = command_of(members[0][1].table.columns)
-        assert command is not None
+        command = members[0][1].command
         shown = ", ".join(run.label or name for name, run in members)
         views = command.page_views([run for _, run in members])
         origin = [(run.label or name, _origin(run)) for name, run in members]
@@ -381,9 +376,7 @@ def check_panels(names: Sequence[str], runs: Sequence[Run[Any]]) -> None:
         UsageError: There are too many.
     """
     for name, run in zip(names, runs, strict=True):
-        command = command_of(run.table.columns)
-        assert command is not None  # see `check_main`
-        panels = command.panels_with(run.more)
+        panels = run.command.panels_with(run.more)
         try:
             check_panel_count(panels, _split_count(run), len(run.table.metrics), _FEWER)
         except UsageError as error:
