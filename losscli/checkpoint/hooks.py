@@ -23,7 +23,7 @@ from losscli.checkpoint.names import (
 )
 from losscli.checkpoint.standins import has_stand_in
 from losscli.errors import ModelError, one_line
-from losscli.weight_space.vectors import Weights, equal
+from losscli.weight_space.vectors import Weights, identical
 
 __all__ = ["LoadHooks", "copy_model", "has_custom_loading"]
 
@@ -220,7 +220,7 @@ def _restore_originals(found: StateDict, copies: Weights, originals: Weights) ->
     names = {tensor.data_ptr(): name for name, tensor in copies.items()}
     for name, tensor in found.items():
         original = originals.get(names.get(tensor.data_ptr(), ""))
-        if original is not None and original.dtype == tensor.dtype and equal(original, tensor):
+        if original is not None and identical(original, tensor):
             found[name] = original
     return found
 

@@ -18,7 +18,7 @@ from losscli.checkpoint.given import InMemoryCheckpoint
 from losscli.checkpoint.names import sort_naturally, stem
 from losscli.checkpoint.reading import read
 from losscli.checkpoint.state import CheckpointFile
-from losscli.weight_space.vectors import Weights, equal
+from losscli.weight_space.vectors import Weights, identical
 
 __all__ = ["expand_folders", "order_path"]
 
@@ -277,17 +277,13 @@ def _has_same_weights(file: CheckpointFile, other: CheckpointFile) -> bool:
         any(
             weights.keys() == others.keys()
             and all(
-                _is_same_tensor(_fetch_tensor(file, weights, n), _fetch_tensor(other, others, n))
+                identical(_fetch_tensor(file, weights, n), _fetch_tensor(other, others, n))
                 for n in weights
             )
             for others in other.model_candidates.values()
         )
         for weights in file.model_candidates.values()
     )
-
-
-def _is_same_tensor(a: Tensor, b: Tensor) -> bool:
-    return a.dtype == b.dtype and equal(a, b)
 
 
 def _fetch_tensor(file: CheckpointFile, weights: Weights, name: str) -> Tensor:

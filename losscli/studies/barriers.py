@@ -12,6 +12,7 @@ from itertools import combinations, islice, pairwise
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from losscli.checkpoint import CheckpointLike, expand_folders, name_checkpoints
@@ -57,8 +58,8 @@ from losscli.studies.task import like_loss
 from losscli.studies.verification import verify_fresh_model, verify_sweep
 from losscli.table import Cell, Table
 from losscli.weight_space.curve import standard_error
-from losscli.weight_space.slices import Line, check_point_count, grid, midpoint
-from losscli.weight_space.vectors import Weights, distance, equal
+from losscli.weight_space.slices import Line, check_point_count, grid, point_between
+from losscli.weight_space.vectors import Weights, distance
 
 __all__ = ["Barriers", "barriers"]
 
@@ -190,7 +191,7 @@ class Barriers(Study):
         moving = tuple(
             name
             for name in problem.moving
-            if not all(equal(first[name], other[name]) for other in others)
+            if not all(torch.equal(first[name], other[name]) for other in others)
         )
         metrics = problem.objective.metrics
         if listed is not None and listed.column in {
@@ -346,7 +347,7 @@ class Barriers(Study):
         """The tensors that move from A to B."""
         # A tensor that is the same at both ends needs no moving, and if it holds infinities, as
         # the masks of attention do, it could not.
-        return [name for name in self.moving if not equal(a[name], b[name])]
+        return [name for name in self.moving if not torch.equal(a[name], b[name])]
 
     def _length(
         self,
@@ -374,7 +375,7 @@ class Barriers(Study):
             batchnorm_notes(
                 self,
                 (a, b),
-                partial(midpoint, a, b, self.moving),
+                partial(point_between, a, b, self.moving, 0.5),
                 f"halfway between {one} and {other}",
             )
             for (one, a), (other, b) in islice(

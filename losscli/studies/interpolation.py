@@ -57,8 +57,8 @@ from losscli.studies.verification import check_differentiable, verify_fresh_mode
 from losscli.table import Table
 from losscli.weight_space.curve import describe
 from losscli.weight_space.refinement import uniform_points
-from losscli.weight_space.slices import Line, grid, midpoint
-from losscli.weight_space.vectors import Weights, can_move, dimension, distance, equal
+from losscli.weight_space.slices import Line, grid, point_between
+from losscli.weight_space.vectors import Weights, can_move, dimension, distance
 
 __all__ = ["Interpolation", "interpolate"]
 
@@ -212,7 +212,7 @@ class Interpolation(Study):
         start, end = problem.origin, problem.place(problem.last.weights)
         # A tensor that is the same at both ends needs no moving, and if it holds infinities, as
         # the masks of attention do, it could not.
-        moving = tuple(n for n in problem.moving if not equal(start[n], end[n]))
+        moving = tuple(n for n in problem.moving if not torch.equal(start[n], end[n]))
         if derivatives:
             check_differentiable(problem, moving, "--derivatives")
         return cls(
@@ -332,7 +332,7 @@ class Interpolation(Study):
                 stays += batchnorm_notes(
                     self,
                     (self.start, self.end),
-                    lambda: midpoint(self.start, self.end, self.moving),
+                    lambda: point_between(self.start, self.end, self.moving, 0.5),
                     "at α = 0.5",
                 )
             for block in self.blocks:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from losscli.errors import CheckpointError, UsageError
-from losscli.weight_space.vectors import Weights, distance, equal, norm, pieces, working_type
+from losscli.weight_space.vectors import Weights, distance, norm, pieces, working_type
 
 __all__ = [
     "Line",
@@ -25,7 +25,6 @@ __all__ = [
     "Triangle",
     "check_point_count",
     "grid",
-    "midpoint",
     "path_coefficients",
     "point_between",
 ]
@@ -427,20 +426,6 @@ def path_coefficients(kind: PathKind, number: int, t: float) -> list[float]:
     return coefficients
 
 
-def midpoint(a: Weights, b: Weights, names: Iterable[str]) -> Weights:
-    """Returns the midpoint of two points.
-
-    Args:
-        a: All tensors of the first point.
-        b: All tensors of the second point.
-        names: The tensors that move; the others are taken from ``a``.
-
-    Returns:
-        All tensors of the midpoint.
-    """
-    return point_between(a, b, names, 0.5)
-
-
 def point_between(a: Weights, b: Weights, names: Iterable[str], alpha: float) -> Weights:
     """Returns a point of the line through two points.
 
@@ -454,7 +439,7 @@ def point_between(a: Weights, b: Weights, names: Iterable[str], alpha: float) ->
         All tensors of the point.
     """
     line = Line({}, {})
-    dtypes = {n: working_type(a[n], b[n]) for n in names if not equal(a[n], b[n])}
+    dtypes = {n: working_type(a[n], b[n]) for n in names if not torch.equal(a[n], b[n])}
     return {**a} | {n: line.combine([a[n].to(t), b[n].to(t)], (alpha,)) for n, t in dtypes.items()}
 
 

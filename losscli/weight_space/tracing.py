@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves, tree_unflatten
 from losscli.errors import ModelError
 from losscli.weight_space.vectors import Weights
 
-__all__ = ["TracedModel", "trace"]
+__all__ = ["TracedModel", "silence", "trace"]
 
 # The name of the model in the module that is traced.
 _PREFIX = "model."
@@ -167,7 +167,7 @@ def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     fused = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with torch.no_grad(), _silence():
+        with torch.no_grad(), silence():
             # Attention is not decomposed: its parts may not match the strides of its output.
             table = default_decompositions()
             attention = torch.ops.aten.scaled_dot_product_attention.default
@@ -188,8 +188,8 @@ def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 
 
 @contextmanager
-def _silence() -> Iterator[None]:
-    """Suppresses the warnings and log messages of torch.export; exceptions propagate."""
+def silence() -> Iterator[None]:
+    """Suppresses warnings and messages of torch.export, which logs the errors that it raises."""
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:

@@ -7,7 +7,7 @@ three of them are in use.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -19,9 +19,11 @@ from torch import Tensor
 from losscli.errors import CheckpointError, UsageError
 from losscli.weight_space.slices import Line
 from losscli.weight_space.vectors import (
+    Part,
     Weights,
     dimension,
     distance,
+    divide,
     flatten_real,
     norm,
     pieces,
@@ -34,7 +36,6 @@ Opener = Callable[[int], Weights]
 """Opens the checkpoint of a step, for example by mapping its file into memory."""
 
 _Matrix = NDArray[np.float64]
-_Block = list[tuple[str, int, int]]
 
 # Relative rounding error of a sum of many float64 numbers.
 _ROUNDING = 2.0**-43
@@ -376,7 +377,10 @@ def principal_axes(
     _require_three(count)
     axes = _empty(open_(count - 1), [*names, *along], dtype)
     width = max(1, _BLOCK_BYTES // (8 * count))
-    blocks, others = (list(_blocks(axes[0], some, width)) for some in (names, along))
+    blocks, others = (
+        list(divide({name: dimension(axes[0], [name]) for name in some}, width))
+        for some in (names, along)
+    )
     gram = torch.zeros(count, count, dtype=torch.float64)
     noise = 0.0
     for block in blocks:
@@ -428,25 +432,7 @@ def _empty(
     return first, second
 
 
-def _blocks(weights: Weights, names: Sequence[str], width: int) -> Iterator[_Block]:
-    """Divides weights into blocks of a given width, each a list of slices of flat tensors."""
-    block: _Block = []
-    room = width
-    for name in names:
-        size, start = dimension(weights, [name]), 0
-        while start < size:
-            stop = min(start + room, size)
-            block.append((name, start, stop))
-            room -= stop - start
-            start = stop
-            if not room:
-                yield block
-                block, room = [], width
-    if block:
-        yield block
-
-
-def _centred(open_: Opener, count: int, block: _Block) -> tuple[Tensor, Tensor]:
+def _centred(open_: Opener, count: int, block: Sequence[Part]) -> tuple[Tensor, Tensor]:
     """Returns a block of all checkpoints minus its mean, and the block of the last checkpoint."""
     rows = torch.empty(count, sum(stop - start for _, start, stop in block), dtype=torch.float64)
     for t in range(count):
@@ -459,7 +445,7 @@ def _centred(open_: Opener, count: int, block: _Block) -> tuple[Tensor, Tensor]:
     return rows, last
 
 
-def _noise(rows: Tensor, last: Tensor, block: _Block, like: Weights) -> float:
+def _noise(rows: Tensor, last: Tensor, block: Sequence[Part], like: Weights) -> float:
     """Returns the variance that rounding to the storage dtype may add to weights that move."""
     total, offset = 0.0, 0
     for name, start, stop in block:
@@ -470,14 +456,14 @@ def _noise(rows: Tensor, last: Tensor, block: _Block, like: Weights) -> float:
     return total
 
 
-def _gather(weights: Weights, block: _Block, row: Tensor) -> None:
+def _gather(weights: Weights, block: Sequence[Part], row: Tensor) -> None:
     offset = 0
     for name, start, stop in block:
         row[offset : offset + stop - start] = flatten_real(weights[name])[start:stop]
         offset += stop - start
 
 
-def _scatter(rows: Tensor, block: _Block, axes: Sequence[Weights]) -> None:
+def _scatter(rows: Tensor, block: Sequence[Part], axes: Sequence[Weights]) -> None:
     offset = 0
     for name, start, stop in block:
         for row, axis in zip(rows, axes, strict=True):

@@ -16,13 +16,15 @@ from torch import Tensor
 from losscli.errors import UsageError
 
 __all__ = [
+    "Part",
     "Weights",
     "can_move",
     "cosine",
     "dimension",
     "distance",
-    "equal",
+    "divide",
     "flatten_real",
+    "identical",
     "known_buffers",
     "mismatches",
     "norm",
@@ -35,6 +37,9 @@ __all__ = [
 ]
 
 Weights = Mapping[str, Tensor]
+
+Part = tuple[str, int, int]
+"""A part of a vector: its name, where it starts, and where it stops."""
 
 _PIECE = 1 << 20
 
@@ -112,6 +117,32 @@ def dimension(weights: Weights, names: Iterable[str]) -> int:
     return sum(weights[n].numel() * (2 if weights[n].is_complex() else 1) for n in names)
 
 
+def divide(sizes: Mapping[str, int], width: int) -> Iterator[list[Part]]:
+    """Divides vectors into consecutive blocks.
+
+    Args:
+        sizes: The size of each vector, by its name.
+        width: The number of values in a block; the last one may have fewer.
+
+    Yields:
+        The parts of the vectors in each block.
+    """
+    block: list[Part] = []
+    free = width
+    for name, size in sizes.items():
+        start = 0
+        while start < size:
+            stop = min(size, start + free)
+            block.append((name, start, stop))
+            free -= stop - start
+            start = stop
+            if not free:
+                yield block
+                block, free = [], width
+    if block:
+        yield block
+
+
 def pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Iterates over tensors piece by piece, for sums in float64.
 
@@ -177,17 +208,9 @@ def distance(a: Weights, b: Weights, names: Iterable[str] | None = None) -> floa
     return math.sqrt(total)
 
 
-def equal(a: Tensor, b: Tensor) -> bool:
-    """Returns whether two tensors have equal shapes and values.
-
-    Args:
-        a: The first tensor.
-        b: The second tensor.
-
-    Returns:
-        Whether they are equal.
-    """
-    return torch.equal(a, b)
+def identical(a: Tensor, b: Tensor) -> bool:
+    """Returns whether two tensors have the same dtype, shape and values."""
+    return a.dtype == b.dtype and torch.equal(a, b)
 
 
 def cosine(a: Tensor, b: Tensor) -> float:
