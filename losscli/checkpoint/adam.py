@@ -99,15 +99,10 @@ class _Entry:
 
 
 def find_optimizers(content: Any, label: str = "", depth: int = 0) -> Iterator[tuple[str, Any]]:
-    """Finds the state dicts of optimisers in the content of a file.
+    """Yields the state dicts of optimisers in the content of a file, each with its dotted key.
 
-    Args:
-        content: The content, or the value at `label`.
-        label: The dotted key of the content.
-        depth: The number of keys in `label`.
-
-    Yields:
-        The dotted key, and the state dict with ``state`` and ``param_groups``.
+    A state dict of an optimiser has ``state`` and ``param_groups``. ``label`` is the dotted key of
+    ``content``, and ``depth`` the number of keys in it.
     """
     if depth > _DEPTH:
         return
@@ -323,7 +318,7 @@ def _assign(
 
     Returns:
         The group and the place in it for the index of each parameter that has an entry; None if
-        there is no such assignment, or more than one.
+        there is not exactly one such assignment.
     """
     skips = len(shapes) - sum(map(len, groups))
     # How many entries of each group are assigned -> in how many ways, and the last step there.

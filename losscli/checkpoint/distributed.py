@@ -246,11 +246,8 @@ def _not_covered_once(
 ) -> str:
     """Returns why blocks are not a partition of a tensor; an empty string if they are one.
 
-    Blocks inside the tensor that do not overlap and have its volume cover it.
-
-    Args:
-        blocks: The offsets and sizes of each block, which is not empty.
-        shape: The shape of the tensor.
+    Each block, which is not empty, is given by its offsets and its sizes. Blocks inside the tensor
+    that do not overlap and have its volume cover it.
     """
     for offsets, sizes in blocks:
         if not len(offsets) == len(sizes) == len(shape):

@@ -54,14 +54,9 @@ _CONVERT = (
 
 
 def read_file(path: Path, name: str) -> tuple[Any, dict[str, str]]:
-    """Reads a checkpoint file without running code in it.
+    """Returns the content and the metadata of a checkpoint file, without running code in it.
 
-    Args:
-        path: The file.
-        name: The name that the user gave.
-
-    Returns:
-        The content, and the metadata: strings, numbers and booleans at its top level.
+    The metadata are the strings, numbers and booleans at the top level.
 
     Raises:
         CheckpointError: The file is not a checkpoint, or needs code to run.
@@ -71,13 +66,7 @@ def read_file(path: Path, name: str) -> tuple[Any, dict[str, str]]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Reads a JSON file of a checkpoint.
-
-    Args:
-        path: The file.
-
-    Returns:
-        The JSON object.
+    """Returns the JSON object in a file of a checkpoint.
 
     Raises:
         CheckpointError: The file cannot be read, or has no JSON object.

@@ -115,14 +115,7 @@ def _checkpoint_files(folder: Path) -> list[Path]:
 
 
 def read_folder(folder: Path, name: str) -> CheckpointFile:
-    """Reads a folder that is one checkpoint.
-
-    Args:
-        folder: The folder.
-        name: The name that the user gave.
-
-    Returns:
-        The checkpoint.
+    """Returns the checkpoint that a folder is; ``name`` is what the user gave.
 
     Raises:
         CheckpointError: The folder is not a checkpoint, is more than one, or is broken.
@@ -147,14 +140,7 @@ def read_folder(folder: Path, name: str) -> CheckpointFile:
 
 
 def optimizer_beside(path: Path) -> Path | None:
-    """Finds the file with the state of the optimiser that transformers or accelerate wrote.
-
-    Args:
-        path: A checkpoint folder, or a file of weights in it.
-
-    Returns:
-        The file; None if there is none.
-    """
+    """Returns the optimiser state that transformers or accelerate wrote beside weights, if any."""
     if path.is_dir():
         folder = path
     elif path.name in _WEIGHTS:
@@ -197,15 +183,12 @@ def is_index(path: Path) -> bool:
 
 
 def read_index(index: Path, name: str, path: Path) -> CheckpointFile:
-    """Reads a sharded checkpoint.
+    """Returns a sharded checkpoint.
 
     Args:
         index: The file that maps tensors to shards.
         name: The name that the user gave.
         path: The path of the checkpoint: the folder or the index.
-
-    Returns:
-        The checkpoint.
 
     Raises:
         CheckpointError: A shard is missing or broken, or lacks a tensor that the index assigns
@@ -253,15 +236,12 @@ def _item(content: Any, name: str) -> Any:
 
 
 def read_adapter(file: Path, name: str, path: Path) -> CheckpointFile:
-    """Reads an adapter.
+    """Returns an adapter, with its tensors under peft's names.
 
     Args:
         file: The file with its tensors.
         name: The name that the user gave.
         path: The path of the checkpoint: the folder or the file.
-
-    Returns:
-        The adapter, with its tensors under peft's names.
 
     Raises:
         CheckpointError: The adapter is broken or of a type that is not supported.

@@ -53,14 +53,7 @@ class LoraAdapter:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], where: Path) -> LoraAdapter:
-        """Creates an adapter from the content of its config file.
-
-        Args:
-            config: The content.
-            where: The path of the file.
-
-        Returns:
-            The adapter.
+        """Returns the adapter that the content of a config file describes.
 
         Raises:
             CheckpointError: A value is invalid.
@@ -296,13 +289,6 @@ def _contradicts_layout(base: Weights, tensors: Weights, *, transposed: bool) ->
 
 
 def base_name(config: Mapping[str, Any]) -> str | None:
-    """Returns the name of the base model in a config.
-
-    Args:
-        config: The content of the config file.
-
-    Returns:
-        The name; None if there is none.
-    """
+    """Returns the name of the base model in a config, if there is one."""
     base = config.get("base_model_name_or_path")
     return base if isinstance(base, str) and base else None

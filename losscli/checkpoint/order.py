@@ -51,13 +51,7 @@ _MAX_LISTED = 3
 
 
 def expand_folders(names: Sequence[str]) -> list[str]:
-    """Replaces each folder of checkpoints by the checkpoints in it.
-
-    Args:
-        names: Names of checkpoints and of folders of checkpoints.
-
-    Returns:
-        The checkpoints, those of each folder in natural order.
+    """Returns the names with each folder replaced by its checkpoints, in natural order.
 
     Raises:
         CheckpointError: A folder has no checkpoints.
@@ -130,14 +124,12 @@ def _in_order(names: Sequence[str]) -> tuple[list[str], str]:
 
 
 def _by_keys(names: list[str]) -> tuple[list[str], str]:
-    """Sorts names by the epoch and the step that they tell.
-
-    Args:
-        names: The names, in natural order.
+    """Sorts names in natural order by the epoch and the step that they contain.
 
     Returns:
-        The names, and what they are sorted by; none where that is their order already, where not
-        all tell it, or where several tell the same and so are not of one training.
+        The names, and what they are sorted by. They stay as they are, sorted by nothing, if that is
+        their order already, if not all contain it, or if several contain the same and are therefore
+        not of one training.
     """
     files = [_file_name(name) for name in names]
     matches_by_key = {

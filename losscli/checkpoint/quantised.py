@@ -20,14 +20,7 @@ _METHODS = {
 
 
 def find_quantisation(weights: Weights) -> str | None:
-    """Detects quantised weights.
-
-    Args:
-        weights: The tensors of a file.
-
-    Returns:
-        The evidence, such as a name and its method; None if there is none.
-    """
+    """Returns the evidence of quantised weights, such as a name and its method, if any."""
     for name, tensor in weights.items():
         for suffix, method in _METHODS.items():
             if f".{name}".endswith(suffix) or f"{suffix}." in f".{name}":
@@ -42,15 +35,7 @@ def find_quantisation(weights: Weights) -> str | None:
 
 
 def find_packed_parameters(content: Any, depth: int = 0) -> str | None:
-    """Detects packed parameters of the quantised layers of torch.
-
-    Args:
-        content: The content of a file, or a mapping inside it.
-        depth: The number of keys that lead to the content.
-
-    Returns:
-        The evidence; None if there is none.
-    """
+    """Returns the evidence of packed parameters of torch's quantised layers, if any."""
     if not isinstance(content, Mapping) or depth > 4:
         return None
     for key, value in content.items():

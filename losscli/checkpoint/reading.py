@@ -62,16 +62,10 @@ def read(name: str) -> CheckpointFile:
 
 
 def read_optimizers(name: str) -> dict[str, Any]:
-    """Reads the state dicts of optimisers in a checkpoint, or beside one of transformers.
-
-    Args:
-        name: The checkpoint, as for `read`, but not that of several files.
-
-    Returns:
-        The state dicts of `find_optimizers`, by their keys.
+    """Returns the state dicts of `find_optimizers` in a checkpoint, or beside one of transformers.
 
     Raises:
-        CheckpointError: The file cannot be read, or the name is that of several.
+        CheckpointError: The file cannot be read, or the name is that of several files.
     """
     if isinstance(name, InMemoryCheckpoint):
         return dict(name.optimizers)

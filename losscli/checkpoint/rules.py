@@ -71,13 +71,7 @@ class NameRules:
         return self.ignore_unexpected or bool(self.initial)
 
     def rename(self, file: CheckpointFile) -> CheckpointFile:
-        """Applies the renames to the names of a file.
-
-        Args:
-            file: The file.
-
-        Returns:
-            The file with the new names.
+        """Returns a file with renamed tensors.
 
         Raises:
             CheckpointError: Two tensors would have the same name.
@@ -118,10 +112,7 @@ class NameRules:
         return ".".join(part for components in found for part in components)
 
     def check_used(self, names: Sequence[str]) -> None:
-        """Checks that each rename changed a name in at least one checkpoint.
-
-        Args:
-            names: The names of the checkpoints.
+        """Checks that each rename changed a name in at least one of the named checkpoints.
 
         Raises:
             UsageError: A rename changed none.
@@ -136,14 +127,7 @@ class NameRules:
                 )
 
     def complete(self, weights: Weights) -> tuple[Weights, tuple[str, ...]]:
-        """Adds the initial values of missing tensors.
-
-        Args:
-            weights: Tensors of a checkpoint by the model's names.
-
-        Returns:
-            The tensors with the added ones, and the names of these.
-        """
+        """Adds the initial values of missing tensors; returns also the names of these."""
         missing = {name: t for name, t in self.initial.items() if name not in weights}
         tensors: dict[str, Tensor] = {**weights, **missing}
         if isinstance(weights, StateDict):

@@ -99,15 +99,9 @@ def save(
 def lost_by_safetensors(
     weights: Weights, versions: Versions, extra: Mapping[str, Any]
 ) -> str | None:
-    """Finds what a safetensors file cannot store and a model may need to load it.
+    """Returns what a safetensors file cannot store and a model may need to load it, if anything.
 
-    Args:
-        weights: The tensors.
-        versions: The versions of the modules that saved the tensors.
-        extra: The extra state of modules.
-
-    Returns:
-        The name of extra state, or a version of a module; None if the format stores everything.
+    It is the name of extra state, or a version of a module.
     """
     lost = next(iter(extra), None)
     for module, values in versions.items():

@@ -234,11 +234,7 @@ _FIRST_PARTS = ("/version", "/serialization_id")
 
 
 def _check_parts(file: BufferedReader | io.BytesIO) -> dict[int, int]:
-    """Checks that no part of an archive is larger than its bytes in the file.
-
-    Returns:
-        The size of each part by the offset of its data.
-    """
+    """Checks that each part lies in the file; returns its size by the offset of its data."""
     try:
         with zipfile.ZipFile(file) as archive:
             entries = archive.infolist()
@@ -270,16 +266,8 @@ _LOCAL_HEADER = struct.Struct("<26x2H")
 def _require_one_directory(file: IO[bytes], start: int, count: int) -> None:
     """Checks that torch's reader (miniz) reads the same directory as Python's zipfile.
 
-    zipfile expects the directory directly before the end record; miniz uses the offset in that
-    record.
-
-    Args:
-        file: The archive.
-        start: The offset of the directory that zipfile read.
-        count: The number of its entries.
-
-    Raises:
-        AmbiguousError: miniz would read another directory.
+    zipfile expects the directory, of ``count`` entries at ``start``, directly before the end
+    record; miniz uses the offset in that record.
     """
     size = file.seek(0, io.SEEK_END)
     tail_start = max(0, size - _MAX_TAIL)

@@ -37,13 +37,7 @@ _DEEP = ("I", "F")
 
 
 def open_image(file: str | IO[bytes]) -> Image:
-    """Opens an image with Pillow, in a format that does not start a program.
-
-    Args:
-        file: Name of the file, or its content.
-
-    Returns:
-        The image, not yet decoded.
+    """Returns an image, not decoded, in a format for which Pillow does not start a program.
 
     Raises:
         ValueError: The file is not a regular file, or its format is not supported.
@@ -93,14 +87,7 @@ class Images(Dataset[tuple[Tensor, Tensor]]):
 
     @abstractmethod
     def open(self, index: int) -> Image:
-        """Opens an image.
-
-        Args:
-            index: Index of the image.
-
-        Returns:
-            The image, decoded or not.
-        """
+        """Opens an image, which may be decoded already."""
 
     @abstractmethod
     def name(self, index: int) -> str:
@@ -108,14 +95,7 @@ class Images(Dataset[tuple[Tensor, Tensor]]):
 
     @abstractmethod
     def state(self, positions: list[int]) -> str:
-        """Returns a fingerprint of the files that images are decoded from.
-
-        Args:
-            positions: Indices of the images.
-
-        Returns:
-            A string that changes if the files change.
-        """
+        """Returns a fingerprint that changes if the files of images change."""
 
     def __len__(self) -> int:
         return len(self.targets)

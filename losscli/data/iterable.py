@@ -146,13 +146,10 @@ class Source:
         return DataLoader(_First(dataset, stop), batch_size=self._size)
 
     def batches(self, stop: int | None = None) -> Iterator[Split]:
-        """Iterates over the data once.
+        """Yields the batches, of any size, of one pass over the data.
 
         Args:
             stop: Number of examples needed; a DataLoader may yield more. None for all.
-
-        Yields:
-            The batches, of any size.
 
         Raises:
             DataError: The user's code fails, or a batch cannot be interpreted.
@@ -290,14 +287,7 @@ class IterableStream(Examples):
         return part
 
     def batches(self, size: int, order: Tensor | None = None) -> Iterator[Split]:
-        """Iterates over the examples once, batch by batch.
-
-        Args:
-            size: Examples per batch; the last batch may have fewer.
-            order: Consecutive indices ``[n]``; all examples if None.
-
-        Yields:
-            The batches.
+        """Yields the batches of one pass; ``order`` are consecutive indices ``[n]``.
 
         Raises:
             DataError: The examples or their number differ from the first pass.
@@ -333,13 +323,9 @@ class IterableStream(Examples):
         return self._firsts[number]
 
     def decode(self, budget: int) -> Split | None:
-        """Loads all examples into memory if they fit; otherwise only counts them.
+        """Returns all examples in memory; None if they need more than ``budget`` bytes.
 
-        Args:
-            budget: Available memory in bytes.
-
-        Returns:
-            The examples; None if they need more memory.
+        They are counted either way.
 
         Raises:
             DataError: The examples cannot be read or joined.

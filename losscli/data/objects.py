@@ -80,15 +80,12 @@ def from_object(
 
 
 def cut_into_batches(data: DataSet, where: str, batching: Batching | None) -> DataSet:
-    """Divides splits of single examples into whole batches.
+    """Returns a data set with splits of single examples divided into whole batches.
 
     Args:
         data: The data set.
         where: Name of the data in error messages.
-        batching: Keep whole batches; None for single examples.
-
-    Returns:
-        The data set, in which each element is a whole batch.
+        batching: Keep whole batches; None to change nothing.
 
     Raises:
         UsageError: The batch size is missing.
@@ -120,17 +117,9 @@ def to_data_set(
     *,
     whole: bool = False,
 ) -> DataSet:
-    """Makes a data set from an object of user code; decodes only the first examples.
+    """Returns a data set of an object of user code; decodes only the first examples.
 
-    Args:
-        loaded: As for `from_object`.
-        where: Name of the data in error messages.
-        seed: Random seed of the order of a DataLoader.
-        batching: Keep the batches of a DataLoader; None for single examples.
-        whole: As for `parse_batch`.
-
-    Returns:
-        The data set.
+    The arguments are those of `from_object`.
 
     Raises:
         DataError: The object cannot be interpreted.
@@ -203,13 +192,9 @@ def _refuse_examples(content: object, where: str) -> None:
 
 
 def load_into_memory(data: DataSet) -> DataSet:
-    """Decodes splits into memory while they fit; the others stay streams.
+    """Returns a data set with splits in memory as far as they fit; the others stay streams.
 
-    Args:
-        data: The data set.
-
-    Returns:
-        The data set; its streams were checked to be the same on every pass.
+    Streams are checked to be the same on every pass.
 
     Raises:
         DataError: Examples cannot be decoded or joined.

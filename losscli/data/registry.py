@@ -142,15 +142,7 @@ def load(
 
 
 def is_on_hub(spec: Spec, folder: Path | None) -> bool:
-    """Returns whether data are fetched from the hub: a name without a local folder.
-
-    Args:
-        spec: The spec of the data.
-        folder: Base folder of relative paths; the current folder by default.
-
-    Returns:
-        Whether they are.
-    """
+    """Returns whether data are fetched from the hub: a name without a local folder."""
     name, _, argument = spec.target.partition(":")
     # os.path.exists() is False for a name that is too long for a path.
     return name == "hf" and not os.path.exists(Path(folder or "", argument))  # noqa: PTH110

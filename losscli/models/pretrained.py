@@ -51,14 +51,7 @@ _MAX_PARTS = 2000
 
 
 def has_config(folder: Path) -> bool:
-    """Whether a folder has a config.json of transformers.
-
-    Args:
-        folder: The folder.
-
-    Returns:
-        Whether it has a config.json with a ``model_type``.
-    """
+    """Whether a folder has a config.json of transformers: one with a ``model_type``."""
     try:
         content = json.loads(read_regular(folder / "config.json"))
     except (OSError, ValueError, RecursionError):

@@ -80,11 +80,7 @@ def _move(spec: Spec, kind: str, base: Path, folder: Path) -> Spec:
 
 
 def write_defaults(folder: Path, specs: Mapping[str, str]) -> None:
-    """Writes specs that need trust to the ``losscli.toml`` of a folder.
-
-    Args:
-        folder: The folder.
-        specs: The specs of the model and the data, by kind.
+    """Writes specs that need trust, by kind, to the ``losscli.toml`` of a folder.
 
     Raises:
         OutputError: The file exists and has others, or cannot be written.
@@ -107,10 +103,6 @@ def write_defaults(folder: Path, specs: Mapping[str, str]) -> None:
 
 def write_config(folder: Path, model: nn.Module) -> None:
     """Writes the config.json of a model of transformers, from which losscli builds the model.
-
-    Args:
-        folder: The folder.
-        model: The model; nothing is written if it is not one of transformers.
 
     Raises:
         OutputError: The file cannot be written.

@@ -18,14 +18,7 @@ _COMPILED = "_orig_mod"
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """Returns the module inside DataParallel, DistributedDataParallel and torch.compile.
-
-    Args:
-        model: The model.
-
-    Returns:
-        The innermost module that is none of these.
-    """
+    """Returns the module inside DataParallel, DistributedDataParallel and torch.compile."""
     parallel = nn.DataParallel, nn.parallel.DistributedDataParallel
     while True:
         if isinstance(model, parallel):
@@ -39,11 +32,7 @@ def unwrap(model: nn.Module) -> nn.Module:
 def is_sharded(model: nn.Module) -> bool:
     """Returns whether each rank has only a part of a model (FSDP or tensor parallelism).
 
-    Args:
-        model: The model.
-
-    Returns:
-        Whether a state dict has to be gathered from all ranks.
+    Its state dict has to be gathered from all ranks.
     """
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return False

@@ -39,13 +39,10 @@ def has_panels(path: Path) -> bool:
 
 
 def check_animated(figures: Sequence[Path]) -> None:
-    """Checks that ``--fps`` has an animation.
-
-    Args:
-        figures: The files.
+    """Checks that one of the figures is an animation, as ``--fps`` needs.
 
     Raises:
-        UsageError: None of them is an animation.
+        UsageError: None of them is one.
     """
     if not any(path.suffix.lower() in ANIMATIONS for path in figures):
         raise UsageError(
@@ -55,11 +52,7 @@ def check_animated(figures: Sequence[Path]) -> None:
 
 
 def check_curve_count(curves: int, cure: str) -> None:
-    """Checks that a figure has no more curves than it can show.
-
-    Args:
-        curves: The number of curves: one for each split of each run.
-        cure: How to fix it if there are too many.
+    """Checks that a figure has no more curves, one for each split of each run, than it can show.
 
     Raises:
         UsageError: There are too many.

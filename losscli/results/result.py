@@ -288,13 +288,7 @@ class Result(Generic[S_co]):
 
 
 def make_drawing(options: Mapping[str, Any]) -> Drawing:
-    """Makes a drawing from the options of a function.
-
-    Args:
-        options: The attributes of a drawing; ``style`` may be the file of a style sheet.
-
-    Returns:
-        The drawing.
+    """Returns the drawing of options, of which ``style`` may be the file of a style sheet.
 
     Raises:
         UsageError: A value cannot be drawn, or the style sheet cannot be read.
@@ -306,15 +300,10 @@ def make_drawing(options: Mapping[str, Any]) -> Drawing:
 
 
 def check_labels(labels: Sequence[str], number: int, things: str = "checkpoints") -> None:
-    """Checks that there is a label for each thing, or none.
-
-    Args:
-        labels: The labels.
-        number: The number of things.
-        things: What they are, in the plural.
+    """Checks that there are no labels, or one for each of a number of things.
 
     Raises:
-        UsageError: There are too many or too few labels.
+        UsageError: There are too many or too few.
     """
     if labels and len(labels) != number:
         raise UsageError(
@@ -323,15 +312,12 @@ def check_labels(labels: Sequence[str], number: int, things: str = "checkpoints"
 
 
 def label_runs(runs: Sequence[Run[Any]], labels: Sequence[str]) -> list[Run[Any]]:
-    """Gives labels to runs, or to the checkpoints of a single run.
+    """Returns runs with labels, or a single run with labels of its checkpoints.
 
     Args:
         runs: The runs.
         labels: A label for each of several runs, or for each checkpoint of a single one, or one
             for a single run that can be drawn together with others; none to change nothing.
-
-    Returns:
-        The runs.
 
     Raises:
         UsageError: There are too many or too few labels.
@@ -349,14 +335,7 @@ def label_runs(runs: Sequence[Run[Any]], labels: Sequence[str]) -> list[Run[Any]
 
 
 def draw(runs: Sequence[Run[Any]], drawing: Drawing = FULL) -> Figure:
-    """Draws runs of one command, by the columns of their tables.
-
-    Args:
-        runs: One or more, each with the table of a command.
-        drawing: How.
-
-    Returns:
-        The figure, laid out and ready to be rendered.
+    """Returns the figure of one or more runs of one command, laid out and ready to be rendered.
 
     Raises:
         UsageError: The runs are of several commands, or have no figure together.
@@ -365,11 +344,7 @@ def draw(runs: Sequence[Run[Any]], drawing: Drawing = FULL) -> Figure:
 
 
 def render_html(runs: Sequence[Run[Any]], drawing: Drawing = FULL) -> str:
-    """Renders runs of one command as an interactive page, by the columns of their tables.
-
-    Args:
-        runs: One or more, each with the table of a command.
-        drawing: The title, and whether the scale of the loss is logarithmic at first.
+    """Returns one or more runs of one command as an interactive page.
 
     Returns:
         HTML that needs no other file and no network.
@@ -409,15 +384,10 @@ def _shared_command(runs: Sequence[Run[Any]]) -> Command:
 
 
 def to_json(summary: Mapping[str, Any], *, indent: int | None = 2) -> str:
-    """Serialises a summary as JSON.
+    """Returns a summary as strict JSON, with null for numbers that are not finite.
 
-    Args:
-        summary: The summary.
-        indent: The number of spaces per level; None for a single line.
-
-    Returns:
-        Strict JSON, with null for non-finite numbers. Characters that are not printable are
-        escaped, so that names from files cannot control a terminal.
+    Characters that are not printable are escaped, so that names from files cannot control a
+    terminal. ``indent`` is the number of spaces per level; None for a single line.
     """
     text = json.dumps(_strict(summary), indent=indent, allow_nan=False, ensure_ascii=False)
     return _NON_ASCII.sub(_escape, text)
@@ -439,15 +409,10 @@ def _strict(value: Any) -> Any:
 
 
 def default_stem(command: str, names: Sequence[str]) -> str:
-    """Derives the default stem from the command and the checkpoints.
+    """Returns the default stem, in the current folder, of a command with checkpoints.
 
-    Args:
-        command: The command.
-        names: The checkpoints as named by the user.
-
-    Returns:
-        A stem in the current folder, such as ``interpolate-relu-init-final``: the name of each
-        checkpoint, after its folder if that differs from the previous one.
+    An example is ``interpolate-relu-init-final``: the name of each checkpoint, after its folder if
+    that differs from the previous one.
     """
     words, folder = [command], ""
     for name in names:
@@ -462,13 +427,7 @@ def default_stem(command: str, names: Sequence[str]) -> str:
 
 
 def stem_of(out: str) -> Path:
-    """Parses ``--out``.
-
-    Args:
-        out: The value of the option.
-
-    Returns:
-        The stem, without the suffix of an output file such as .png.
+    """Returns the stem that ``--out`` names, without the suffix of an output file such as .png.
 
     Raises:
         UsageError: The value is a folder.
@@ -481,28 +440,15 @@ def stem_of(out: str) -> Path:
 
 
 def picture_of(out: str | None) -> tuple[Path, ...]:
-    """Returns the figure that ``--out`` names.
-
-    Args:
-        out: The value of the option; None if it is not given.
-
-    Returns:
-        The path of the figure; empty if ``--out`` is a stem.
-    """
+    """Returns the figure that ``--out`` names; empty if that is a stem or not given."""
     path = Path(out or "")
     return (path,) if path.suffix.lower() in FIGURE_SUFFIXES and path.stem else ()
 
 
 def read_summary(path: Path, command: Command) -> dict[str, Any]:
-    """Reads the summary of a run.
+    """Returns the summary of a run in STEM.json, in the type of its command.
 
-    Args:
-        path: STEM.json.
-        command: The command of the run.
-
-    Returns:
-        The summary in the type of the command; ``{}`` if there is none, or if the file is not a
-        summary of this command.
+    It is ``{}`` if there is none, or if the file is not a summary of this command.
 
     Raises:
         TableError: A value is of another type than the command writes.
@@ -558,16 +504,13 @@ class Output:
     def plan(
         cls, stem: Path, figures: Sequence[Path], *, draw: bool = True, force: bool = False
     ) -> Output:
-        """Plans the files and checks, before any work is done, that they can be written.
+        """Returns the plan of the files, after checking that they can be written.
 
         Args:
             stem: The stem.
             figures: The figures that the user named.
             draw: Whether to draw STEM.png if ``figures`` is empty.
             force: Whether results of another run may be overwritten.
-
-        Returns:
-            The plan.
 
         Raises:
             UsageError: A figure has an unknown suffix, or needs a package that is not installed.
@@ -650,10 +593,6 @@ class Output:
 
         Further tables of an older run with the same stem are removed.
 
-        Args:
-            result: The result.
-            drawing: How it is drawn.
-
         Returns:
             The files.
 
@@ -695,16 +634,13 @@ class Output:
         drawing: Drawing = FULL,
         page: Callable[[Sequence[Run[Any]], Drawing], str] = render_html,
     ) -> dict[Path, bytes]:
-        """Renders the figures.
+        """Returns the content of each figure.
 
         Args:
             runs: One or more runs of one command, with their labels.
             draw: Draws them.
             drawing: How.
             page: Renders them as an interactive page.
-
-        Returns:
-            The content of each file.
 
         Raises:
             UsageError: The runs have no such figure.
@@ -727,9 +663,6 @@ class Output:
 
     def write_pictures(self, pictures: Mapping[Path, bytes]) -> list[Path]:
         """Writes figures only; refuses to overwrite different ones unless ``force``.
-
-        Args:
-            pictures: The contents of ``figures``.
 
         Returns:
             The files.
@@ -757,10 +690,7 @@ def _read_if_possible(path: Path) -> bytes | None:
 
 
 def replace_all(contents: Mapping[Path, bytes]) -> list[Path]:
-    """Writes several files: either all or none.
-
-    Args:
-        contents: The content of each file.
+    """Writes several files, given by their contents: either all or none.
 
     Returns:
         The files.
@@ -800,10 +730,6 @@ def replace_all(contents: Mapping[Path, bytes]) -> list[Path]:
 
 def check_writable(out: Path, *, force: bool) -> None:
     """Checks, before any work is done, that a checkpoint can be written.
-
-    Args:
-        out: The file.
-        force: Whether the file may be overwritten.
 
     Raises:
         UsageError: The path is a folder or has an unknown suffix.

@@ -247,14 +247,7 @@ def choose_drawing(
 
 
 def check_main(table: Table, name: str) -> Command:
-    """Checks that a main table can be drawn.
-
-    Args:
-        table: The table.
-        name: Its name in errors.
-
-    Returns:
-        Its command.
+    """Returns the command of a main table that can be drawn; ``name`` is its name in errors.
 
     Raises:
         TableError: It is not a table that can be drawn.
@@ -356,9 +349,6 @@ def _check_same_run(
 def check_curves(runs: Sequence[Run[Any]]) -> None:
     """Checks that a figure of runs has no more curves than it can show.
 
-    Args:
-        runs: The runs.
-
     Raises:
         UsageError: There are too many.
     """
@@ -366,11 +356,7 @@ def check_curves(runs: Sequence[Run[Any]]) -> None:
 
 
 def check_panels(names: Sequence[str], runs: Sequence[Run[Any]]) -> None:
-    """Checks that the figure of each run has no more panels than it can show.
-
-    Args:
-        names: The name of each run in errors.
-        runs: The runs.
+    """Checks that the figure of each named run has no more panels than it can show.
 
     Raises:
         UsageError: There are too many.

@@ -427,16 +427,13 @@ def path_coefficients(kind: PathKind, number: int, t: float) -> list[float]:
 
 
 def point_between(a: Weights, b: Weights, names: Iterable[str], alpha: float) -> Weights:
-    """Returns a point of the line through two points.
+    """Returns all tensors of a point of the line through two points.
 
     Args:
         a: All tensors of the first point.
         b: All tensors of the second point.
         names: The tensors that move; the others are taken from ``a``.
         alpha: The point, 0 for ``a`` and 1 for ``b``.
-
-    Returns:
-        All tensors of the point.
     """
     line = Line({}, {})
     dtypes = {n: working_type(a[n], b[n]) for n in names if not torch.equal(a[n], b[n])}
@@ -483,12 +480,7 @@ def grid(points: int, low: float, high: float, *, include: Sequence[float] = ())
 
 
 def check_point_count(option: str, value: int, points: int) -> None:
-    """Checks that a table has at most ten million points.
-
-    Args:
-        option: The option that determines the number of points, for the error message.
-        value: Value of the option.
-        points: Number of points of the table.
+    """Checks that ``option`` with a value gives a table of at most ten million points.
 
     Raises:
         UsageError: The table has too many points.

@@ -131,15 +131,9 @@ class TracedModel:
 def trace(
     model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None = None
 ) -> TracedModel:
-    """Traces a model.
+    """Returns the graph of a model for inputs of the shapes of a small batch.
 
-    Args:
-        model: The model, in eval mode. Tracing may modify it.
-        args: A small batch of positional inputs.
-        kwargs: Keyword inputs.
-
-    Returns:
-        Its graph for inputs of these shapes.
+    The model is in eval mode, and tracing may modify it.
 
     Raises:
         ModelError: The model cannot be traced.
