@@ -218,7 +218,8 @@ def read_index(index: Path, name: str, path: Path) -> CheckpointFile:
             )
         content, shard_metadata = read_file(file, str(file))
         metadata |= shard_metadata
-        missing = [t for t in tensors if not isinstance(_item(content, t), Tensor)]
+        content = content if isinstance(content, Mapping) else {}
+        missing = [t for t in tensors if not isinstance(content.get(t), Tensor)]
         if missing:
             raise CheckpointError(
                 f"{file} has no tensor {missing[0]!r}, which {index.name} says is in it",
@@ -229,10 +230,6 @@ def read_index(index: Path, name: str, path: Path) -> CheckpointFile:
     ordered = dict(sorted(weights.items(), key=lambda item: natural_key(item[0])))
     files = [index, *(folder / shard for shard in sorted(shards))]
     return _file_with_config(path, name, ordered, metadata, files)
-
-
-def _item(content: Any, name: str) -> Any:
-    return content.get(name) if isinstance(content, Mapping) else None
 
 
 def read_adapter(file: Path, name: str, path: Path) -> CheckpointFile:

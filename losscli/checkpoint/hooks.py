@@ -164,7 +164,11 @@ def has_custom_loading(model: nn.Module) -> bool:
         Whether a module has load hooks, loading methods or extra state that torch does not
         define.
     """
-    return any(map(_has_custom_hooks, model.modules()))
+    return any(
+        not str(getattr(code, "__module__", "")).startswith("torch.")
+        for module in model.modules()
+        for code in (*_hooks(module), *(getattr(type(module), name) for name in _METHODS))
+    )
 
 
 # The methods that a module overrides to customise loading.
@@ -175,15 +179,6 @@ def _has_hooks(module: nn.Module) -> bool:
     """Whether a module does more than copy tensors of the same names while it loads."""
     return bool(_hooks(module)) or any(
         getattr(type(module), name) is not getattr(nn.Module, name) for name in _METHODS
-    )
-
-
-def _has_custom_hooks(module: nn.Module) -> bool:
-    """Whether a module has hooks or loading methods that are not part of torch."""
-    methods = (getattr(type(module), name) for name in _METHODS)
-    return any(
-        not str(getattr(code, "__module__", "")).startswith("torch.")
-        for code in (*_hooks(module), *methods)
     )
 
 

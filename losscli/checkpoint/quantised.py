@@ -15,6 +15,7 @@ _METHODS = {
     ".absmax": "absmax: bitsandbytes",
     ".SCB": "SCB: bitsandbytes",
     ".weight_packed": "weight_packed: compressed-tensors",
+    ".quant_state": "quant_state: bitsandbytes",
     "._packed_params": "packed parameters of torch",
 }
 
@@ -25,12 +26,9 @@ def find_quantisation(weights: Weights) -> str | None:
         for suffix, method in _METHODS.items():
             if f".{name}".endswith(suffix) or f"{suffix}." in f".{name}":
                 return method
-        if ".quant_state." in f".{name}":
-            return "quant_state: bitsandbytes"
-        if tensor.is_quantized:
-            return f"{name} is {str(tensor.dtype).removeprefix('torch.')}"
-        if "float8" in str(tensor.dtype) or "float4" in str(tensor.dtype):
-            return f"{name} is {str(tensor.dtype).removeprefix('torch.')}"
+        kind = str(tensor.dtype).removeprefix("torch.")
+        if tensor.is_quantized or "float8" in kind or "float4" in kind:
+            return f"{name} is {kind}"
     return None
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
-from losscli.checkpoint.names import StateDict
+from losscli.checkpoint.names import StateDict, module_state_under
 from losscli.checkpoint.state import CheckpointFile
 from losscli.errors import CheckpointError, UsageError
 from losscli.weight_space.vectors import Weights, select_names
@@ -91,11 +91,7 @@ class NameRules:
                     "Give them different names",
                 )
         tensors = {renamed[name]: tensor for name, tensor in weights.items()}
-        if not isinstance(weights, StateDict):
-            return tensors
-        versions = {self._new_name(module): v for module, v in weights.versions.items()}
-        extra = {self._new_name(key): value for key, value in weights.extra.items()}
-        return StateDict(tensors, versions, extra)
+        return StateDict(tensors, *module_state_under(weights, "", self._new_name))
 
     def _new_name(self, name: str) -> str:
         # Renamed components are not renamed again, so that two renames can swap names.
@@ -130,9 +126,7 @@ class NameRules:
         """Adds the initial values of missing tensors; returns also the names of these."""
         missing = {name: t for name, t in self.initial.items() if name not in weights}
         tensors: dict[str, Tensor] = {**weights, **missing}
-        if isinstance(weights, StateDict):
-            return StateDict(tensors, weights.versions, weights.extra), tuple(missing)
-        return tensors, tuple(missing)
+        return StateDict(tensors, *module_state_under(weights, "")), tuple(missing)
 
 
 def _parse(text: str) -> tuple[list[str], list[str]]:

@@ -55,8 +55,6 @@ def save(
         OutputError: The file cannot be written, or the format cannot store what the model needs
             to load it.
     """
-    if not path.name:
-        raise OutputError(f"{path} is a folder", "Name a file")
     state = loadable(weights, versions or {}, extra or {})
     safe = path.suffix not in _TORCH_SUFFIXES
     if safe and (lost := lost_by_safetensors(weights, versions or {}, extra or {})):

@@ -12,7 +12,7 @@ import torch
 
 from losscli.checkpoint.size_checks import Immutable, check_sizes
 
-__all__ = ["PathText", "StandIn", "has_stand_in", "load_tensors"]
+__all__ = ["PATHS", "StandIn", "has_stand_in", "load_tensors"]
 
 
 class StandIn(metaclass=Immutable):
@@ -104,6 +104,14 @@ class PathText(StandIn):
         return "/".join(map(str, parts)).replace("//", "/", 1)
 
 
+PATHS = {
+    (f"pathlib{module}", name): PathText
+    for module in ("", "._local")  # since Python 3.13
+    for name in ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath", "Path")
+}
+"""The classes of paths, by module and name."""
+
+
 class _Defaults(StandIn):
     """A plain dictionary for a ``defaultdict``; the factory is never called."""
 
@@ -120,11 +128,7 @@ _STAND_INS: dict[str, type[StandIn]] = {
     "collections.defaultdict": _Defaults,
     # Factories of defaultdict.
     **{f"builtins.{name}": StandIn for name in ("dict", "list", "int", "float", "bool", "str")},
-    **{
-        f"pathlib{module}.{name}": PathText
-        for module in ("", "._local")  # since Python 3.13
-        for name in ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath", "Path")
-    },
+    **{".".join(name): standin for name, standin in PATHS.items()},
     **{
         f"numpy.{core}.multiarray.{name}": standin
         for core in ("core", "_core")  # before NumPy 2, and since

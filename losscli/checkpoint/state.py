@@ -318,8 +318,7 @@ class CheckpointFile:
         unexpected = tuple(name for name in found if name not in expected)
         if unexpected:
             known = {name: t for name, t in found.items() if name in expected}
-            versions, extra = module_state_under(found, "")
-            found = StateDict(known, versions, extra)
+            found = StateDict(known, *module_state_under(found, ""))
         return replace(self.checkpoint(self.fetch(found)), unexpected=unexpected)
 
     def _choose(
@@ -418,9 +417,6 @@ class CheckpointFile:
 
     def checkpoint(self, weights: Weights) -> Checkpoint:
         """Creates a checkpoint from tensors of this file."""
-        module_state = (
-            (weights.versions, weights.extra) if isinstance(weights, StateDict) else ({}, {})
-        )
         parts = {
             f"{module}={Path(part.name).name}": part.files for module, part in self.parts.items()
         }
@@ -431,7 +427,7 @@ class CheckpointFile:
             self.path,
             self.files,
             self.digest,
-            *module_state,
+            *module_state_under(weights, ""),
             parts,
         )
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from losscli.data.batch import Pixels, to_tensor
 from losscli.data.memory import require_memory
 from losscli.errors import DataError, SpecError, one_line
-from losscli.files import find_placeholder
+from losscli.files import refuse_placeholder
 
 __all__ = ["load_mnist", "load_npz", "load_safetensors", "scaled"]
 
@@ -107,7 +107,7 @@ def load_safetensors(
         with path.open("rb"), safe_open(path, framework="pt") as file:
             arrays = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, RuntimeError, ValueError) as error:
-        _refuse_placeholder(path)
+        refuse_placeholder(path, str(path), DataError)
         raise DataError(
             f"{path} is not a valid safetensors file: {one_line(error)}",
             "It may be incomplete: save or copy it again",
@@ -145,7 +145,7 @@ def load_npz(path: Path, /, *, scale: bool | None = None) -> dict[str, tuple[Ten
     except DataError:
         raise
     except Exception as error:  # noqa: BLE001 - readers raise any exception for a broken archive
-        _refuse_placeholder(path)
+        refuse_placeholder(path, str(path), DataError)
         raise DataError(
             f"{path} is not a NumPy archive of numbers: {one_line(error)}",
             "Write it with numpy.savez, arrays of numbers alone",
@@ -256,7 +256,7 @@ def _read_idx(path: Path, dimensions: int) -> Tensor:
             "The download may be incomplete: download it again",
         ) from None
     if content[:4] != bytes([0, 0, 8, dimensions]):
-        _refuse_placeholder(path)
+        refuse_placeholder(path, str(path), DataError)
         raise DataError(
             f"{path} is not an IDX file of bytes in {dimensions} dimensions",
             "It may be another file, or a file of labels instead of images",
@@ -270,13 +270,6 @@ def _read_idx(path: Path, dimensions: int) -> Tensor:
         )
     values = np.frombuffer(bytearray(content), np.uint8, offset=start)
     return torch.from_numpy(values.reshape(shape))
-
-
-def _refuse_placeholder(path: Path) -> None:
-    """Refuses a file that stands for another one, such as a Git LFS pointer."""
-    if found := find_placeholder(path):
-        what, cure = found
-        raise DataError(f"{path} is {what}", cure) from None
 
 
 def _require_file(path: Path) -> None:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from losscli.errors import OutputError, TableError, UsageError, printable
-from losscli.files import create, read_regular
+from losscli.files import create, read_object, read_regular
 from losscli.registry import (
     ANIMATIONS,
     COLUMN_TYPES,
@@ -453,7 +453,7 @@ def read_summary(path: Path, command: Command) -> dict[str, Any]:
     Raises:
         TableError: A value is of another type than the command writes.
     """
-    summary = _read_object(path)
+    summary = read_object(path)
     match {"splits": {}, "examples": {}, **summary} if command.name == "inspect" else summary:
         case {
             "command": command.name,
@@ -475,15 +475,6 @@ def read_summary(path: Path, command: Command) -> dict[str, Any]:
             "Move it, or write it again together with its CSV",
         ) from None
     return converted
-
-
-def _read_object(path: Path) -> dict[str, Any]:
-    """Reads a JSON object; ``{}`` if the file is missing or holds none."""
-    try:
-        value = json.loads(read_regular(path).decode())
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return value if isinstance(value, dict) else {}
 
 
 @dataclass(frozen=True)
@@ -584,9 +575,7 @@ class Output:
 
     def is_of(self, identity: str | None) -> bool:
         """Whether STEM.json is of the run with an identity."""
-        return (
-            identity is not None and _read_object(self._file(".json")).get("identity") == identity
-        )
+        return identity is not None and read_object(self._file(".json")).get("identity") == identity
 
     def save(self, result: Result[Any], drawing: Drawing = FULL) -> list[Path]:
         """Draws and writes a result: all files under temporary names first, then all are renamed.
@@ -601,7 +590,7 @@ class Output:
             OutputError: A file cannot be written. No file is changed then.
         """
         pictures = self.render(label_runs([result.run], drawing.label), result.draw, drawing)
-        old = _read_object(self._file(".json"))
+        old = read_object(self._file(".json"))
         new_checkpoints = result.summary.get("checkpoint_files", ())
         old_tables, old_checkpoints = old.get("tables"), old.get("checkpoint_files")
         summary = f"{to_json(result.summary)}\n".encode()
