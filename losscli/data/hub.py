@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import os
@@ -23,7 +22,7 @@ from torch import Tensor
 
 from losscli.data.arrays import scaled
 from losscli.data.batch import Pixels, to_tensor
-from losscli.data.images import Images, open_image
+from losscli.data.images import Images, fingerprint, open_image
 from losscli.data.memory import require_memory
 from losscli.data.nests import Nest
 from losscli.data.split import DataSet, Split
@@ -247,7 +246,8 @@ def _tables(source: Path | str, config: str | None, cache: _Cache) -> dict[str, 
                     folder, config, cache_dir=place, trust_remote_code=False
                 )
                 builder = datasets.load_dataset_builder(folder, config, cache_dir=place)
-            cache.state = _state(builder.config.data_files)
+            files = builder.config.data_files.values()
+            cache.state = fingerprint(str(name) for names in files for name in names)
     except DataError:
         raise
     except Exception as error:
@@ -263,17 +263,6 @@ def _tables(source: Path | str, config: str | None, cache: _Cache) -> dict[str, 
         loaded = {str(loaded.split or "data"): loaded}
     order = sorted(loaded, key=lambda split: split != "train")
     return {printable(str(split)): loaded[split] for split in order}
-
-
-def _state(data_files: Mapping[Any, list[str]]) -> str:
-    """Returns a fingerprint of data files from their names, sizes and modification times."""
-    digest = hashlib.sha256()
-    for name in (str(name) for names in data_files.values() for name in names):
-        status = os.stat(name)  # noqa: PTH116 - there may be a million of them
-        digest.update(
-            f"{name}\0{status.st_size} {status.st_mtime_ns}\0".encode("utf-8", "surrogateescape")
-        )
-    return digest.hexdigest()
 
 
 @contextmanager

@@ -234,19 +234,7 @@ def _examples(
         if content.batch_sampler is None:
             loader = _with_fixed_order(content, keys)
             return IterableStream(Source(loader, where, seed, in_batches=in_batches, whole=whole))
-        if type(content.dataset) is TensorDataset and content.collate_fn is default_collate:
-            split = parse_batch(list(content.dataset.tensors), where, whole=whole)
-            return split if keys is None else split.take(torch.tensor(keys))
-        return _stream(
-            content.dataset,
-            keys,
-            content.collate_fn,
-            where,
-            seed,
-            number=content.num_workers,
-            options=_options(content),
-            whole=whole,
-        )
+        return _read_by_keys(content, keys, where, seed, whole=whole)
     if type(content) is TensorDataset:
         return parse_batch(list(content.tensors), where, whole=whole)
     if isinstance(content, IterableDataset):
@@ -258,70 +246,50 @@ def _examples(
         raise DataError(
             f"{where}: the Dataset has no length", "Give it __len__, or an IterableDataset"
         )
-    return _stream(content, None, default_collate, where, seed, whole=whole)
+    return _stream(Decoder(content, default_collate, where, seed, whole=whole), None, None, {})
 
 
 def _whole_batches(
     loader: DataLoader[Any], where: str, seed: int, *, whole: bool
 ) -> Split | Stream:
     """Returns the batches of a DataLoader, with an order drawn once."""
-    with private_randomness():
-        seed_all(seed)
-        try:
-            batches = [list(batch) for batch in loader.batch_sampler or ()]
-        except Exception as error:
-            raise DataError(f"{where}: the sampler failed: {one_line(error)}") from error
+    batches = _drawn(lambda: list(map(list, loader.batch_sampler or ())), where, seed)
     keys = [key for batch in batches for key in batch]
     if not keys:
         raise DataError(f"{where} is empty")
-    if type(loader.dataset) is TensorDataset and loader.collate_fn is default_collate:
-        split = parse_batch(list(loader.dataset.tensors), where, whole=whole)
-        split = split.take(torch.tensor(keys))
-        return Batches(split.inputs, split.targets, tuple(map(len, batches)))
-    stream = _stream(
-        loader.dataset,
-        keys,
-        loader.collate_fn,
-        where,
-        seed,
-        number=loader.num_workers,
-        options=_options(loader),
-        whole=whole,
-    )
+    examples = _read_by_keys(loader, keys, where, seed, whole=whole)
+    if isinstance(examples, Split):
+        return Batches(examples.inputs, examples.targets, tuple(map(len, batches)))
     ends = [0, *itertools.accumulate(map(len, batches))]
-    return stream.cut([list(range(*pair)) for pair in itertools.pairwise(ends)])
+    return examples.cut([list(range(*pair)) for pair in itertools.pairwise(ends)])
+
+
+def _read_by_keys(
+    loader: DataLoader[Any], keys: Sequence[Any] | None, where: str, seed: int, *, whole: bool
+) -> Split | Stream:
+    """Returns the examples that a DataLoader has under keys; all in order if these are None."""
+    dataset = loader.dataset
+    if type(dataset) is TensorDataset and loader.collate_fn is default_collate:
+        split = parse_batch(list(dataset.tensors), where, whole=whole)
+        return split if keys is None else split.take(torch.tensor(keys))
+    # A sampler may yield keys that are not integers.
+    if keys is not None and not all(type(key) is int for key in keys):
+        dataset, keys = Subset(dataset, keys), None
+    decoder = Decoder(dataset, loader.collate_fn, where, seed, whole=whole)
+    return _stream(decoder, keys, loader.num_workers, _options(loader))
 
 
 def _stream(
-    dataset: Dataset[Any],
-    keys: Sequence[Any] | None,
-    collate: Callable[[list[Any]], Any],
-    where: str,
-    seed: int,
-    *,
-    number: int | None = None,
-    options: Mapping[str, Any] | None = None,
-    whole: bool,
+    decoder: Decoder, keys: Sequence[int] | None, number: int | None, options: Mapping[str, Any]
 ) -> Stream:
-    # A sampler may yield keys that are not integers.
-    integers = keys is None or all(type(key) is int for key in keys)
-    if keys is not None and not integers:
-        dataset = Subset(dataset, keys)
-    if keys is not None and integers:
-        index = torch.tensor(keys, dtype=torch.long)
-    else:
-        index = torch.arange(_length(dataset, where))
-    if not len(index):
-        raise DataError(f"{where} is empty")
-    decoder = Decoder(dataset, collate, where, seed, whole=whole)
-    return Stream(Workers(decoder, number, options or {}), index)
-
-
-def _length(dataset: Dataset[Any], where: str) -> int:
-    try:
-        return len(dataset)  # type: ignore[arg-type]
-    except Exception as error:
-        raise DataError(f"{where} failed: {one_line(error)}") from error
+    if keys is None:
+        try:
+            keys = range(len(decoder.dataset))  # type: ignore[arg-type]
+        except Exception as error:
+            raise DataError(f"{decoder.where} failed: {one_line(error)}") from error
+    if not keys:
+        raise DataError(f"{decoder.where} is empty")
+    return Stream(Workers(decoder, number, options), torch.tensor(keys, dtype=torch.long))
 
 
 def _keys(loader: DataLoader[Any], where: str, seed: int) -> Sequence[Any] | None:
@@ -332,12 +300,17 @@ def _keys(loader: DataLoader[Any], where: str, seed: int) -> Sequence[Any] | Non
     dataset: object = loader.dataset
     if batches is None and type(sampler) is SequentialSampler and sampler.data_source is dataset:
         return None
+    if batches is None:
+        return _drawn(lambda: list(sampler), where, seed)
+    return _drawn(lambda: [key for batch in batches for key in batch], where, seed)
+
+
+def _drawn(draw: Callable[[], list[Any]], where: str, seed: int) -> list[Any]:
+    """Returns what a sampler of the user draws from seeded generators."""
     with private_randomness():
         seed_all(seed)
         try:
-            if batches is None:
-                return list(loader.sampler)
-            return [key for batch in batches for key in batch]
+            return draw()
         except Exception as error:
             raise DataError(f"{where}: the sampler failed: {one_line(error)}") from error
 

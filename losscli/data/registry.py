@@ -104,7 +104,8 @@ def load(
         raise SpecError(
             f"data {text!r}: limit={spec_limit} is not a number of examples", "Give 1 or more"
         )
-    if function in DATASETS.values():
+    is_format = function in DATASETS.values()
+    if is_format:
         if not arguments:
             name = spec.target.rstrip(":")
             raise SpecError(f"data {text!r} names no file", f"Write {name}:PATH")
@@ -124,7 +125,6 @@ def load(
         raise
     except Exception as error:
         raise DataError(f"data {text!r} failed: {one_line(error)}") from error
-    is_format = function in DATASETS.values()
     if whole and normalisation and not is_format:
         raise SpecError(
             f"data {text!r}: {next(iter(normalisation))}= is of the inputs, and an objective takes "
@@ -155,9 +155,7 @@ def _with_long_targets(split: Examples) -> Examples:
     return replace(split, targets=split.targets.long())
 
 
-def _channels(value: Any, key: str, text: str) -> tuple[float, ...] | None:
-    if value is None:
-        return None
+def _channels(value: Any, key: str, text: str) -> tuple[float, ...]:
     values = (
         _IMAGENET[key] if value == "imagenet" else value if isinstance(value, list) else [value]
     )

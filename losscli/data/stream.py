@@ -94,14 +94,14 @@ class Decoder:
         whole: bool = False,
     ) -> None:
         self.where = where
-        self._dataset = dataset
+        self.dataset = dataset
         self.collate = collate
         self._seed = seed
         self._whole = whole
 
     def state(self, positions: list[int]) -> str:
         """Returns a fingerprint of the files of examples; empty for a data set from user code."""
-        return self._dataset.state(positions) if isinstance(self._dataset, Images) else ""
+        return self.dataset.state(positions) if isinstance(self.dataset, Images) else ""
 
     def __call__(self, positions: list[int]) -> Split:
         """Returns the batch of the examples at some positions.
@@ -152,7 +152,7 @@ class Decoder:
         seed = (self._seed * _GOLDEN + position) % (1 << 63)
         seed_all(seed)
         try:
-            return self._dataset[position]
+            return self.dataset[position]
         except DataError:
             raise
         except Exception as error:
@@ -171,7 +171,7 @@ class BatchDecoder(Decoder):
 
     def __init__(self, decoder: Decoder, parts: Sequence[list[int]]) -> None:
         super().__init__(
-            *(decoder._dataset, decoder.collate, decoder.where, decoder._seed),
+            *(decoder.dataset, decoder.collate, decoder.where, decoder._seed),
             whole=decoder._whole,
         )
         self.parts = parts
@@ -360,10 +360,6 @@ def _is_main_thread() -> bool:
     return threading.current_thread() is threading.main_thread()
 
 
-def _identity(batch: Any) -> Any:
-    return batch
-
-
 @dataclass
 class Workers:
     """Decoding processes, started once and reused in every pass.
@@ -439,7 +435,6 @@ class Workers:
                     _WorkerDataset(self.decoder),
                     batch_size=None,
                     sampler=self._sampler,
-                    collate_fn=_identity,
                     num_workers=number,
                     persistent_workers=True,
                     generator=torch.Generator(),
