@@ -272,24 +272,26 @@ def _read_by_keys(
     if type(dataset) is TensorDataset and loader.collate_fn is default_collate:
         split = parse_batch(list(dataset.tensors), where, whole=whole)
         return split if keys is None else split.take(torch.tensor(keys))
-    # A sampler may yield keys that are not integers.
-    if keys is not None and not all(type(key) is int for key in keys):
-        dataset, keys = Subset(dataset, keys), None
+    index = None
+    if keys is not None and all(type(key) is int for key in keys):
+        index = torch.tensor(keys, dtype=torch.long)
+    elif keys is not None:
+        dataset = Subset(dataset, keys)
     decoder = Decoder(dataset, loader.collate_fn, where, seed, whole=whole)
-    return _stream(decoder, keys, loader.num_workers, _options(loader))
+    return _stream(decoder, index, loader.num_workers, _options(loader))
 
 
 def _stream(
-    decoder: Decoder, keys: Sequence[int] | None, number: int | None, options: Mapping[str, Any]
+    decoder: Decoder, index: Tensor | None, number: int | None, options: Mapping[str, Any]
 ) -> Stream:
-    if keys is None:
+    if index is None:
         try:
-            keys = range(len(decoder.dataset))  # type: ignore[arg-type]
+            index = torch.arange(len(decoder.dataset))  # type: ignore[arg-type]
         except Exception as error:
             raise DataError(f"{decoder.where} failed: {one_line(error)}") from error
-    if not keys:
+    if not len(index):
         raise DataError(f"{decoder.where} is empty")
-    return Stream(Workers(decoder, number, options), torch.tensor(keys, dtype=torch.long))
+    return Stream(Workers(decoder, number, options), index)
 
 
 def _keys(loader: DataLoader[Any], where: str, seed: int) -> Sequence[Any] | None:

@@ -28,7 +28,7 @@ from safetensors.torch import save_file, save_model
 from torch import Tensor, nn
 
 from losscli.checkpoint import SUFFIXES, Checkpoint, read, save, tied_names
-from losscli.errors import CheckpointError, MismatchError, OutputError
+from losscli.errors import CheckpointError, MismatchError, OutputError, UsageError
 from losscli.models import CNN, MLP
 from losscli.weight_space.vectors import Weights
 from tests.conftest import SAFETENSORS_HAS_COMPLEX
