@@ -291,7 +291,7 @@ def _match(
     if most and len(fitting) > 1 and fitting[0]:
         raise CheckpointError(
             f"{where} has parameters of several parts with these names: {', '.join(fitting[:3])}",
-            "Give a checkpoint with the optimiser of this model alone",
+            "Give a checkpoint with only the optimiser of this model",
         )
     if most:
         return found_under[fitting[0]], "names"

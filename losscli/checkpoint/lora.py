@@ -62,7 +62,7 @@ class LoraAdapter:
         rank, alpha = config.get("r"), config.get("lora_alpha")
         ranks, alphas = ranks or {}, alphas or {}
         if not isinstance(ranks, dict) or not isinstance(alphas, dict):
-            raise CheckpointError(f"{where}: its patterns are no JSON objects", SAVE_AGAIN)
+            raise CheckpointError(f"{where}: its patterns are not JSON objects", SAVE_AGAIN)
         for key, value in (("r", rank), *ranks.items()):
             if type(value) is not int or value < 1:
                 raise CheckpointError(
@@ -136,7 +136,9 @@ class LoraAdapter:
                     MERGE_FIRST,
                 )
             if "A" not in pair or "B" not in pair:
-                raise CheckpointError(f"{self.where}: {module} has one factor of two", SAVE_AGAIN)
+                raise CheckpointError(
+                    f"{self.where}: {module} has only one of its two factors", SAVE_AGAIN
+                )
             scale = self._scale(module, pair["A"])
             product = self._product(name, pair, base, tensors)
             before = changed.get(name, base[name])
@@ -166,7 +168,7 @@ class LoraAdapter:
         if new is other or difference <= rounding * new.double().abs().max():
             changed[alias] = new
             return
-        how = "changes them in two ways" if alias in changed else f"changes {name} alone"
+        how = "changes them in two ways" if alias in changed else f"changes only {name}"
         raise CheckpointError(
             f"{self.where}: {name} and {alias} are one tensor in the model, and the adapter {how}",
             UNTIE,
@@ -269,7 +271,9 @@ def _sort_tensors(tensors: Weights, where: Path) -> tuple[dict[str, dict[str, Te
         elif ".modules_to_save." in name:
             trained[name.replace(".modules_to_save.", ".")] = tensor
         elif "lora_" in name or "token_adapter" in name:
-            raise CheckpointError(f"{where.parent}: {full} is of no plain LoRA", MERGE_FIRST)
+            raise CheckpointError(
+                f"{where.parent}: {full} is not a tensor of plain LoRA", MERGE_FIRST
+            )
         else:
             replaced[name] = tensor
     return factors, {**replaced, **trained}

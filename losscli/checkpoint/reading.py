@@ -103,11 +103,10 @@ def find_base(names: Sequence[str]) -> str | None:
     bases = {name: adapter.base for name in files if (adapter := read(name).adapter)}
     first, base = next(iter(bases.items()))
     if base is None or not _is_folder(base):
-        where = (
-            f"was trained on {base!r}, which is not a local folder" if base else "says not on what"
-        )
+        where = f"was trained on {base!r}, which is not a local folder"
         raise CheckpointError(
-            f"{first} is an adapter that {where}", "Name the checkpoint that it changes first"
+            f"{first} is an adapter that {where if base else 'does not name its base'}",
+            "Name the checkpoint that it changes first",
         )
     for name, other in bases.items():
         if other != base:

@@ -103,7 +103,7 @@ class _Tensor(_Inert):
             storage, offset, sizes, strides = arguments[:4]
             numbers = [offset, *sizes, *strides]
             if len(sizes) != len(strides) or not all(type(n) is int and n >= 0 for n in numbers):
-                raise SizeError("a tensor has a shape of no whole numbers")
+                raise SizeError("the shape of a tensor is not of whole numbers")
             if all(sizes):
                 # Types without a storage class are passed as an argument.
                 types = (a.itemsize for a in arguments if isinstance(a, torch.dtype))
@@ -249,7 +249,7 @@ def _check_parts(file: BufferedReader | io.BytesIO) -> dict[int, int]:
             continue
         # torch never compresses, and maps the parts directly from the file.
         if entry.compress_type != zipfile.ZIP_STORED or entry.file_size != entry.compress_size:
-            raise SizeError(f"its part {entry.filename!r} is compressed, as torch writes none")
+            raise SizeError(f"its part {entry.filename!r} is compressed, which torch never does")
         start = entry.header_offset + _LOCAL_HEADER.size
         if start + entry.file_size > size:
             raise SizeError(f"its part {entry.filename!r} is of {entry.file_size:,} bytes")

@@ -46,7 +46,7 @@ def _pairs(arrays: Mapping[str, _Array], where: str) -> dict[str, tuple[_Array, 
         if len(parts) < 2:
             present, missing = sorted(("inputs", "targets"), key=parts.__contains__, reverse=True)
             raise DataError(
-                f"{where}: the split {split!r} has {present} alone",
+                f"{where}: the split {split!r} has only {present}",
                 f"Add {missing if split == 'data' else f'{split}_{missing}'}",
             )
     # Some files sort their arrays by name; readers expect the training data first.
@@ -148,7 +148,7 @@ def load_npz(path: Path, /, *, scale: bool | None = None) -> dict[str, tuple[Ten
         refuse_placeholder(path, str(path), DataError)
         raise DataError(
             f"{path} is not a NumPy archive of numbers: {one_line(error)}",
-            "Write it with numpy.savez, arrays of numbers alone",
+            "Write it with numpy.savez, with arrays of numbers only",
         ) from None
     return scaled(_pairs(arrays, str(path)), str(path), scale)
 
@@ -219,7 +219,7 @@ def load_mnist(path: Path, /) -> Pixels:
             splits[split] = (_read_idx(images, 3).unsqueeze(1), _read_idx(labels, 1))
         elif images or labels:
             raise DataError(
-                f"{path}: the split {split!r} has {'images' if images else 'labels'} alone",
+                f"{path}: the split {split!r} has only {'images' if images else 'labels'}",
                 f"Add {prefix}-{'labels-idx1' if images else 'images-idx3'}-ubyte, or its .gz",
             )
     if not splits:

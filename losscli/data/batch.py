@@ -18,6 +18,7 @@ from losscli.data.nests import (
     is_container,
     leaves,
     map_nest,
+    only,
     structure,
 )
 from losscli.data.split import Batches, Split
@@ -101,16 +102,12 @@ def parse_batch(
         return Split(inputs, _with_operators(targets[0] if targets else _none(parser.size), where))
     inputs = sides[0][0]
     if whole and (is_container(inputs) or rows is None):
-        return Split(Ragged([inputs], Build(_only)), _none(1))
+        return Split(Ragged([inputs], Build(only)), _none(1))
     if collate is None or rows is None or is_container(inputs) or _is_array(inputs):
         return _refuse(sides, where)
     # Graphs may have a target per node.
     inputs, *targets = (Ragged(rows, Build(collate, path)) for _, path, _ in sides)
     return Split(inputs, targets[0] if targets else _none(len(rows)))
-
-
-def _only(rows: list[Any]) -> Any:
-    return rows[0]
 
 
 def _none(size: int) -> Tensor:

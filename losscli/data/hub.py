@@ -199,7 +199,9 @@ def _refuse_keys(kind: str, where: str, column: str, *, applies: bool, **keys: A
     """Refuses keys of a spec for one kind of data if the column has another kind."""
     for key, value in keys.items():
         if value is not None and not applies:
-            raise SpecError(f"{where}: {key}= is of {kind}, and {column!r} holds none", "Leave it")
+            raise SpecError(
+                f"{where}: {key}= is for {kind}, and {column!r} has none", "Leave it out"
+            )
 
 
 def _select_column(

@@ -25,7 +25,6 @@ from losscli.data.batch import RaggedError, is_language, join, parse_batch
 from losscli.data.randomness import capture, private_randomness, restore, seed_all
 from losscli.data.split import Batches, Examples, Split, batch_size_remarks
 from losscli.data.stream import (
-    Failure,
     PackedBatch,
     WorkerInit,
     default_sigchld,
@@ -66,7 +65,7 @@ class _Collate:
     in_rows: bool
     whole: bool
 
-    def __call__(self, rows: Any) -> PackedBatch | Failure:
+    def __call__(self, rows: Any) -> PackedBatch | DataError:
         try:
             raw = self.collate(rows)
             known = rows if self.in_rows else None
@@ -74,9 +73,9 @@ class _Collate:
             batch = Batches.of(batch) if self.in_batches else batch
             return PackedBatch.pack(batch, language=is_language(raw))
         except DataError as error:
-            return Failure(error.what, error.cure)
+            return error
         except Exception as error:  # noqa: BLE001 - reported in one line
-            return Failure(f"{self.where} failed: {one_line(error)}", "")
+            return DataError(f"{self.where} failed: {one_line(error)}")
 
 
 class _First(IterableDataset[Any]):
@@ -158,7 +157,7 @@ class Source:
         if self._dataset is not None and stop is not None:
             loader = self._load(self._dataset, stop)
             loader.collate_fn = self._collate
-        batches: Iterator[PackedBatch | Failure] | None = None
+        batches: Iterator[PackedBatch | DataError] | None = None
         try:
             while True:
                 # Code that runs between two batches must not affect the random state of the data.
@@ -180,8 +179,8 @@ class Source:
                     state = capture()
                 if packed is None:
                     return
-                if isinstance(packed, Failure):
-                    raise DataError(packed.what, packed.cure)
+                if isinstance(packed, DataError):
+                    raise packed
                 self.language |= packed.language
                 batch = packed.unpack(self._collate.collate)
                 count += len(batch)

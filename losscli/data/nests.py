@@ -31,6 +31,7 @@ __all__ = [
     "leaves",
     "length",
     "map_nest",
+    "only",
     "realise",
     "structure",
     "take",
@@ -50,7 +51,8 @@ class Build:
     """Makes what the model or the loss gets from a list of examples.
 
     Attributes:
-        collate: The type of the sequence of the examples, or the collate function of a DataLoader.
+        collate: The type of the sequence of the examples, `only`, or the collate function of a
+            DataLoader.
         path: The keys, indices or attribute names that lead to a part of the batch.
         then: Functions of a tensor, applied to each tensor of the result.
     """
@@ -58,6 +60,11 @@ class Build:
     collate: Callable[[list[Any]], Any]
     path: tuple[Any, ...] = ()
     then: tuple[Callable[[Tensor], Tensor], ...] = ()
+
+    @property
+    def is_custom(self) -> bool:
+        """Whether it calls the collate function of a DataLoader, which need not be picklable."""
+        return not isinstance(self.collate, type) and self.collate is not only
 
     def __call__(self, rows: list[Any]) -> Any:
         """Makes the value of examples."""
@@ -67,6 +74,11 @@ class Build:
         for function in self.then:
             value = map_nest(function, value)
         return value
+
+
+def only(rows: list[Any]) -> Any:
+    """Returns the only element of a list."""
+    return rows[0]
 
 
 class Ragged:

@@ -127,8 +127,8 @@ def load(
         raise DataError(f"data {text!r} failed: {one_line(error)}") from error
     if whole and normalisation and not is_format:
         raise SpecError(
-            f"data {text!r}: {next(iter(normalisation))}= is of the inputs, and an objective takes "
-            "whole batches",
+            f"data {text!r}: {next(iter(normalisation))}= is for the inputs, and an objective "
+            "takes whole batches",
             "Return normalised inputs from your code",
         )
     data = to_data_set(loaded, f"data {text!r}", seed, batching, whole=whole and not is_format)
@@ -197,7 +197,7 @@ def _check_normalisation(data: DataSet, text: str) -> None:
         ]
         if not scaled:
             raise SpecError(
-                f"data {text!r}: {options[0]}= is of pixels and other measured numbers, and the "
+                f"data {text!r}: {options[0]}= is for pixels and other measured numbers, and the "
                 "inputs are whole numbers such as token ids, which stay as they are",
                 f"Leave out {', '.join(f'{key}=' for key in options)}",
             )

@@ -37,7 +37,6 @@ from losscli.spec import user_folders_on_path
 __all__ = [
     "BatchDecoder",
     "Decoder",
-    "Failure",
     "PackedBatch",
     "Stream",
     "WorkerInit",
@@ -230,10 +229,7 @@ class PackedBatch:
         nest = (batch.inputs, batch.targets)
         _, tensors, builds = dump(nest)
         places = tuple(_Place() for _ in tensors)
-        sent = tuple(
-            build if isinstance(build.collate, type) else Build(_absent, build.path)
-            for build in builds
-        )
+        sent = tuple(Build(_absent, b.path) if b.is_custom else b for b in builds)
         # Shared memory is four times as fast as a pipe, but it takes an open file per tensor, and
         # a worker dies if shared memory is full.
         through_pipe = get_worker_info() is not None and not _may_share(batch.nbytes)
@@ -253,10 +249,7 @@ class PackedBatch:
             torch.as_tensor(content).view(dtype).reshape(shape)
             for dtype, shape, content in self.columns
         ]
-        builds = [
-            build if isinstance(build.collate, type) else Build(collate, build.path)
-            for build in self.builds
-        ]
+        builds = [Build(collate, b.path) if b.is_custom else b for b in self.builds]
         places = [*self.places, *self.builds]
         inputs, targets = exchange(self.structure, places, [*tensors, *builds])
         if self.sizes is None:
@@ -268,27 +261,19 @@ def _may_share(size: int) -> bool:
     return _open_files() >= _FILES_TO_SHARE and _shared_bytes() >= 2 * _MOST_WORKERS * size
 
 
-@dataclass(frozen=True)
-class Failure:
-    """An error in a worker, with the fields of `DataError`."""
-
-    what: str
-    cure: str
-
-
 class _WorkerDataset(Dataset[Any]):
     """Data set of batches for a worker; an item is requested by a list of positions."""
 
     def __init__(self, decoder: Decoder) -> None:
         self._decoder = decoder
 
-    def __getitem__(self, positions: list[int]) -> PackedBatch | Failure:
+    def __getitem__(self, positions: list[int]) -> PackedBatch | DataError:
         try:
             return PackedBatch.pack(self._decoder(positions))
         except DataError as error:
-            return Failure(error.what, error.cure)
+            return error
         except Exception as error:  # noqa: BLE001 - reported in one line
-            return Failure(f"{self._decoder.where} failed: {one_line(error)}", "")
+            return DataError(f"{self._decoder.where} failed: {one_line(error)}")
 
 
 class _BatchSampler:
@@ -397,8 +382,8 @@ class Workers:
         self._sampler.index, self._sampler.size, self._busy = index, size, True
         try:
             for batch in self._loader:
-                if isinstance(batch, Failure):
-                    raise DataError(batch.what, batch.cure)
+                if isinstance(batch, DataError):
+                    raise batch
                 yield batch.unpack(self.decoder.collate)
         except (RuntimeError, OSError, EOFError) as error:
             self._loader = None

@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Literal, Protocol, Self
+from typing import ClassVar, Literal, Protocol, Self
 
 import numpy as np
 import torch
@@ -91,16 +91,12 @@ class Line:
 
     a: Weights
     b: Weights
+    barycentric: ClassVar = True
 
     @property
     def ends(self) -> tuple[Weights, Weights]:
         """A and B."""
         return self.a, self.b
-
-    @property
-    def barycentric(self) -> bool:
-        """Always True: the coefficients are 1 − α and α."""
-        return True
 
     def combine(
         self, values: Sequence[Tensor], coordinates: Sequence[float], out: Tensor | None = None
@@ -138,6 +134,7 @@ class Triangle:
     c: Weights
     corner_b: float
     corner_c: tuple[float, float]
+    barycentric: ClassVar = True
 
     @classmethod
     def through(
@@ -196,11 +193,6 @@ class Triangle:
     def ends(self) -> tuple[Weights, Weights, Weights]:
         """A, B and C."""
         return self.a, self.b, self.c
-
-    @property
-    def barycentric(self) -> bool:
-        """Always True: the coefficients are the barycentric coordinates."""
-        return True
 
     def combine(
         self, values: Sequence[Tensor], coordinates: Sequence[float], out: Tensor | None = None
@@ -279,16 +271,12 @@ class Span:
     origin: Weights
     first: Weights
     second: Weights
+    barycentric: ClassVar = False
 
     @property
     def ends(self) -> tuple[Weights, Weights, Weights]:
         """O, u and v."""
         return self.origin, self.first, self.second
-
-    @property
-    def barycentric(self) -> bool:
-        """Always False: the coefficients are 1, x and y."""
-        return False
 
     def combine(
         self, values: Sequence[Tensor], coordinates: Sequence[float], out: Tensor | None = None
@@ -354,11 +342,7 @@ class Path:
 
     kind: PathKind
     ends: tuple[Weights, ...]
-
-    @property
-    def barycentric(self) -> bool:
-        """Always True, see `path_coefficients`."""
-        return True
+    barycentric: ClassVar = True
 
     def combine(
         self, values: Sequence[Tensor], coordinates: Sequence[float], out: Tensor | None = None

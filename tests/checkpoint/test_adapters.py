@@ -588,7 +588,7 @@ def change(folder: Path, **values: Any) -> None:
         ({"r": 0}, "r is 0, which is not a rank"),
         ({"r": "2"}, "r is '2', which is not a rank"),
         ({"rank_pattern": {"layers.0": True}}, "layers.0 is True, which is not a rank"),
-        ({"rank_pattern": [1]}, "its patterns are no JSON objects"),
+        ({"rank_pattern": [1]}, "its patterns are not JSON objects"),
         ({"lora_alpha": None}, "lora_alpha is None, which is not a factor"),
         ({"lora_alpha": float("nan")}, "lora_alpha is nan, which is not a factor"),
         ({"alpha_pattern": {"(": 1}}, "'(' is not a regular expression"),
@@ -622,11 +622,17 @@ def test_tensors_that_no_rule_explains_are_refused(tmp_path: Path) -> None:
     own = load_file(file)
     a = "base_model.model.layers.0.lora_A.weight"
     for more, told in (
-        ({"base_model.model.layers.0.lora_magnitude_vector": torch.ones(3)}, "of no plain LoRA"),
+        (
+            {"base_model.model.layers.0.lora_magnitude_vector": torch.ones(3)},
+            "not a tensor of plain LoRA",
+        ),
         ({a: torch.ones(2)}, r"lora_A\.weight \[2\] is not a factor"),
         ({a: torch.ones(5, 4)}, r"says that the rank of layers\.0 is 2, and .* of rank 5"),
         ({a: torch.ones(2, 9)}, r"changes layers\.0\.weight \[3, 9\], and its base has it as"),
-        ({"base_model.model.x.lora_B.weight": torch.ones(2, 2)}, "x has one factor of two"),
+        (
+            {"base_model.model.x.lora_B.weight": torch.ones(2, 2)},
+            "x has only one of its two factors",
+        ),
         ({"base_model.model.x.weight": torch.ones(2, 2)}, r"changes x\.weight \[2, 2\]"),
     ):
         save_file({**own, **more}, file)

@@ -815,7 +815,7 @@ COLUMNS = "x, ragged, missing, word, picture, number, point"
         ("saved,inputs=word,targets=number", 2, "'word' is text, which is its own target"),
         ("saved,inputs=picture,targets=number", 1, "row 1, 'picture' has 3 × 4 pixels"),
         ("saved,inputs=picture,targets=number,context=8", 2, "context= is of text"),
-        ("saved,targets=number,size=8", 2, "size= is of images, and 'x' holds none"),
+        ("saved,targets=number,size=8", 2, "size= is for images, and 'x' has none"),
         ("saved,targets=number,grayscale=true", 2, "grayscale= is of images"),
         ("saved,inputs=word,context=1", 2, "context=1 is not a number of tokens"),
         ("saved,inputs=word,tokenizer=none", 1, "there is no folder none of a tokenizer"),
