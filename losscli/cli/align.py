@@ -85,6 +85,7 @@ def align(
     with importing("torch"):
         from losscli.checkpoint import expand_folders, file_names
         from losscli.studies.alignment import align as study
+        from losscli.studies.inputs import protect_inputs
 
     names = expand_folders(b) if several else b
     # A folder may be one checkpoint.
@@ -99,6 +100,7 @@ def align(
         _check_folder(out, files, force=force)
     else:
         check_writable(out, force=force)
+    protect_inputs(files, [a, *names], settings)
     with console.guard_stdout():
         alignments = study(a, names, by=by, **asdict(settings))
     _write(alignments, files)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from losscli.cli.console import Console
@@ -52,8 +53,9 @@ def barriers(
         option(
             "The lines",
             "A CSV with the columns a and b, the checkpoints of each pair, relative to the folder "
-            "of the file: only these pairs, and the barrier of each metric too, over the column "
-            "--x.",
+            "of the file: only these pairs, over the column --x. Also the barrier of each metric: "
+            "how far it falls below the straight line (or rises above it, if its higher_is_better "
+            "is False).",
             "--pairs",
             metavar="FILE",
         ),
@@ -122,7 +124,8 @@ def barriers(
         )
 
     names = expand_names(checkpoints or [], console.ranks)
-    run_study("barriers", checkpoints or [pairs or ""], plan, write, console)
+    inputs = [Path(pairs)] if pairs else []
+    run_study("barriers", checkpoints or [pairs or ""], plan, write, console, inputs=inputs)
 
 
 def report(result: Result[BarriersSummary]) -> str:

@@ -16,7 +16,14 @@ from losscli.cli.options import Force, Json, argument, option, with_console, wit
 from losscli.cli.report import align_columns, format_count
 from losscli.errors import UsageError, printable
 from losscli.registry import COMMANDS
-from losscli.results.result import Output, Result, check_writable, to_json
+from losscli.results.result import (
+    Output,
+    Result,
+    check_writable,
+    read_summary,
+    refuse_overwriting,
+    to_json,
+)
 from losscli.results.summaries import InspectionSummary
 from losscli.settings import Settings
 
@@ -52,6 +59,8 @@ def inspect(
     result = study(checkpoints)
     files = []
     if output:
+        paths = [Path(c["path"]) for c in result.summary["checkpoints"] if c["path"]]
+        refuse_overwriting(output.figures, [path for path in paths if path.is_file()])
         import_plotting()
         files = output.write_pictures(output.render([result.run], result.draw))
     console.written = bool(files)
@@ -194,8 +203,10 @@ def export(
     with importing("torch"):
         from losscli.studies.export import export as study
         from losscli.studies.export import lowest, parse_weights
+        from losscli.studies.inputs import protect_inputs
         from losscli.studies.plane_point import point_of_plane
 
+    protect_inputs([out], checkpoints or _checkpoints_of(plane), settings)
     summary = None
     if plane is not None and at is not None:
         with console.guard_stdout():
@@ -224,6 +235,12 @@ def export(
                 f"{csv} has no summary next to it: A and B are not compared with it, and every "
                 "floating-point tensor moves"
             )
+
+
+def _checkpoints_of(plane: Path | None) -> list[str]:
+    """Lists the checkpoints in the summary of a plane."""
+    summary = {} if plane is None else read_summary(plane.with_suffix(".json"), COMMANDS["plane"])
+    return [entry["name"] for entry in summary.get("checkpoints", ())]
 
 
 def _note_on_statistics(names: Iterable[str], console: Console) -> None:

@@ -142,15 +142,14 @@ def interpolate(
 
     whole = None
     if context is not None:
-        if write.out not in {None, "-"} and Path(f"{write.out}.csv").resolve() == context.resolve():
-            raise UsageError(f"--out {write.out} would overwrite --context", "Choose another --out")
         whole = Table.read(context)
         if command_of(whole.columns) is not COMMANDS["interpolate"]:
             raise UsageError(
                 f"--context {context} is not a table of interpolate",
                 "Give the CSV of the whole line",
             )
-    run_study("interpolate", [a, b], plan, write, console)
+    inputs = [] if context is None else [context]
+    run_study("interpolate", [a, b], plan, write, console, inputs=inputs)
 
 
 def report(result: Result[LineSummary]) -> str:

@@ -18,7 +18,16 @@ from losscli.cli.options import argument, with_console, with_drawing
 from losscli.errors import UsageError
 from losscli.registry import COMMANDS, command_of
 from losscli.results.figures import check_animated, has_panels
-from losscli.results.result import Output, Run, draw, label_runs, picture_of, render_html, stem_of
+from losscli.results.result import (
+    Output,
+    Run,
+    draw,
+    label_runs,
+    picture_of,
+    refuse_overwriting,
+    render_html,
+    stem_of,
+)
 from losscli.results.runs import (
     check_curves,
     check_main,
@@ -94,6 +103,7 @@ def plot(
     single = csvs[0] if len(csvs) == 1 and csvs[0] != "-" else None
     stem = stem_of(out) if out is not None else Path((single or "").removesuffix(".csv") or "plot")
     output = Output.plan(stem, tuple(figure or picture_of(out)), force=force)
+    refuse_overwriting(output.figures, map(Path, csvs))
     if any(map(has_panels, output.figures)):
         check_panels(csvs, runs)
     import_plotting()

@@ -16,7 +16,7 @@ from losscli.cli.options import Write
 from losscli.errors import ChangedError, UsageError
 from losscli.registry import COMMANDS, load
 from losscli.results.figures import check_panel_count, has_panels
-from losscli.results.result import check_labels, check_writable, to_json
+from losscli.results.result import check_labels, check_writable, refuse_overwriting, to_json
 from losscli.results.summaries import Description
 
 if TYPE_CHECKING:
@@ -40,6 +40,7 @@ def run_study(
     console: Console,
     *,
     checkpoint: Path | None = None,
+    inputs: Sequence[Path] = (),
 ) -> None:
     """Runs a study and writes its result.
 
@@ -51,6 +52,7 @@ def run_study(
         console: The streams.
         checkpoint: The file of the checkpoint that the result has; its name without the suffix is
             the stem.
+        inputs: The files that it reads in addition to checkpoints and data.
     """
     ranks, command = console.ranks, COMMANDS[name]
     if ranks is not None and not ranks.is_leader:
@@ -95,8 +97,13 @@ def run_study(
     if output is None:
         console.result(_evaluate(study, console, ranks, None).table.to_csv())
         return
-    output.guard(study.identity, command.further_tables)
+    from losscli.studies.inputs import protect_inputs
+
     made = [Path(f"{output.stem}{suffix}") for suffix in study.checkpoint_suffixes]
+    written = [*output.paths(command.further_tables), *made, *filter(None, [checkpoint])]
+    refuse_overwriting(written, inputs)
+    protect_inputs(written, study.problem.names, study.problem.settings)
+    output.guard(study.identity, command.further_tables)
     for path in made if checkpoint is None else [checkpoint]:
         # This run may have written it before, or it may have been killed then.
         again = output.is_of(study.identity) or Path(f"{output.stem}.journal").exists()

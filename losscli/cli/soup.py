@@ -40,8 +40,8 @@ def soup(
         option(
             "The search",
             "Add the checkpoints in the order of their scores on this split, and keep those "
-            "with which the score of the average does not fall. The score is the first --metric, "
-            "of which more is better, else -loss.",
+            "with which the score of the average does not fall. The score is the first --metric "
+            "(its negative, if its higher_is_better is False), else -loss.",
             "--greedy",
             metavar="SPLIT",
         ),
@@ -77,8 +77,11 @@ def soup(
         raise UsageError(f"{given[0]} has no effect without --greedy", "Leave it out")
     check_writable(out, force=write.force)
     with importing("torch"):
+        from losscli.checkpoint import expand_folders
+        from losscli.studies.inputs import protect_inputs
         from losscli.studies.soup import soup as study
 
+    protect_inputs([out], expand_folders(checkpoints), settings)
     with console.guard_stdout():
         checkpoint = study(checkpoints, **asdict(settings))
     checkpoint.save(out, force=True)

@@ -133,8 +133,8 @@ def _notes(
             name = f"{labels[line.run]}, {name}"
         for number, reason in ((line.infinite, "not finite"), (line.negative, "not above 0")):
             if number:
-                points = "1 point is" if number == 1 else f"{number} points are"
-                notes.append(f"{name}: {points} {reason}, not drawn")
+                points = "1 point" if number == 1 else f"{number} points"
+                notes.append(f"{name}: {points} not drawn: the loss is {reason}")
     return notes
 
 

@@ -21,7 +21,7 @@ from losscli.errors import UsageError
 from losscli.evaluation.cost import Clock, Timings
 from losscli.evaluation.device import float32_precision
 from losscli.evaluation.losses.built_in import function_of
-from losscli.evaluation.losses.metrics import accuracy, of_mean, perplexity
+from losscli.evaluation.losses.metrics import METRICS, accuracy, is_higher_better, of_mean
 from losscli.evaluation.objective import Evaluation
 from losscli.evaluation.output_comparison import Comparison, Measures, check_outputs, compare
 from losscli.evaluation.ranks import Ranks
@@ -612,8 +612,7 @@ class Barriers(Study):
         )
 
     def _metric_barriers(self, measured: _SplitBarriers, p: int) -> list[float]:
-        """Finds the barrier of each metric on the line of a pair."""
-        # More of a metric is better, but for a perplexity, so that it is a depth below the chord.
+        """Finds the barrier of each metric: a depth below the chord where more is better."""
         i, j = self.pairs[p]
         inner = np.array(self._inner)
         stretch = slice(p * len(inner), (p + 1) * len(inner))
@@ -626,7 +625,7 @@ class Barriers(Study):
                     measured.lines.metrics[name][stretch],
                 )
             )
-            sign = 1 if function_of(metric) is perplexity else -1
+            sign = -1 if is_higher_better(metric) else 1
             with np.errstate(all="ignore"):
                 excess = sign * (line - ((1 - inner) * own[0] + inner * own[1]))
             known = np.isfinite(excess).all()
@@ -668,6 +667,13 @@ class Barriers(Study):
         ):
             if number:
                 notes.append(f"the two checkpoints of {count(number, 'pair')} {which}")
+        for name, metric in self.problem.objective.metrics.items() if self.listed else ():
+            function = function_of(metric)
+            if function not in METRICS.values() and not hasattr(function, "higher_is_better"):
+                notes.append(
+                    f"more of {name} counts as better, so its barrier is a fall below the straight "
+                    f"line; if less is better, set {name}.higher_is_better = False in your code"
+                )
         for name, split in splits.items():
             if number := split["not_finite"]:
                 notes.append(

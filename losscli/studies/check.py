@@ -46,7 +46,7 @@ from losscli.studies.notes import general_notes, spectral_notes
 from losscli.studies.preconditioner import AdamPreconditioner
 from losscli.studies.problem import counted, prepare
 from losscli.studies.spectra import ADAM, Part, ProbedPoint, Spectra, SpectraOptions
-from losscli.studies.verification import differentiable_parameters, verify_fresh_model
+from losscli.studies.verification import differentiable_parameters, verify_fresh_model_near
 from losscli.table import Cell, Table
 from losscli.weight_space.vectors import Weights
 
@@ -59,10 +59,6 @@ _MAX_EIGENVALUES = 10_000
 _PRODUCTS = 100
 
 _PRECONDITIONED = ("preconditioned_lambda_max", "preconditioned_lambda_max_error")
-
-# The factor of the weights of a point at which a model is verified: one that keeps what it computed
-# from other weights has another loss there.
-_NEARBY = 1.01
 
 
 @checked(Settings)
@@ -336,10 +332,10 @@ class Check(Study):
             swept = time.perf_counter()
             last = self.problem.place(self.problem.last.weights)
             check_objective(objective, self.problem.origin, last)
+            # No table has a column for them.
+            objective.metrics = {}
             # Near the point, where steps and differences are evaluated.
-            verify_fresh_model(
-                self.problem, {**last, **{n: last[n] * _NEARBY for n in self.moving}}
-            )
+            verify_fresh_model_near(self.problem, last, self.moving)
             objective.load(self.problem.origin)
             del last
             functions = functions_called(objective)

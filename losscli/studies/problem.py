@@ -286,6 +286,8 @@ def prepare(
                 "losscli.toml next to it or here",
                 "Give --model, for example --model mlp:784-512-10 (losscli list models)",
             )
+        if found.source == str(planned.file):  # which is not written yet
+            found = replace(found, source="--model")
         if specs.objective is not None:
             # It may imply --batch-loss.
             settings = replace(settings, objective=specs.objective.value)

@@ -337,6 +337,8 @@ class Sharpness(Study):
             swept = time.perf_counter()
             last = self.problem.place(self.problem.last.weights)
             check_objective(objective, self.problem.origin, last)
+            # No table has a column for them.
+            objective.metrics = {}
             verify_fresh_model_near(self.problem, last, self.moving)
             del last
             statistics = [self._statistics(t) for t, _ in enumerate(names)]

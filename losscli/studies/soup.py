@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from losscli.checkpoint import Checkpoint, CheckpointLike, expand_folders, name_checkpoints
 from losscli.errors import LossError, OutputError, UsageError
 from losscli.evaluation.device import float32_precision
+from losscli.evaluation.losses.metrics import is_higher_better
 from losscli.evaluation.objective import Evaluation, recalibrated
 from losscli.evaluation.spectral import normalise_stored
 from losscli.evaluation.sweep import check, sweep_plain
@@ -105,7 +106,8 @@ def soup(
         names: Two or more checkpoints, each once: files, ``FILE#KEY``, or a folder of them.
         greedy: A split. The checkpoints are added to the average in the order of their scores on
             it, and kept if the score of the average does not fall. The score is the first
-            ``metric``, of which more is better, else −loss; of a perplexity it is −log.
+            ``metric``, of which more is better unless its ``higher_is_better`` is False, else
+            −loss; of a perplexity it is −log.
         progress: True shows a bar; a function is called with the number of points done so far.
         **settings: The attributes of `losscli.settings.Settings`: ``model``, ``data``, …. Without
             ``greedy`` and any of them, no model is needed.
@@ -266,7 +268,8 @@ class Soup(Study):
     def _scores(self, evaluation: Evaluation) -> NDArray[np.float64]:
         """Returns the score of each example, ``[N]``; with weights, times w over the mean of w."""
         values: NDArray[np.float64] = evaluation.losses[0].double().numpy()
-        return values if self.metric and self.metric != "perplexity" else -values
+        higher = bool(self.metric) and is_higher_better(self.problem.objective.loss)
+        return values if higher else -values
 
 
 def _expand(names: Sequence[str]) -> list[str]:

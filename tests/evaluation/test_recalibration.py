@@ -32,7 +32,7 @@ from losscli.settings import Settings
 from losscli.studies.problem import prepare
 from losscli.weight_space.slices import Line
 from tests import oracle
-from tests.cases import CASES, Case
+from tests.cases import CASES, Case, sample
 from tests.conftest import Losscli
 
 ALPHAS = [-0.5, 0.0, 0.15, 1.0, 2.0]
@@ -251,7 +251,7 @@ BOTH = [
 ]
 
 
-@pytest.mark.parametrize(("case", "way"), BOTH, ids=str)
+@pytest.mark.parametrize(("case", "way"), sample(BOTH, 0), ids=str)
 def test_every_way_gives_the_same_numbers(case: Case, way: Strategy) -> None:
     threads = torch.get_num_threads()
     torch.set_num_threads(3)
@@ -262,7 +262,7 @@ def test_every_way_gives_the_same_numbers(case: Case, way: Strategy) -> None:
     torch.testing.assert_close(found, loaded(case), rtol=1e-9, atol=1e-11)
 
 
-@pytest.mark.parametrize("case", OWN, ids=str)
+@pytest.mark.parametrize("case", sample(OWN, 0, 2), ids=str)
 @pytest.mark.parametrize(("chunk", "batch_size"), [(1, 7), (2, 1000)])
 def test_any_chunk_and_batch_give_the_same_numbers(case: Case, chunk: int, batch_size: int) -> None:
     parts = curve(case, ALPHAS, chunk=chunk, batch_size=batch_size)
@@ -463,7 +463,7 @@ def study(name: str, case: Case, folder: Path, *, seeds: int = 2, **more: Any) -
     return function(*files, **given) if name == "interpolate" else function(files, **given)
 
 
-@pytest.mark.parametrize("case", OWN, ids=str)
+@pytest.mark.parametrize("case", sample(OWN, 1, 4), ids=str)
 def test_a_line_has_them_at_its_ends_too(case: Case, tmp_path: Path) -> None:
     result = study("interpolate", case, tmp_path, points=6)
     states = case.state(1), case.state(2)
@@ -727,7 +727,7 @@ WHERE = {
 }
 
 
-@pytest.mark.parametrize(("name", "number", "more"), STUDIES)
+@pytest.mark.parametrize(("name", "number", "more"), sample(STUDIES, 0, 2))
 def test_where_statistics_matter_the_cure_is_named_once(
     name: str, number: int, more: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -740,7 +740,7 @@ def test_where_statistics_matter_the_cure_is_named_once(
     assert not hints(name, states, tmp_path, **more, except_=("*running*",))
 
 
-@pytest.mark.parametrize(("name", "number", "more"), STUDIES)
+@pytest.mark.parametrize(("name", "number", "more"), sample(STUDIES, 1, 2))
 def test_neighbouring_points_get_no_hint(
     name: str, number: int, more: dict[str, Any], tmp_path: Path
 ) -> None:

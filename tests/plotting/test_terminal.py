@@ -144,8 +144,8 @@ def test_gaps() -> None:
     assert {left, right} <= drawn
     assert not drawn & set(range(left + (right - left) // 4, left + 3 * (right - left) // 4))
     assert lines[-2:] == [
-        "train: 2 points are not finite, not drawn",
-        "train: 1 point is not above 0, not drawn",
+        "train: 2 points not drawn: the loss is not finite",
+        "train: 1 point not drawn: the loss is not above 0",
     ]
     assert "logarithmic axis" in lines
 

@@ -345,6 +345,21 @@ def test_a_greedy_soup_is_that_of_a_plain_loop(
     assert Path("again.png").read_bytes() == Path("s.png").read_bytes()
 
 
+def wrong(outputs: Tensor, targets: Tensor) -> Tensor:
+    return (outputs.argmax(1) != targets).float()
+
+
+def test_a_metric_of_which_less_is_better_is_the_negative_score(relatives: list[str]) -> None:
+    wrong.higher_is_better = False  # type: ignore[attr-defined]
+    found, expected = (
+        library.soup(relatives, greedy="test", metric=metric) for metric in (wrong, "accuracy")
+    )
+    assert found.table["kept"] == expected.table["kept"]
+    assert found.table.floats("score") == pytest.approx(
+        [score - 1 for score in expected.table.floats("score")], rel=1e-12
+    )
+
+
 def test_a_result_saves_what_the_command_line_writes(
     losscli: Losscli, relatives: list[str]
 ) -> None:

@@ -197,7 +197,7 @@ class _DifferenceTest:
             # Near a minimum the slope is small, but it has the rounding errors of large terms.
             losses = value if order == 0 else self._losses(alpha)
             size = max(float(terms.mean().abs()) for terms in (losses, value))
-            comparison = rule.compare(derivative, size, value, self._along(function, alpha))
+            comparison = rule.compare(derivative, size, self._along(function, alpha))
             comparisons.append(comparison)
             if comparison.outcome is Outcome.WRONG:
                 assert comparison.limit is not None

@@ -68,7 +68,6 @@ class Curvature:
 
     Attributes:
         objective, names, split: The arguments.
-        graphs: The gradients that are kept with their graphs.
         device: The device of vectors: the objective's, or the CPU if that has no float64.
         size: n, the number of differentiated weights.
         products: Hessian-vector products made so far.
@@ -94,9 +93,7 @@ class Curvature:
         self._wide = torch.float32 if mps else torch.float64
         self._weight = 0.0
         self._dense: DenseHessian | None = None
-        budget = graph_budget(objective.device) if budget is None else budget
-        threads = torch.get_num_threads() if objective.device.type == "cpu" else 1
-        self.graphs = GradientGraphs(list(objective.tensors.values()), budget, threads)
+        self._budget = budget
         self._recurrent = any(isinstance(m, nn.RNNBase) for m in objective.model.modules())
         self.size = sum(p.numel() for p in self._parameters)
         self.products = 0
@@ -113,6 +110,14 @@ class Curvature:
         self.graphs.release()
         for parameter, flag in self._flags:
             parameter.requires_grad_(flag)
+
+    @cached_property
+    def graphs(self) -> GradientGraphs:
+        """The gradients that are kept with their graphs."""
+        device, budget = self.objective.device, self._budget
+        threads = torch.get_num_threads() if device.type == "cpu" else 1
+        budget = graph_budget(device) if budget is None else budget
+        return GradientGraphs(list(self.objective.tensors.values()), budget, threads)
 
     @property
     def loss(self) -> float:

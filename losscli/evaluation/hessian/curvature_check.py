@@ -48,8 +48,8 @@ def check_derivatives(
 
     The comparison is made near the point, 1 % of the norm of the weights away in a random
     direction, because at special points, such as zero weights, a network has kinks. It is made
-    along the given directions and along four random ones: an eigenvector of a wrong Hessian may be
-    orthogonal to the error.
+    along the given directions and along random ones, four in all. At least two are random: an
+    eigenvector of a wrong Hessian may be orthogonal to the error.
 
     Args:
         objective: The model, the loss and the data, in float64 where possible.
@@ -92,9 +92,7 @@ def check_derivatives(
             at = Curvature(objective, base, names, sample)
             product, gradients = at.product(flat), at.gradient()
             size = max(float(gradients.norm()), abs(at.loss) / length)
-            comparison = second_rule.compare(
-                product, size, gradients.unsqueeze(0), _along(gradient, base, step)
-            )
+            comparison = second_rule.compare(product, size, _along(gradient, base, step))
             products.append(comparison)
             if comparison.limit is not None:
                 computed, limit = (float(x @ flat) / length**2 for x in (product, comparison.limit))
@@ -146,7 +144,7 @@ def _compare_slopes(
     for name, step, base, flat in _bases(curvature, point, steps, generator):
         at = Curvature(objective, base, curvature.names, sample)
         slope, size = at.gradient() @ flat, abs(at.loss)
-        comparison = rule.compare(slope.cpu(), size, losses(base), _along(losses, base, step))
+        comparison = rule.compare(slope.cpu(), size, _along(losses, base, step))
         slopes.append(comparison)
         if comparison.limit is not None:
             computed, limit = (float(x) / length for x in (slope, comparison.limit))
@@ -177,8 +175,9 @@ def _steps(
         for name, v in directions.items()
         if bool(v.isfinite().all())
     }
+    number = max(NEEDED, POINTS - len(steps))
     return steps | {
-        f"random direction {k + 1}": random_step(point, generator) for k in range(POINTS)
+        f"random direction {k + 1}": random_step(point, generator) for k in range(number)
     }
 
 

@@ -22,6 +22,7 @@ __all__ = [
     "accuracy",
     "counted_in_accuracy",
     "disagreement",
+    "is_higher_better",
     "of_mean",
     "perplexity",
 ]
@@ -175,6 +176,20 @@ def of_mean(metric: PerExample, mean: float) -> float:
         return math.exp(mean)
     except OverflowError:
         return math.inf
+
+
+def is_higher_better(metric: PerExample) -> bool:
+    """Returns whether more of a metric is better.
+
+    Args:
+        metric: The metric.
+
+    Returns:
+        False for perplexity, and for code with the attribute ``higher_is_better = False``, as
+        torchmetrics has it; else True.
+    """
+    function = function_of(metric)
+    return function is not perplexity and getattr(function, "higher_is_better", True) is not False
 
 
 def loss_seed_stderr(outputs: Tensor, targets: Tensor) -> Tensor:
