@@ -221,8 +221,8 @@ class LoraAdapter:
         same_shape = [n for n, t in base.items() if t.shape == shape]
         if name not in base and name.endswith("lm_head.weight") and len(same_shape) == 1:
             return MismatchError(
-                f"the adapter {self.where.parent} changes {name}, and its base has {same_shape[0]} "
-                "alone, to which the model ties it",
+                f"the adapter {self.where.parent} changes {name}, and its base has only "
+                f"{same_shape[0]}, to which the model ties it",
                 UNTIE,
             )
         have = f"has it as {list(base[name].shape)}" if name in base else "has no such tensor"
