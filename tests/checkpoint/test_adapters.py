@@ -693,7 +693,7 @@ def test_changing_only_one_name_of_a_tied_tensor_is_refused(
         assert not list(tmp_path.glob("x*"))
     assert (
         f"{changed} and {other} are one tensor in the model, and the adapter changes only "
-        f"{changed}. Save the base untied (tie_word_embeddings=false, both tensors in its file), merge"
+        f"{changed}. Save the base untied (tie_word_embeddings=false, both tensors in its file)"
     ) in done.stderr
 
 
