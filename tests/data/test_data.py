@@ -160,7 +160,7 @@ def test_relative_names_are_relative_to_the_folder_given(
     ("arrays", "message"),
     [
         ({"train_inputs": X}, "the split 'train' has only inputs. Add train_targets"),
-        ({"targets": Y}, "the split 'data' has targets alone. Add inputs"),
+        ({"targets": Y}, "the split 'data' has only targets. Add inputs"),
         ({"inputs": X, "targets": Y, "weights": X}, "the array 'weights' is not recognised. Name"),
         ({"train_x": X, "train_y": Y}, "the array 'train_x' is not recognised. Name the arrays"),
         ({"inputs": X, "targets": Y[:5]}, "split 'data': 13 inputs for 5 targets. Give one target"),
