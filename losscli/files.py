@@ -46,7 +46,7 @@ class IrregularError(OSError):
     """The file is not a regular file, or its content is too long.
 
     Args:
-        what: What is wrong and how to fix it.
+        what: The problem and its fix.
     """
 
     def __init__(self, what: str) -> None:
@@ -138,7 +138,7 @@ def refuse_placeholder(path: Path, name: str, error: type[LosscliError]) -> None
     if start.startswith((b"<!doctype html", b"<html")):
         raise error(
             f"{name} is an HTML page, not the file itself",
-            "Download it again, from the address of the file and not of the page that shows it",
+            "Download the file itself, not the page that shows it",
         ) from None
 
 

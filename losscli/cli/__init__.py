@@ -131,7 +131,7 @@ def _resume_hint(console: Console) -> str:
     """Returns how to resume a run; empty if it has no journal."""
     if console.journal is None:
         return ""
-    return f"what was finished is in {console.journal}: the same command resumes from there"
+    return f"finished work is in {console.journal}: the same command resumes from there"
 
 
 def _with_resume_hint(text: str, console: Console) -> str:

@@ -38,7 +38,7 @@ def around(
     checkpoints: Annotated[
         list[str],
         argument(
-            "One or more; a folder of them, in natural order; - for names on stdin, one a line."
+            "One or more; a folder of them, in natural order; - for names on stdin, one per line."
         ),
     ],
     settings: Settings,
@@ -95,10 +95,15 @@ def around(
     ] = None,
     basin_loss: Annotated[
         float | None,
-        option(_BASIN, "The same with the loss X as the threshold.", "--basin-loss", metavar="X"),
+        option(
+            _BASIN,
+            "The same with the loss X as the threshold, instead of --basin.",
+            "--basin-loss",
+            metavar="X",
+        ),
     ] = None,
 ) -> None:
-    """Loss around checkpoints along many directions, and the radius of the basin.
+    """Evaluate the loss around checkpoints along many directions, and the radius of the basin.
 
     Draws the loss along each direction, its mean and its 10–90 % band over the distance from the
     checkpoint. All random directions of a checkpoint have the same length, so the mean is over

@@ -40,7 +40,7 @@ def barriers(
     checkpoints: Annotated[
         list[str] | None,
         argument(
-            "Two or more; a folder of them, in natural order; - for names on stdin, one a line. "
+            "Two or more; a folder of them, in natural order; - for names on stdin, one per line. "
             "None with --pairs.",
         ),
     ] = None,
@@ -74,7 +74,7 @@ def barriers(
         int,
         option(
             "The lines",
-            "Evenly spaced values of α on each line, from 0 to 1.",
+            "Number of evenly spaced values of α on each line, from 0 to 1.",
             "--points",
             metavar="N",
         ),
@@ -93,19 +93,23 @@ def barriers(
         bool,
         option(
             "The outputs",
-            "Also the share of examples on which two checkpoints predict different classes.",
+            "Also compute the share of examples on which two checkpoints predict different "
+            "classes.",
             "--disagreement",
         ),
     ] = False,
     cka: Annotated[
         bool,
-        option("The outputs", "Also the linear CKA of the outputs of two checkpoints.", "--cka"),
+        option(
+            "The outputs", "Also compute the linear CKA of the outputs of two checkpoints.", "--cka"
+        ),
     ] = False,
 ) -> None:
-    """The barriers between all pairs of checkpoints, as a matrix.
+    """Find the barriers between all pairs of checkpoints, as a matrix.
 
-    On the line between each two the largest height above the chord, for 0 ≤ α ≤ 1. Each checkpoint
-    is read and evaluated once; the losses on all the lines are in STEM.curves.csv.
+    The barrier is the largest height of the loss above the straight line between the losses of both
+    ends, for 0 ≤ α ≤ 1. Each checkpoint is read and evaluated once; the losses on all lines are in
+    STEM.curves.csv.
     """
 
     def plan() -> Study:
@@ -222,7 +226,7 @@ def _matrix(split: BarriersSplit) -> list[str]:
 def _pair_barrier(pair: PairBarrier | None, number: Mapping[str, str]) -> str:
     """Describes a barrier and its two checkpoints, by their numbers if they have any."""
     if pair is None:
-        return "none is known"
+        return "not known"
     a, b = pair["a"], pair["b"]
     between = " and ".join(number.get(name) or printable(name) for name in (a, b))
     at = "" if pair["alpha"] is None else f" at α = {pair['alpha']:.4g}"

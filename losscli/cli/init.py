@@ -61,7 +61,7 @@ def init(
 
     It is tried first: the checkpoint is loaded, its tensors are compared with the model's, and the
     loss is evaluated on one batch. Nothing is written if this fails. On a terminal, it asks for
-    what the options do not say.
+    missing options.
     """
     from losscli.studies.config import FILE_NAME, Config, config_content
 

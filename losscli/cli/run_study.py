@@ -28,7 +28,7 @@ __all__ = ["expand_names", "run_study"]
 
 # Conditions in the fingerprint of a study that may differ between machines.
 _MACHINE_CONDITIONS = frozenset({
-    "Python", "the device", "the number of threads", "what the model makes of a first batch",
+    "Python", "the device", "the number of threads", "the losses of a first batch",
 })  # fmt: skip
 
 
@@ -105,7 +105,7 @@ def run_study(
     protect_inputs(written, study.problem.names, study.problem.settings)
     output.guard(study.identity, command.further_tables)
     for path in made if checkpoint is None else [checkpoint]:
-        # This run may have written it before, or it may have been killed then.
+        # An earlier run of the same command may have written it, and may have been killed then.
         again = output.is_of(study.identity) or Path(f"{output.stem}.journal").exists()
         check_writable(path, force=write.force or again)
     from losscli.evaluation.journal import Journal
@@ -138,7 +138,7 @@ def run_study(
 
 
 def _note_on_speed(study: Study, console: Console) -> None:
-    """Prints the note on half precision; measured, so it is not part of the result."""
+    """Prints a note on slow half precision. It is measured, so it is not part of the result."""
     from losscli.evaluation.device import half_precision_note
 
     objective = study.problem.objective
@@ -209,13 +209,13 @@ def _journal_notes(journal: Journal) -> Iterator[str]:
     elif len(journal):
         changes = "; ".join(journal.changes)
         caveat = f", though {changes}: the last digits may differ" if changes else ""
-        yield f"goes on where {journal.path} ends{caveat}"
+        yield f"resuming from {journal.path}{caveat}"
     if journal.truncated:
         yield f"{journal.path}: an incomplete record is ignored"
     if not journal.locked:
         yield (
-            f"the file system of {journal.path} has no locks: see that no other run writes the "
-            "same results"
+            f"the file system of {journal.path} has no locks: make sure that no other run writes "
+            "the same results"
         )
 
 

@@ -79,7 +79,7 @@ def sharpness(
     ] = None,
     keep_order: KeepOrder = False,
 ) -> None:
-    """How sharp is the loss at each checkpoint?
+    """Measure how sharp the loss is at each checkpoint.
 
     Rises of the loss within a radius ρ: average sharpness over random perturbations, worst-case
     sharpness by gradient ascent in the ball (at least that much), and SAM sharpness along the
@@ -105,7 +105,7 @@ def sharpness(
     if direction_split and len(direction_split) > 1:
         raise UsageError(
             f"--direction-split is given {len(direction_split)} times",
-            "Give one split, the gradient of which all critical steps are along",
+            "Give one split: all critical steps are along its gradient",
         )
     names = expand_names(checkpoints, console.ranks)
     run_study("sharpness", checkpoints, plan, write, console)

@@ -51,7 +51,7 @@ def soup(
 
     Needs `-o X.safetensors`, or X.pt. Without --greedy it writes this file alone, and needs a
     model and data only for options about them, such as --buffers recalibrate. With --greedy it
-    also writes X.csv with the steps of the search, X.json and a picture.
+    also writes X.csv with the steps of the search, X.json and a figure.
     """
     if write.out is None:
         raise UsageError("soup needs a file to write", "Give -o X.safetensors")

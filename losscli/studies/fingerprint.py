@@ -114,7 +114,7 @@ def fingerprint_of(command: str, problem: Problem, options: Mapping[str, Any]) -
         "the device": f"{objective.device.type} ({provenance['device_name']})",
         "the number of processes": provenance["processes"],
         "the number of threads": torch.get_num_threads(),
-        "what the model makes of a first batch": tried,
+        "the losses of a first batch": tried,
     }
     parts = [
         *(identity_of(command, problem, options), settings.batch_size, objective.device.type),

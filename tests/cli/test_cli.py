@@ -965,7 +965,7 @@ def test_a_picture_does_not_go_to_stdout(losscli: Losscli, folder: Path) -> None
     before = set(folder.iterdir())
     done = losscli("plot", "g.csv", "-o", "-")
     assert (done.status, done.stdout) == (2, "")
-    assert "does not go to stdout, as --out - asks. Give --out STEM" in done.stderr
+    assert "a figure cannot be written to stdout. Give --out STEM" in done.stderr
     assert set(folder.iterdir()) == before
 
 
@@ -977,7 +977,7 @@ def test_a_closed_stdin_is_one_line(
     done = losscli(*command.split())
     assert done.status == 2
     assert done.stderr == (
-        "losscli: stdin is closed, so - names nothing. Give names, or a pipe to stdin\n"
+        "losscli: stdin is closed, so - gives no names. Give names, or a pipe to stdin\n"
     )
 
 

@@ -210,8 +210,8 @@ def test_stems_are_named_after_the_command_and_the_ends(
         ("plane a.pt --range 1 1", 2, "--range 1.0 1.0 is empty"),
         ("plane a.pt b.pt other.pt", 1, "other.pt does not fit the model"),
         ("plot line.csv way.csv", 2, "have no axes in common"),
-        ("plot square.csv square.csv", 2, "cannot be laid over another"),
-        ("plot way.csv --terminal", 2, "the lines of interpolate alone"),
+        ("plot square.csv square.csv", 2, "cannot be overlaid"),
+        ("plot way.csv --terminal", 2, "only tables of interpolate"),
         ("plot way.surface.csv", 1, "is not a table that losscli can draw"),
     ],
 )

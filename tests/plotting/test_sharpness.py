@@ -207,6 +207,6 @@ def test_tables_of_any_numbers_are_drawn() -> None:
 
 
 def test_two_tables_are_not_laid_over_each_other() -> None:
-    with pytest.raises(UsageError, match="one table of sharpness cannot be laid over another"):
+    with pytest.raises(UsageError, match="tables of sharpness cannot be overlaid"):
         draw([run(), run()])
     assert np.isfinite(draw([run()]).get_figheight())

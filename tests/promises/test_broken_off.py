@@ -145,10 +145,10 @@ def test_a_signal_keeps_what_was_finished_and_says_where(
     whole = truth(LINE, folder, losscli)
     assert ended(child(LINE, log, dies(2, number))) == status
     assert log.read_text().splitlines()[-1] == (
-        f"losscli: {how}; what was finished is in out.journal: the same command resumes from there"
+        f"losscli: {how}; finished work is in out.journal: the same command resumes from there"
     )
     assert [path.name for path in folder.glob("*out*")] == ["out.journal"]
-    assert "goes on where out.journal ends\n" in said(LINE, losscli)
+    assert "resuming from out.journal\n" in said(LINE, losscli)
     assert results(folder) == whole
 
 

@@ -217,7 +217,7 @@ def test_a_full_disk_leaves_whole_files_or_none(
         # No journal stays in which there is nothing.
         assert all(b'"key"' in content for content in left.values())
         # What is kept is told of.
-        told = "hat was finished is in out.journal: the same command resumes from there" in last
+        told = "inished work is in out.journal: the same command resumes from there" in last
         assert told == (b'"key"' in left.get("out.journal", b""))
     done = losscli(*command)
     assert done.status == 0, done.stderr

@@ -472,7 +472,7 @@ def test_finished_work_survives_the_death_of_a_rank(
         KILL=f"broken.0.1.{most} broken.1.0.{most}",
         HOLD=f"broken.0.0.{most} broken.1.1.{most}",
     )
-    assert any("goes on where broken.journal ends" in x for x in told)
+    assert any("resuming from broken.journal" in x for x in told)
     assert Path("broken.csv").read_bytes() == Path("whole.csv").read_bytes()
     assert summary("broken") == summary("whole")
     assert not list(folder.glob("*.journal"))
@@ -507,7 +507,7 @@ def test_sigterm_to_torchrun_ends_all_and_says_what_was_finished(
     process.terminate()
     told = said(process)
     assert process.returncode
-    assert "losscli: terminated; what was finished is in broken.journal" in told[-1]
+    assert "losscli: terminated; finished work is in broken.journal" in told[-1]
     assert Path("broken.journal").exists()
 
 
@@ -536,12 +536,12 @@ def test_a_signal_ends_all_and_the_next_run_goes_on(
 
     first, other = forked([line("broken")], 2, meanwhile=interrupt)
     assert [outcome.status for outcome in (*first, *other)] == [status, status]
-    assert f"losscli: {how}; what was finished is in broken.journal" in first[0].stderr
+    assert f"losscli: {how}; finished work is in broken.journal" in first[0].stderr
     monkeypatch.setenv("HOLD", "")
     # Nobody holds the journal, and what is in it is known again, also by one process.
     done = losscli(*line("broken").split())
     assert (whole.status, done.status) == (0, 0), done.stderr
-    assert "goes on where broken.journal ends" in done.stderr
+    assert "resuming from broken.journal" in done.stderr
     assert_same("whole.csv", "broken.csv")
     assert not Path("broken.journal").exists()
 
@@ -847,12 +847,12 @@ def test_a_store_that_is_killed_ends_the_run_in_one_line_and_what_is_written_sta
         assert first[0].status == 1
         (line,) = told
         assert "losscli: the run's store is gone: torchrun, or the machine" in line
-        assert line.endswith("What was finished is in out.journal: the same command resumes from "
+        assert line.endswith("Finished work is in out.journal: the same command resumes from "
                              "there")  # fmt: skip
         assert not Path("out.csv").exists()
         again = losscli(*command.split(), "out")
         assert again.status == 0, again.stderr
-        assert "goes on where out.journal ends" in again.stderr
+        assert "resuming from out.journal" in again.stderr
     else:
         assert (first[0].status, told) == (0, [])
     assert_same("whole.csv", "out.csv")

@@ -518,8 +518,8 @@ ERRORS = [
     (("barriers", "a.pt", "other.pt"), 1, "other.pt does not fit the model"),
     (("barriers", "a.pt", "b.pt", "--metric", "metrics.py:a"), 2, "would head two columns"),
     (("plot", "out.curves.csv"), 1, "is not a table that losscli can draw"),
-    (("plot", "out.csv", "out.csv"), 2, "one matrix cannot be laid over another"),
-    (("plot", "out.csv", "--terminal"), 2, "a terminal shows the lines of interpolate alone"),
+    (("plot", "out.csv", "out.csv"), 2, "matrices cannot be overlaid"),
+    (("plot", "out.csv", "--terminal"), 2, "--terminal draws only tables of interpolate"),
 ]
 
 

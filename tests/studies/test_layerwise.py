@@ -409,7 +409,7 @@ def test_the_command_writes_and_prints_each_block(losscli: Losscli, folder: Path
     done = losscli(*LAYERWISE, "--figure", "x.png", "--figure", "x.svg")
     assert done.status == 0
     assert "x.blocks.csv" in done.stderr
-    assert "each block alone, the others at A" in done.stdout
+    assert "each block on its own, the others at A" in done.stdout
     found = Table.read(Path("x.blocks.csv"))
     assert found.columns == ("block", "alpha", "split", "loss", "loss_stderr", "accuracy")
     assert command_of(found.columns) is None

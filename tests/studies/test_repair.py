@@ -242,7 +242,7 @@ def test_a_unit_without_variance_is_skipped() -> None:
     note = "the data have no split train: statistics are those of only, the only one"
     assert note in result.summary["notes"]
     assert np.isfinite(result.table["loss"]).all()
-    assert "at a point at most 1 unit had no variance, left as before\n" in report(result)
+    assert "at most 1 unit at a point had no variance and stayed unchanged\n" in report(result)
 
 
 def test_a_run_that_was_broken_off_ends_with_the_same_bytes(tmp_path: Path) -> None:

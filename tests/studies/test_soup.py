@@ -492,7 +492,7 @@ def test_a_killed_search_goes_on(
     assert not Path("s.csv").exists()
     done = losscli(*line, "s.safetensors")
     assert done.status == 0
-    assert "goes on where s.journal ends" in done.stderr
+    assert "resuming from s.journal" in done.stderr
     for suffix in (".csv", ".safetensors", ".png"):
         assert Path(f"s{suffix}").read_bytes() == Path(f"whole{suffix}").read_bytes()
 
