@@ -123,7 +123,7 @@ def find_optimizers(content: Any, label: str = "", depth: int = 0) -> Iterator[t
 def find_adam_state(
     name: str, optimizers: Mapping[str, Any], parameters: ModelParameters, wanted: Sequence[str]
 ) -> AdamState:
-    """Finds the state of Adam that belongs to a model.
+    """Returns the state of Adam for the ``wanted`` parameters of a model.
 
     Parameters are matched by ``param_names``. Without these, each group of the optimiser must have
     its parameters in the order of the model, and only one assignment may have the right shapes.
@@ -133,9 +133,6 @@ def find_adam_state(
         optimizers: The state dicts of `find_optimizers`.
         parameters: Those of the model.
         wanted: The parameters of which the moments are needed.
-
-    Returns:
-        The state for these parameters.
 
     Raises:
         CheckpointError: There is no state of Adam, its moments are quantised, or they cannot be

@@ -90,14 +90,7 @@ class _Chunk:
 
 
 def read_distributed(folder: Path, name: str) -> CheckpointFile:
-    """Reads the metadata of a distributed checkpoint. The values of tensors are read later.
-
-    Args:
-        folder: The folder.
-        name: The name that the user gave.
-
-    Returns:
-        The checkpoint file, with tensors on ``meta``; its ``fetch`` reads their values.
+    """Returns a distributed checkpoint with tensors on ``meta``; its ``fetch`` reads their values.
 
     Raises:
         CheckpointError: The metadata is broken or needs code to run.

@@ -43,15 +43,11 @@ _TRAINING_STATE = re.compile(
 
 
 def list_checkpoints(name: str) -> list[str]:
-    """Lists the checkpoints in a folder.
+    """Returns the checkpoints in a folder in natural order (step-9 before step-10).
 
     Args:
-        name: ``DIR``, or ``DIR#KEY`` for a key of every file.
-
-    Returns:
-        The checkpoint files and checkpoint folders in the folder, in natural order (step-9 before
-        step-10), each with the key. Empty if the name is not that of a folder, or if the folder
-        itself is one checkpoint.
+        name: ``DIR``, or ``DIR#KEY`` for a key of every file. The list is empty if the name is not
+            that of a folder, or if the folder itself is one checkpoint.
 
     Raises:
         CheckpointError: The folder has no checkpoints or cannot be read.

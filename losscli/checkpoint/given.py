@@ -132,9 +132,6 @@ def name_checkpoints(values: object, *, first: int = 0) -> list[str]:
             named by their index.
         first: The index of the first.
 
-    Returns:
-        The names.
-
     Raises:
         UsageError: A value is not a checkpoint, or two objects share their tensors.
         CheckpointError: A tensor of an object has no values, or does not support arithmetic.

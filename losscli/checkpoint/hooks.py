@@ -157,12 +157,10 @@ class LoadHooks:
 def has_custom_loading(model: nn.Module) -> bool:
     """Whether a model runs loading code that is not part of torch.
 
-    Args:
-        model: The model.
+    This is a load hook, a loading method or extra state of one of its modules.
 
     Returns:
-        Whether a module has load hooks, loading methods or extra state that torch does not
-        define.
+        Whether it does.
     """
     return any(
         not str(getattr(code, "__module__", "")).startswith("torch.")

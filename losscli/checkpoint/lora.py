@@ -99,17 +99,15 @@ class LoraAdapter:
         aliases: Mapping[str, list[str]],
         _model: nn.Module | None = None,
     ) -> dict[str, Tensor]:
-        """Merges the adapter into the weights of a model.
+        """Returns the tensors of a model with the adapter merged into them.
+
+        Those that the adapter changes are new, in float32 or wider; the others are the base's.
 
         Args:
             base: The tensors of the model.
             tensors: The tensors of the adapter under peft's names.
             aliases: For each tied name of the model, the other names of its tensor.
             _model: The model, which LoRA does not need.
-
-        Returns:
-            The tensors of the model. Those that the adapter changes are new, in float32 or wider;
-            the others are the tensors of the base.
 
         Raises:
             MismatchError: The adapter changes a tensor that the base lacks or has in another shape.

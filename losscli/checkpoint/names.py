@@ -275,20 +275,17 @@ def find_parts(
     aliases: Mapping[str, list[str]],
     optional: Collection[str] = (),
 ) -> Iterator[Part]:
-    """Finds the parts of a state dict that may hold a model.
+    """Yields the parts of a state dict that may hold a model.
 
-    The search compares unchanged names first. If no part holds the model, it compares names
-    without the components that wrappers add. Prefixes are tried if the whole does not fit.
+    If no part holds the model, they are the whole and all parts that share names with it. The
+    search compares unchanged names first, and then names without the components that wrappers add.
+    Prefixes are tried if the whole does not fit.
 
     Args:
         weights: The state dict.
         expected: The state dict of the model.
         aliases: The aliases of tied tensors; a file may omit all aliases of a tensor but one.
         optional: The names of tensors of the model that may be missing.
-
-    Yields:
-        The parts that hold the model. If there are none, the whole and all parts that share names
-        with the model.
     """
     model_names = {name: name for name in expected}
     whole = _match_group("", weights, weights, str, model_names, expected, aliases, optional)

@@ -27,14 +27,12 @@ __all__ = ["find_base", "read", "read_optimizers"]
 
 
 def read(name: str) -> CheckpointFile:
-    """Reads a checkpoint without running code in it.
+    """Returns the content of a checkpoint, without running code in it.
 
     Args:
         name: ``FILE``, ``FILE#KEY``, a folder that is one checkpoint, several of them as the
-            modules of one model (``netG=G.pth+netD=D.pth``), or an object.
-
-    Returns:
-        The content, memory-mapped if the format allows it.
+            modules of one model (``netG=G.pth+netD=D.pth``), or an object. Files are
+            memory-mapped if their format allows it.
 
     Raises:
         CheckpointError: The file does not exist, is not a checkpoint, needs code to run, or does
@@ -82,14 +80,10 @@ def read_optimizers(name: str) -> dict[str, Any]:
 
 
 def find_base(names: Sequence[str]) -> str | None:
-    """Finds the base checkpoint for the adapters among several checkpoints.
+    """Returns the base checkpoint for the adapters among several checkpoints.
 
-    Args:
-        names: The names of the checkpoints.
-
-    Returns:
-        The first checkpoint that is not an initialisation or an adapter. If there is none, the
-        base folder that the adapters name. None if all are initialisations.
+    It is the first checkpoint that is not an initialisation or an adapter. If there is none, it is
+    the base folder that the adapters name; None if all are initialisations.
 
     Raises:
         CheckpointError: The adapters name different bases, or not an existing folder.

@@ -42,16 +42,13 @@ class NameRules:
         allow_missing: Sequence[str],
         rename: Sequence[str],
     ) -> NameRules:
-        """Creates the rules from the options.
+        """Returns the rules that the options give.
 
         Args:
             model: The state dict of the model with its initial values.
             ignore_unexpected: Whether unexpected tensors are ignored.
             allow_missing: Patterns of the tensors that may be missing.
             rename: The renames, ``OLD=NEW``.
-
-        Returns:
-            The rules.
 
         Raises:
             UsageError: A pattern matches no tensor of the model, or a rename has another form.

@@ -90,13 +90,8 @@ def load_safetensors(
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """Reads a safetensors file of arrays.
 
-    Args:
-        path: The file.
-        scale: Whether uint8 inputs are divided by 255; None for those with three dimensions or
-            more.
-
     Returns:
-        Inputs and targets of each split.
+        Inputs and targets of each split; ``scale`` is as for `scaled`.
 
     Raises:
         DataError: The file is missing or broken, or has another structure.
@@ -118,13 +113,8 @@ def load_safetensors(
 def load_npz(path: Path, /, *, scale: bool | None = None) -> dict[str, tuple[Tensor, Tensor]]:
     """Reads a NumPy archive of arrays.
 
-    Args:
-        path: The file.
-        scale: Whether uint8 inputs are divided by 255; None for those with three dimensions or
-            more.
-
     Returns:
-        Inputs and targets of each split.
+        Inputs and targets of each split; ``scale`` is as for `scaled`.
 
     Raises:
         DataError: The file is missing or broken, or has another structure.
@@ -200,9 +190,6 @@ _HEADERS = {
 
 def load_mnist(path: Path, /) -> Pixels:
     """Reads the IDX files of MNIST, Fashion-MNIST or K-MNIST.
-
-    Args:
-        path: The folder.
 
     Returns:
         Inputs and targets of each split.

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from losscli.data.arrays import scaled
 from losscli.data.batch import Pixels, to_tensor
@@ -324,19 +325,10 @@ def _require_inside_card(folder: Path) -> None:
         configs = content.get("configs") if isinstance(content, dict) else None
         for entry in configs if isinstance(configs, list) else ():
             for key in ("data_files", "data_dir"):
-                for name in _strings(entry.get(key) if isinstance(entry, dict) else None):
-                    _require_inside(name, folder, file)
-
-
-def _strings(content: Any) -> Iterator[str]:
-    if isinstance(content, str):
-        yield content
-    elif isinstance(content, Mapping):
-        for value in content.values():
-            yield from _strings(value)
-    elif isinstance(content, list):
-        for value in content:
-            yield from _strings(value)
+                names = tree_leaves(entry.get(key) if isinstance(entry, dict) else None)
+                for name in names:
+                    if isinstance(name, str):
+                        _require_inside(name, folder, file)
 
 
 def _require_inside(name: str, folder: Path, file: Path) -> None:

@@ -116,14 +116,7 @@ def device_memory(device: torch.device) -> int:
 
 @contextmanager
 def allocations() -> Iterator[None]:
-    """Makes every allocation that fails a ``torch.OutOfMemoryError``.
-
-    Yields:
-        Nothing.
-
-    Raises:
-        torch.OutOfMemoryError: An allocation failed, in PyTorch or in a library of the device.
-    """
+    """Makes every failed allocation, also in a library of the device, an OutOfMemoryError."""
     try:
         yield
     except RuntimeError as error:
@@ -135,7 +128,7 @@ def allocations() -> Iterator[None]:
 
 @contextmanager
 def placing(what: str, device: torch.device, cure: str = "--dtype bfloat16") -> Iterator[None]:
-    """Names what does not fit if memory runs out.
+    """Names what does not fit on a device if memory runs out.
 
     Args:
         what: What is placed on the device.

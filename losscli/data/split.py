@@ -303,32 +303,22 @@ class DataSet:
         return "regression" if floating else "classification"
 
     def prepare(self, inputs: Nest, dtype: torch.dtype) -> Nest:
-        """Preprocesses stored inputs for the model.
+        """Returns a batch of stored inputs as the model gets them.
 
-        Args:
-            inputs: A batch as stored.
-            dtype: The dtype of the forward pass.
-
-        Returns:
-            The inputs. Floating-point tensors are converted to ``dtype``, and so are uint8 tensors
-            if they are scaled or normalised; both are then normalised and flattened. Other
-            integers (token ids) and booleans (masks) are unchanged. A list of examples, or an
-            object, becomes the only positional argument.
+        Floating-point tensors are converted to ``dtype``, and so are uint8 tensors if they are
+        scaled or normalised; both are then normalised and flattened. Other integers (token ids) and
+        booleans (masks) are unchanged. A list of examples, or an object, becomes the only
+        positional argument.
         """
         if isinstance(inputs, Ragged):
             inputs = (inputs,)
         return map_nest(lambda tensor: self._prepare(tensor, dtype), realise(inputs))
 
     def prepare_batch(self, batch: Split, dtype: torch.dtype) -> Any:
-        """Prepares a whole batch for an objective.
+        """Returns a whole batch as an objective gets it.
 
-        Args:
-            batch: A batch as stored.
-            dtype: The dtype of the forward pass.
-
-        Returns:
-            The batch as the user's code returns it, or ``(inputs, targets)`` of a built-in format,
-            with the inputs of `prepare`. All floating-point tensors are converted to ``dtype``.
+        It is as the user's code returns it, or ``(inputs, targets)`` of a built-in format, with the
+        inputs of `prepare`. All floating-point tensors are converted to ``dtype``.
         """
 
         def convert(x: Tensor) -> Tensor:

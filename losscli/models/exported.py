@@ -19,9 +19,6 @@ __all__ = ["load_exported"]
 def load_exported(file: str | Path) -> nn.Module:
     """Loads a program that ``torch.export.save`` wrote (.pt2). This runs code in the file.
 
-    Args:
-        file: The file.
-
     Returns:
         The program as a module, with the tensor names of the exported model.
 

@@ -23,16 +23,12 @@ __all__ = ["split_specs", "write_config", "write_defaults"]
 def split_specs(
     model: str | None, data: str | None, folder: Path
 ) -> tuple[dict[str, str], dict[str, str]]:
-    """Splits specs into those that metadata may have and those that need trust.
+    """Returns the specs that metadata may have, and those that need trust for ``losscli.toml``.
 
     Args:
         model: The spec of the model, with paths relative to the current folder.
         data: The spec of the data.
-        folder: The folder of the record.
-
-    Returns:
-        The metadata of the checkpoints, and the content of ``losscli.toml``; with paths relative
-        to the folder.
+        folder: The folder of the record, to which paths in the result are relative.
 
     Raises:
         SpecError: A spec cannot be parsed, or names an unknown entry or a missing file of code.

@@ -347,8 +347,7 @@ def draw(runs: Sequence[Run[Any]], drawing: Drawing = FULL) -> Figure:
 def render_html(runs: Sequence[Run[Any]], drawing: Drawing = FULL) -> str:
     """Returns one or more runs of one command as an interactive page.
 
-    Returns:
-        HTML that needs no other file and no network.
+    The page is HTML that needs no other file and no network.
 
     Raises:
         UsageError: The runs are of several commands or have no figure together, or Plotly is not

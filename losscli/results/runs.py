@@ -128,17 +128,10 @@ def _as_run(value: Any, name: str) -> Run[Any]:
 
 
 def report(names: Sequence[str], runs: Sequence[Run[Any]], drawing: Drawing) -> str:
-    """Renders runs of any commands as one interactive page, with the origin of their numbers.
+    """Returns runs of any commands as one interactive page, with the origin of their numbers.
 
-    Runs of one command share a section if they can be drawn together.
-
-    Args:
-        names: The name of each run.
-        runs: The runs.
-        drawing: The title, and whether the scales are logarithmic at first.
-
-    Returns:
-        HTML that needs no other file and no network.
+    Runs of one command share a section if they can be drawn together. The page is HTML that needs
+    no other file and no network.
 
     Raises:
         UsageError: A run has no figure, or Plotly is not installed.
@@ -192,14 +185,11 @@ def _origin(run: Run[Any]) -> str:
 
 
 def read_run(path: Path, *, undrawn: bool = False) -> Run[Any]:
-    """Reads the files of a run and checks that it can be drawn.
+    """Returns a run from its files, after checking that it can be drawn.
 
     Args:
         path: STEM.csv, which may be a pipe. STEM.json and further tables are read if they exist.
         undrawn: Whether to read the further tables that no figure shows, too.
-
-    Returns:
-        The run.
 
     Raises:
         TableError: A file cannot be read, or is not one that losscli wrote.
@@ -214,15 +204,12 @@ def read_run(path: Path, *, undrawn: bool = False) -> Run[Any]:
 def choose_drawing(
     names: Sequence[str], runs: Sequence[Run[Any]], options: Mapping[str, Any]
 ) -> Drawing:
-    """Chooses how runs are drawn: by the options, else as all of them were drawn before.
+    """Returns how runs are drawn: by the given options, else as all of them were drawn before.
 
     Args:
         names: The name of each run in errors.
-        runs: The runs.
+        runs: The runs. The labels of checkpoints are those of a single run.
         options: The options that were given.
-
-    Returns:
-        The options of the figure. The labels of checkpoints are those of a single run.
 
     Raises:
         UsageError: An option is invalid.

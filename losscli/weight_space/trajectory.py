@@ -405,7 +405,8 @@ def principal_axes(
     ])
     for block in (*blocks, *others):
         rows, _ = _centred(open_, count, block)
-        _scatter(shares @ rows, block, axes)
+        for row, axis in zip(shares @ rows, axes, strict=True):
+            _scatter(row, block, axis)
     for axis in axes:
         # An axis with a small share of the variance comes with a large error in its length.
         length = norm(axis, names)
@@ -436,7 +437,8 @@ def _centred(open_: Opener, count: int, block: Sequence[Part]) -> tuple[Tensor, 
     """Returns a block of all checkpoints minus its mean, and the block of the last checkpoint."""
     rows = torch.empty(count, sum(stop - start for _, start, stop in block), dtype=torch.float64)
     for t in range(count):
-        _gather(open_(t), block, rows[t])
+        weights = open_(t)
+        rows[t] = torch.cat([flatten_real(weights[name])[i:k] for name, i, k in block])
         _require_finite(float(rows[t].sum()), t)
     last = rows[-1].clone()
     # Subtracting the last checkpoint first keeps the rounding error of the mean small.
@@ -447,28 +449,18 @@ def _centred(open_: Opener, count: int, block: Sequence[Part]) -> tuple[Tensor, 
 
 def _noise(rows: Tensor, last: Tensor, block: Sequence[Part], like: Weights) -> float:
     """Returns the variance that rounding to the storage dtype may add to weights that move."""
-    total, offset = 0.0, 0
-    for name, start, stop in block:
-        part = slice(offset, offset + stop - start)
-        moving = last[part] * rows[:, part].any(dim=0)
-        total += _rounding(like[name]) ** 2 * float(moving.dot(moving))
-        offset = part.stop
+    total = 0.0
+    moving = last * rows.any(dim=0)
+    parts = torch.split(moving, [stop - start for _, start, stop in block])
+    for (name, _, _), part in zip(block, parts, strict=True):
+        total += _rounding(like[name]) ** 2 * float(part.dot(part))
     return total
 
 
-def _gather(weights: Weights, block: Sequence[Part], row: Tensor) -> None:
-    offset = 0
-    for name, start, stop in block:
-        row[offset : offset + stop - start] = flatten_real(weights[name])[start:stop]
-        offset += stop - start
-
-
-def _scatter(rows: Tensor, block: Sequence[Part], axes: Sequence[Weights]) -> None:
-    offset = 0
-    for name, start, stop in block:
-        for row, axis in zip(rows, axes, strict=True):
-            flatten_real(axis[name])[start:stop] = row[offset : offset + stop - start]
-        offset += stop - start
+def _scatter(row: Tensor, block: Sequence[Part], axis: Weights) -> None:
+    parts = torch.split(row, [stop - start for _, start, stop in block])
+    for (name, start, stop), part in zip(block, parts, strict=True):
+        flatten_real(axis[name])[start:stop] = part
 
 
 def _signed(scores: Tensor, *, start: bool) -> Tensor:

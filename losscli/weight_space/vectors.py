@@ -174,15 +174,9 @@ def mismatches(found: Weights, expected: Weights) -> list[str]:
 
 
 def select_names(names: Iterable[str], only: Iterable[str], excluded: Iterable[str]) -> list[str]:
-    """Selects names by shell patterns.
+    """Returns the names that match one of the shell patterns ``only`` and none of ``excluded``.
 
-    Args:
-        names: The names.
-        only: A name must match one of these patterns; no patterns select all names.
-        excluded: A name must match none of these patterns.
-
-    Returns:
-        The selected names, in their order.
+    If there are no patterns ``only``, all names match.
 
     Raises:
         UsageError: A pattern matches no name, or no name is left.
