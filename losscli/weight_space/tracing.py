@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram, default_decompositions, export
 from torch.export.graph_signature import InputKind, OutputKind
-from torch.fx import GraphModule, Interpreter, Node
+from torch.fx import Node
+from torch.fx.node import map_arg
 from torch.utils._pytree import tree_leaves, tree_unflatten
 
 from losscli.errors import ModelError
@@ -58,6 +59,16 @@ class TracedModel:
                 found.add(node)
         return frozenset(found)
 
+    @cached_property
+    def _last_uses(self) -> dict[Node, list[Node]]:
+        """For each node the values that are not needed after it."""
+        order = {node: i for i, node in enumerate(self.program.graph.nodes)}
+        uses: dict[Node, list[Node]] = {}
+        for node in order:
+            last = max((*node.users, node), key=order.__getitem__)
+            uses.setdefault(last, []).append(node)
+        return uses
+
     @torch.no_grad()
     def run(
         self,
@@ -76,14 +87,30 @@ class TracedModel:
             visit: Called with each operator and its value; returns the value to continue with.
         """
         signature = self.program.graph_signature
+        specs = {spec.arg.name: spec for spec in signature.input_specs}
         inputs = iter(tree_leaves((tuple(args), dict(kwargs))))
-        placed = [
-            next(inputs)
-            if spec.kind is InputKind.USER_INPUT
-            else self._stored(spec.target, weights)
-            for spec in signature.input_specs
-        ]
-        values = _Interpreter(self.program.graph_module, visit).run(*placed)
+        env: dict[Node, Any] = {}
+        for node in self.program.graph.nodes:
+            if node.op == "placeholder":
+                spec = specs[node.name]
+                env[node] = (
+                    next(inputs)
+                    if spec.kind is InputKind.USER_INPUT
+                    else self._stored(spec.target, weights)
+                )
+            elif node.op == "call_function":
+                given, named = map_arg((node.args, node.kwargs), env.__getitem__)
+                # A tensor may have other strides than that of the trace.
+                is_view = node.target is torch.ops.aten.view.default
+                value = (torch.reshape if is_view else node.target)(*given, **named)
+                env[node] = value if visit is None else visit(node, value)
+            elif node.op == "output":
+                values = map_arg(node.args[0], env.__getitem__)
+                break
+            else:
+                env[node] = getattr(self.program.graph_module, node.target)
+            for unused in self._last_uses.get(node, ()):
+                del env[unused]
         returned = [
             value
             for value, spec in zip(values, signature.output_specs, strict=True)
@@ -96,24 +123,6 @@ class TracedModel:
         name = self.name_of(target)
         # Buffers that are not saved are constants of the program.
         return weights[name] if name in weights else self.program.constants[target or ""]
-
-
-class _Interpreter(Interpreter):
-    """Runs a graph, and calls a function with each operator and its value."""
-
-    def __init__(self, module: GraphModule, visit: Callable[[Node, Any], Any] | None) -> None:
-        super().__init__(module)
-        self.extra_traceback = False  # it changes the messages of errors
-        self._visit = visit
-
-    def run_node(self, n: Node) -> Any:
-        value = super().run_node(n)
-        return self._visit(n, value) if self._visit and n.op == "call_function" else value
-
-    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
-        # A tensor may have other strides than that of the trace.
-        target = torch.reshape if target is torch.ops.aten.view.default else target
-        return super().call_function(target, args, kwargs)
 
 
 def trace(

@@ -437,8 +437,7 @@ def _centred(open_: Opener, count: int, block: Sequence[Part]) -> tuple[Tensor, 
     """Returns a block of all checkpoints minus its mean, and the block of the last checkpoint."""
     rows = torch.empty(count, sum(stop - start for _, start, stop in block), dtype=torch.float64)
     for t in range(count):
-        weights = open_(t)
-        rows[t] = torch.cat([flatten_real(weights[name])[i:k] for name, i, k in block])
+        rows[t] = _gather(open_(t), block)  # without a name that keeps the checkpoint open
         _require_finite(float(rows[t].sum()), t)
     last = rows[-1].clone()
     # Subtracting the last checkpoint first keeps the rounding error of the mean small.
@@ -455,6 +454,10 @@ def _noise(rows: Tensor, last: Tensor, block: Sequence[Part], like: Weights) -> 
     for (name, _, _), part in zip(block, parts, strict=True):
         total += _rounding(like[name]) ** 2 * float(part.dot(part))
     return total
+
+
+def _gather(weights: Weights, block: Sequence[Part]) -> Tensor:
+    return torch.cat([flatten_real(weights[name])[start:stop] for name, start, stop in block])
 
 
 def _scatter(row: Tensor, block: Sequence[Part], axis: Weights) -> None:
