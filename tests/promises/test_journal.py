@@ -662,10 +662,10 @@ import numpy as np
 from losscli.evaluation.journal import Journal
 
 def numbers(i):
-    return {"x": np.random.default_rng(i).standard_normal(60_000 + 977 * (i % 7))}
+    return {"x": np.arange(i, i + 60_000.0 + 977 * (i % 7))}
 
 stem, draw, most = Path(sys.argv[1]), random.Random(7), 0
-for _ in range(20):
+for _ in range(int(sys.argv[2])):
     reader, writer = os.pipe()
     child = os.fork()
     if not child:
@@ -676,7 +676,7 @@ for _ in range(20):
                 os.write(writer, b".")
     os.close(writer)
     os.read(reader, 1)
-    promised, least = 0, draw.randrange(3)
+    promised, least = 0, 2 + draw.randrange(3)
     while promised < least:
         promised += len(os.read(reader, 1))
     time.sleep(draw.uniform(0, 0.02))
@@ -694,8 +694,9 @@ print(most, *os.listdir(stem.parent))
 """
 
 
-def test_kill_9_at_any_instant_loses_nothing_that_was_recorded(stem: Path) -> None:
-    with _python(_KILLED, stem) as process:
+@pytest.mark.parametrize("kills", [6, pytest.param(60, marks=pytest.mark.stress)])
+def test_kill_9_at_any_instant_loses_nothing_that_was_recorded(kills: int, stem: Path) -> None:
+    with _python(_KILLED, stem, kills) as process:
         stdout, _ = process.communicate()
     assert process.returncode == 0
     recorded, *left = stdout.split()

@@ -309,7 +309,7 @@ FAILING = [
     (["a.pt", "b.pt", "-o", "x.safetensors", "--device", "no"], 1, "'no'"),
     (["a.pt", "b.pt", "bare.pt", "-o", "x.safetensors"], 2, "one file for 2 checkpoints"),
     (["a.pt", "b.pt", "bare.pt", "-o", "there.safetensors/x"], 1, "there is no folder"),
-    (["a.pt", "b.pt", "b.pt", "-o", "x"], 2, "b.pt is named 2 times"),
+    (["a.pt", "b.pt", "b.pt", "-o", "x"], 2, "b.pt is given 2 times"),
     (["a.pt", "b.pt", "wide.pt", "-o", "x"], 1, "wide.pt does not fit the model"),
     (["a.pt", "b.pt", "-o", "x.safetensors", "--by", "no"], 2, "'activations'"),
     (["a.pt", "b.pt", "-o", "x.safetensors", "--by", "activations", "--limit", "1"], 2,

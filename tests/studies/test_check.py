@@ -801,7 +801,7 @@ def test_a_checkpoint_named_twice_is_refused(tmp_path: Path) -> None:
     x, y, solution = regression()
     file = save(tmp_path, "a", weight=solution)
     given = {"model": linear, "data": {"all": (x, y)}, "loss": squared}
-    with pytest.raises(UsageError, match="given twice"):
+    with pytest.raises(UsageError, match="given 2 times"):
         losscli.check([file, file], **given)
 
 
