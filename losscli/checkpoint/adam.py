@@ -13,6 +13,7 @@ from torch import Size, Tensor, nn
 
 from losscli.checkpoint.names import strip_wrappers
 from losscli.errors import CheckpointError, one_line
+from losscli.wording import list_first
 
 __all__ = ["AdamState", "ModelParameters", "find_adam_state", "find_optimizers"]
 
@@ -179,9 +180,8 @@ def _read(
         matched, how = _match(where, groups, parameters)
         missing = [name for name in wanted if name not in matched or not matched[name].steps]
         if missing:
-            more = f" and {len(missing) - 1:,} more" if len(missing) > 1 else ""
             raise CheckpointError(
-                f"{where} has no moments of {missing[0]}{more}",
+                f"{where} has no moments of {list_first(missing)}",
                 "Choose the parameters that were trained with --only or --except",
             )
         own = {name: matched[name] for name in wanted}

@@ -19,6 +19,7 @@ from losscli.checkpoint.names import sort_naturally, stem
 from losscli.checkpoint.reading import read
 from losscli.checkpoint.state import CheckpointFile
 from losscli.weight_space.vectors import Weights, identical
+from losscli.wording import list_first
 
 __all__ = ["expand_folders", "order_path"]
 
@@ -88,8 +89,8 @@ def order_path(names: Sequence[str], *, keep_order: bool = False) -> tuple[list[
     if given != list(names):
         notes.append(
             f"the checkpoints were named in the order of their characters (1, 10, 2), as a shell "
-            f"lists them, and are taken in {order}: {_join_names(given)}. --keep-order keeps the "
-            "order of the names"
+            f"lists them, and are taken in {order}: {list_first(given, _MAX_LISTED)}. --keep-order "
+            "keeps the order of the names"
         )
     found: list[str] = []
     for name in given:
@@ -176,8 +177,8 @@ def _in_training_order(files: Sequence[str]) -> tuple[list[str], list[str]]:
     numbered, keys = _by_keys(numbered)
     if keys:
         notes.append(
-            f"{_join_names(numbered)} are taken in the order of {keys}, and not in natural order, "
-            "which --keep-order keeps"
+            f"{list_first(numbered, _MAX_LISTED)} are taken in the order of {keys}, and not in "
+            "natural order, which --keep-order keeps"
         )
     if not numbered:
         last, steps = final, [name for name in files if positions[name] in {"best", ""}]
@@ -208,13 +209,8 @@ def _file_name(name: str) -> str:
     return path.name if "#" not in name or path.exists() else Path(name.rpartition("#")[0]).name
 
 
-def _join_names(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _MAX_LISTED} more" if len(names) > _MAX_LISTED else ""
-    return f"{', '.join(names[:_MAX_LISTED])}{more}"
-
-
 def _join_with_verb(names: Sequence[str]) -> str:
-    return f"{_join_names(names)} {'is' if len(names) == 1 else 'are'}"
+    return f"{list_first(names, _MAX_LISTED)} {'is' if len(names) == 1 else 'are'}"
 
 
 def _training_positions(files: Sequence[str]) -> list[str]:

@@ -13,6 +13,7 @@ from losscli.checkpoint.names import StateDict, module_state_under
 from losscli.checkpoint.state import CheckpointFile
 from losscli.errors import CheckpointError, UsageError
 from losscli.weight_space.vectors import Weights, select_names
+from losscli.wording import list_first
 
 __all__ = ["NameRules"]
 
@@ -112,9 +113,8 @@ class NameRules:
         """
         for text in self.renames:
             if text not in self.used:
-                more = f" and {len(names) - 1:,} more" if len(names) > 1 else ""
                 raise UsageError(
-                    f"--rename {text}: no tensor of {names[0]}{more} has "
+                    f"--rename {text}: no tensor of {list_first(names)} has "
                     f"{text.partition('=')[0]!r} in its name",
                     f"losscli inspect {shlex.quote(names[0])} lists the names",
                 )

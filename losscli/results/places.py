@@ -6,6 +6,8 @@ import math
 from collections.abc import Sequence
 from itertools import groupby
 
+from losscli.wording import list_first
+
 __all__ = ["places_not_finite"]
 
 _MOST = 3
@@ -36,5 +38,4 @@ def places_not_finite(alphas: Sequence[float], losses: Sequence[float]) -> str:
             runs.append(f"up to α = {high}")
         else:
             runs.append(f"at α = {low}" if len(places) == 1 else f"from α = {low} to {high}")
-    more = f" and {len(runs) - _MOST} more" if len(runs) > _MOST else ""
-    return ", ".join(runs[:_MOST]) + more
+    return list_first(runs, _MOST)
