@@ -375,7 +375,8 @@ def principal_axes(
         UsageError: There are fewer than three checkpoints, all are equal, or all are on a line.
     """
     _require_three(count)
-    axes = _empty(open_(count - 1), [*names, *along], dtype)
+    zeros = _zeros(open_(count - 1), [*names, *along], dtype)
+    axes = zeros, {name: tensor.clone() for name, tensor in zeros.items()}
     width = max(1, _BLOCK_BYTES // (8 * count))
     blocks, others = (
         list(divide({name: dimension(axes[0], [name]) for name in some}, width))
@@ -416,21 +417,9 @@ def principal_axes(
     return axes, tuple(max(0.0, v) / total for v in variances.flip(0).tolist())
 
 
-def _empty(
-    weights: Weights, names: Sequence[str], min_dtype: torch.dtype
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Allocates two directions."""
-    first, second = (
-        {
-            name: torch.zeros(
-                weights[name].shape,
-                dtype=torch.promote_types(working_type(weights[name]), min_dtype),
-            )
-            for name in names
-        }
-        for _ in range(2)
-    )
-    return first, second
+def _zeros(weights: Weights, names: Sequence[str], min_dtype: torch.dtype) -> dict[str, Tensor]:
+    dtypes = {n: torch.promote_types(working_type(weights[n]), min_dtype) for n in names}
+    return {name: torch.zeros(weights[name].shape, dtype=dtype) for name, dtype in dtypes.items()}
 
 
 def _centred(open_: Opener, count: int, block: Sequence[Part]) -> tuple[Tensor, Tensor]:
