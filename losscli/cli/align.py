@@ -11,11 +11,12 @@ import typer
 from losscli.cli.console import Console
 from losscli.cli.imports import importing
 from losscli.cli.options import Force, Json, argument, option, with_console, with_some_settings
-from losscli.cli.report import align_columns, format_count, format_number
+from losscli.cli.report import align_columns, format_number
 from losscli.errors import OutputError, UsageError, printable
 from losscli.results.result import check_writable, to_json
 from losscli.results.summaries import AlignmentSummary, MatchedActivations
 from losscli.settings import Settings
+from losscli.wording import format_count
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from losscli.cli.console import Console
 from losscli.cli.options import Write, argument, option, with_study_options
 from losscli.cli.report import (
-    format_count,
     format_examples,
     format_moving,
     format_number,
@@ -20,6 +19,7 @@ from losscli.errors import printable
 from losscli.results.result import Result
 from losscli.results.summaries import AroundPoint, AroundSummary, BasinRadius, Derivative
 from losscli.settings import Settings
+from losscli.wording import format_count
 
 if TYPE_CHECKING:
     from losscli.studies.base import Study

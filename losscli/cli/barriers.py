@@ -10,7 +10,6 @@ from losscli.cli.console import Console
 from losscli.cli.options import Write, argument, option, with_study_options
 from losscli.cli.report import (
     align_columns,
-    format_count,
     format_examples,
     format_height,
     format_moving,
@@ -25,6 +24,7 @@ from losscli.results.result import Result
 from losscli.results.summaries import BarriersSplit, BarriersSummary, PairBarrier
 from losscli.settings import Settings
 from losscli.table import Table
+from losscli.wording import format_count
 
 if TYPE_CHECKING:
     from losscli.studies.base import Study

@@ -9,7 +9,6 @@ from losscli.cli.console import Console
 from losscli.cli.options import KeepOrder, Write, argument, option, with_study_options
 from losscli.cli.report import (
     align_columns,
-    format_count,
     format_examples,
     format_loss,
     format_number,
@@ -21,6 +20,7 @@ from losscli.errors import printable
 from losscli.results.result import Result
 from losscli.results.summaries import CheckedPoint, CheckSummary, Density, Preconditioner, Step
 from losscli.settings import Settings
+from losscli.wording import format_count
 
 if TYPE_CHECKING:
     from losscli.studies.base import Study

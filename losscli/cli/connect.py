@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from losscli.cli.console import Console
 from losscli.cli.options import Write, argument, option, with_study_options
 from losscli.cli.report import (
-    format_count,
     format_examples,
     format_height,
     format_moving,
@@ -19,6 +18,7 @@ from losscli.errors import printable
 from losscli.results.result import Result
 from losscli.results.summaries import ConnectSplit, ConnectSummary, Height
 from losscli.settings import Settings
+from losscli.wording import format_count
 
 if TYPE_CHECKING:
     from losscli.studies.base import Study

@@ -13,7 +13,7 @@ import typer
 from losscli.cli.console import Console
 from losscli.cli.imports import import_plotting, importing
 from losscli.cli.options import Force, Json, argument, option, with_console, with_some_settings
-from losscli.cli.report import align_columns, format_count
+from losscli.cli.report import align_columns
 from losscli.errors import UsageError, printable
 from losscli.registry import COMMANDS
 from losscli.results.result import (
@@ -26,6 +26,7 @@ from losscli.results.result import (
 )
 from losscli.results.summaries import InspectionSummary
 from losscli.settings import Settings
+from losscli.wording import format_count, list_first
 
 __all__ = ["export", "inspect", "report"]
 
@@ -271,8 +272,7 @@ def report(result: Result[InspectionSummary]) -> str:
     if "distance" in summary:
         lines.append(f"‖B − A‖ = {summary['distance']:.6g}")
     if buffers := summary.get("buffers"):
-        more = f" and {len(buffers) - 1:,} more" if len(buffers) > 1 else ""
-        lines.append(printable(f"norms and distances are without buffers: {buffers[0]}{more}"))
+        lines.append(printable(f"norms and distances are without buffers: {list_first(buffers)}"))
     lines.append("")
     if several:
         cells = [[_cell(cell) for cell in (key or "(top level)", *rest)] for key, *rest in rows]

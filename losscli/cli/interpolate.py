@@ -11,7 +11,6 @@ from losscli.cli.console import Console
 from losscli.cli.options import Write, argument, option, with_study_options
 from losscli.cli.report import (
     align_columns,
-    format_count,
     format_examples,
     format_height,
     format_moving,
@@ -36,6 +35,7 @@ from losscli.results.summaries import (
 )
 from losscli.settings import Settings
 from losscli.table import Table
+from losscli.wording import format_count
 
 if TYPE_CHECKING:
     from losscli.studies.base import Study

@@ -23,10 +23,10 @@ from losscli.results.summaries import (
     StrategyChoice,
     Summary,
 )
+from losscli.wording import format_count
 
 __all__ = [
     "align_columns",
-    "format_count",
     "format_examples",
     "format_height",
     "format_loss",
@@ -207,12 +207,6 @@ def format_examples(summary: Counts, split: str) -> str:
     if "batches" not in summary:
         return text
     return f"{text} in {format_count(summary['batches'][split], 'batch')}"
-
-
-def format_count(number: int, noun: str) -> str:
-    """Returns a number of things, for example ``1 point`` or ``3 points``."""
-    plural = f"{noun}es" if noun.endswith("ch") else f"{noun}s"
-    return f"{number:,} {noun if number == 1 else plural}"
 
 
 def is_finite(value: float | None) -> TypeGuard[float]:

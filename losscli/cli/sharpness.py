@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 from losscli.cli.console import Console
 from losscli.cli.options import KeepOrder, Write, argument, option, with_study_options
 from losscli.cli.report import (
-    format_count,
     format_examples,
     format_loss,
     format_moving,
@@ -21,6 +20,7 @@ from losscli.errors import UsageError, printable
 from losscli.results.result import Result
 from losscli.results.summaries import SharpnessPoint, SharpnessSummary
 from losscli.settings import Settings
+from losscli.wording import format_count
 
 if TYPE_CHECKING:
     from losscli.studies.base import Study

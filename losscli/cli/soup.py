@@ -11,7 +11,6 @@ from losscli.cli.imports import importing
 from losscli.cli.options import Write, argument, option, with_study_options
 from losscli.cli.report import (
     align_columns,
-    format_count,
     format_examples,
     format_number,
     is_finite,
@@ -22,6 +21,7 @@ from losscli.errors import UsageError, printable
 from losscli.results.result import Result, check_writable
 from losscli.results.summaries import SoupSummary
 from losscli.settings import Settings
+from losscli.wording import format_count
 
 if TYPE_CHECKING:
     from losscli.studies.base import Study

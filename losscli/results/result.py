@@ -892,7 +892,10 @@ def refuse_overwriting(outputs: Iterable[Path], inputs: Iterable[Path]) -> None:
 
 
 def _contains(path: Path, file: Path) -> bool:
-    return path.samefile(file) or (path.is_dir() and file.resolve().is_relative_to(path.resolve()))
+    # Writing replaces a link, and not the file that it leads to.
+    if os.path.samestat(path.lstat(), file.lstat()):
+        return True
+    return path.is_dir() and (file.parent.resolve() / file.name).is_relative_to(path.resolve())
 
 
 def check_writable(out: Path, *, force: bool) -> None:

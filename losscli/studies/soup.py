@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -28,6 +27,7 @@ from losscli.results.result import Result, check_writable, stem_of
 from losscli.results.summaries import SoupSplit, SoupSummary
 from losscli.settings import PathLike, Progress, Settings, checked
 from losscli.studies.base import Study
+from losscli.studies.checkpoints import require_distinct
 from losscli.studies.export import average_checkpoints
 from losscli.studies.notes import general_notes, integer_notes, storage_notes
 from losscli.studies.problem import Problem, counted, prepare
@@ -98,7 +98,7 @@ def soup(
 ) -> Checkpoint | SoupResult:
     """Averages checkpoints (Wortsman et al. 2022, arXiv 2203.05482).
 
-    Sums are in float64 and converted once, a group of numbers at a time. Whole-number tensors, the
+    Sums are in float64 and converted once, a group of numbers at a time. Integer tensors, the
     extra state of modules and the metadata are those of the first checkpoint.
 
     Args:
@@ -279,12 +279,7 @@ def _expand(names: Sequence[str]) -> list[str]:
             f"soup needs two checkpoints or more, and got {len(names)}",
             "Give a folder of them, or their names",
         )
-    name, times = Counter(names).most_common(1)[0]
-    if times > 1:
-        raise UsageError(
-            f"{name} is named {times} times",
-            "Give each checkpoint once; losscli export --weights gives them different weights",
-        )
+    require_distinct(names, "; losscli export --weights gives them different weights")
     return names
 
 
@@ -303,7 +298,7 @@ def _checkpoint(problem: Problem, kept: Sequence[int]) -> Checkpoint:
 
 
 def _batchnorm_notes(problem: Problem) -> list[str]:
-    """A note on averaged statistics of BatchNorm."""
+    """Returns a note on averaged statistics of BatchNorm."""
     if not problem.objective.batchnorm or problem.settings.buffers != "interpolate":
         return []
     return ["BatchNorm's statistics are averages; --buffers recalibrate re-estimates them"]

@@ -416,7 +416,7 @@ def test_where_no_model_is_known_export_says_so(losscli: Losscli, folder: Path) 
     done = losscli("export", "old.pt", "new.pt", "--alpha", 0.5, "-o", "e.safetensors")
     assert done.status == 1
     assert done.stderr.startswith("losscli: new.pt does not fit old.pt: missing fc1.weight")
-    assert "No model is known here that would translate names: load B into a model" in done.stderr
+    assert "Without a model, names are not translated: load B into a model" in done.stderr
     assert done.stderr.count("\n") == 1
     assert not Path("e.safetensors").exists()
     torch.save({"model": a, "ema": a}, "two.pt")
@@ -723,7 +723,7 @@ def test_versions_and_extra_state_are_found_wherever_the_state_dict_lies(
 
 @pytest.mark.parametrize(
     ("kind", "alpha"),
-    # Whole-number tensors are A's.
+    # Integer tensors are A's.
     [(kind, alpha) for kind in HOOKED for alpha in (0.0, 1.0) if (kind, alpha) != ("type", 1.0)],
 )
 @pytest.mark.parametrize("version", [1, 3, None])
@@ -750,7 +750,7 @@ def test_export_refuses_what_it_cannot_write_for_a_model_it_does_not_know(
     names = written("version", tmp_path, (1, 3))
     done = losscli("export", *names, "--alpha", 0.5, "-o", tmp_path / "e.pt")
     assert (done.status, done.stdout) == (1, "")
-    assert "note different versions of the model: {'version': 1} and {'version': 3}" in done.stderr
+    assert "have different versions of the model: {'version': 1} and {'version': 3}" in done.stderr
     for kind, what in (("version", "version 3 of the model"), ("extra state", "second._extra")):
         names = written(kind, tmp_path, (3, 3))
         done = losscli("export", *names, "--alpha", 0.5, "-o", tmp_path / "e.safetensors")

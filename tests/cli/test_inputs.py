@@ -19,7 +19,7 @@ OVERWRITING = {
     "a point of a line": ("export a.pt b.pt --alpha 0.5 -o b.pt", "b.pt"),
     "an average": ("export a.pt b.pt --weights 1/2-1/2 -o a.pt", "a.pt"),
     "a key of a file": ("export a.pt#state_dict b.pt --alpha 0.5 -o a.pt", "a.pt"),
-    "a link to it": ("export a.pt b.pt --alpha 0.5 -o link.pt", "link.pt"),
+    "a link": ("export link.pt b.pt --alpha 0.5 -o link.pt", "link.pt"),
     "a point of a plane": ("export --plane plane.csv --at 0 0 -o a.pt", "a.pt"),
     "an alignment": ("align a.pt b.pt -o b.pt", "b.pt"),
     "alignments in their folder": ("align a.pt runs -o runs", "runs/c.safetensors"),

@@ -374,9 +374,9 @@ def test_a_point_that_the_two_files_do_not_make_is_refused(losscli: Losscli, fol
         assert not Path("best.safetensors").exists()
 
     refused("--buffers recalibrate, which needs model and data", buffers="recalibrate")
-    refused("does not tell what stays where it is", stays=None)
-    refused("absent.weight stays where it is", stays={"a": ["absent.weight"], "b": []})
-    refused("weight stays where it is", stays={"a": [], "b": ["weight"]})
+    refused("does not say which tensors stay", stays=None)
+    refused("absent.weight stays on the line", stays={"a": ["absent.weight"], "b": []})
+    refused("weight stays on the line", stays={"a": [], "b": ["weight"]})
 
 
 # --- export, to the bit --------------------------------------------------------------------------
@@ -699,4 +699,4 @@ def test_versions_by_which_a_model_would_convert_are_noted_and_not_exported(
     )
     exported = losscli("export", "a.pt", "b.pt", "--alpha", 0.5, "-o", "x.pt")
     assert exported.status == bool(told)
-    assert "note different versions" in exported.stderr or not told
+    assert "have different versions" in exported.stderr or not told

@@ -397,7 +397,7 @@ def block(outputs: Tensor, targets: Tensor) -> Tensor:
 
 
 def test_a_metric_may_not_be_called_as_the_column_of_blocks(folder: Path) -> None:
-    with pytest.raises(UsageError, match="'block' would head two columns"):
+    with pytest.raises(UsageError, match="the name 'block' is that of another column"):
         library.interpolate("a.pt", "b.pt", metric=(block,), layerwise=True)
 
 
@@ -447,9 +447,9 @@ def test_a_dry_run_counts_the_blocks(losscli: Losscli, folder: Path) -> None:
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--refine", "0.01"], "--refine refines one curve"),
-        (["--derivatives"], "--derivatives refines one curve"),
-        (["--context", "whole.csv"], "two different figures. Leave one of them out"),
+        (["--refine", "0.01"], "--refine is for one curve"),
+        (["--derivatives"], "--derivatives is for one curve"),
+        (["--context", "whole.csv"], "have no figure together. Leave one of them out"),
         (["--only", "layers.0.*"], "one block to move, layers.0, and compares blocks"),
         (["--only", "layers.1.weight"], "one block to move, layers.1, and"),
     ],

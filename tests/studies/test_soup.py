@@ -164,7 +164,7 @@ def test_a_file_that_changes_is_refused(three: list[str], monkeypatch: pytest.Mo
 
 REFUSED = {
     "one": ("soup a.pt", 2, "soup needs two checkpoints or more, and got 1"),
-    "twice": ("soup a.pt b.pt a.pt", 2, "a.pt is named 2 times. Give each checkpoint once"),
+    "twice": ("soup a.pt b.pt a.pt", 2, "a.pt is given 2 times. Give each checkpoint once"),
     "absent": ("soup a.pt absent.pt", 1, "absent.pt"),
     "another model": ("soup a.pt other.pt", 1, "other.pt does not fit a.pt"),
     "a folder": ("soup a.pt b.pt -o .", 2, "--out '.' is a folder"),
@@ -614,7 +614,7 @@ OFF_PLANE = {
         "p.csv is of the model mlp:6-5-3, not of mlp:6-5-3,activation=tanh. Give --model mlp:6-5-3",
     ),
     "eigenvectors": ("--plane h.csv --at 0 0", 2, "the axes of h.csv are eigenvectors"),
-    "changed": ("--plane p.csv --at 0 0", 1, "b.pt is not what it was when p.csv was written"),
+    "changed": ("--plane p.csv --at 0 0", 1, "b.pt has changed since p.csv was written"),
 }
 
 
