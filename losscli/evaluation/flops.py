@@ -41,14 +41,7 @@ class Trace:
 
 
 def addresses(tensors: Iterable[object]) -> dict[int, Tensor]:
-    """Returns tensors by the address of their memory.
-
-    Args:
-        tensors: The tensors; other objects are skipped.
-
-    Returns:
-        The tensors that have memory, by its address.
-    """
+    """Returns the tensors that have memory, by its address; other objects are skipped."""
     by_address = {}
     for tensor in tensors:
         if isinstance(tensor, Tensor) and not nn.parameter.is_lazy(tensor):
@@ -116,9 +109,9 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kwargs = kwargs or {}
         read = addresses(tree_leaves((args, kwargs)))
         self._trace.read |= read.keys()
-        for place, tensor in read.items():
+        for address, tensor in read.items():
             if isinstance(tensor, nn.Parameter):
-                self._trace.parameters[place] = tensor.shape
+                self._trace.parameters[address] = tensor.shape
         if not isinstance(func, torch._ops.OpOverload):
             return NotImplemented
         with self:
@@ -127,7 +120,7 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return result
         result = func(*args, **kwargs)
         used = addresses(tree_leaves((args, kwargs, result))).items()
-        own = [t for place, t in used if place not in self._trace.parameters]
+        own = [t for address, t in used if address not in self._trace.parameters]
         size = sum(tensor.untyped_storage().nbytes() for tensor in own)
         self._trace.largest = max(self._trace.largest, size)
         formula = flop_registry.get(func.overloadpacket)

@@ -17,6 +17,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 from losscli.errors import UsageError
 from losscli.plotting.html import Item, View, escape, layout_2d
 from losscli.plotting.layerwise import block_colours
+from losscli.plotting.layout import finish_layout
 from losscli.plotting.style import (
     INCH,
     INK,
@@ -25,11 +26,8 @@ from losscli.plotting.style import (
     SMALLEST,
     STEPS,
     Numbers,
-    add_foot,
-    add_title,
     checkpoint_names,
     format_number,
-    freeze,
     house_style,
     new_figure,
     plain,
@@ -40,6 +38,7 @@ from losscli.plotting.style import (
 from losscli.results.drawing import FULL, Drawing
 from losscli.results.result import Run
 from losscli.results.summaries import InspectionSummary
+from losscli.wording import format_count
 
 __all__ = ["draw_inspection", "inspection_views"]
 
@@ -90,10 +89,6 @@ def draw_inspection(run: Run[InspectionSummary], drawing: Drawing = FULL) -> Fig
     Tensors are in the order of the checkpoint; tensors of the same module have the same colour.
     More than 60 are grouped by the longest prefixes of their names that give at most 60 groups.
 
-    Args:
-        run: The run.
-        drawing: How it is drawn; there is no loss.
-
     Returns:
         The figure, laid out and ready to `render`.
 
@@ -128,10 +123,8 @@ def draw_inspection(run: Run[InspectionSummary], drawing: Drawing = FULL) -> Fig
             kind = "parameters" if buffers else "tensors"
             label = f"all {kind} together: {format_number(size(whole))}"
             together.append((line, label))
-        add_foot(figure, drawing, notes, [together])
         names = _write_names(axes, checkpoint_names(run, drawing))
-        add_title(figure, drawing)
-        freeze(figure, drawing)
+        finish_layout(figure, drawing, notes, [together])
         # Aligned with the left edge of the figure.
         panel = axes.get_position()
         names.set_x((0.02 - panel.x0) / panel.width)
@@ -275,7 +268,7 @@ def _scale(axes: Axes, values: np.ndarray) -> tuple[float, float, bool]:
 def _left_out(run: Run[InspectionSummary], drawn: int) -> list[str]:
     notes = []
     if others := len(run.table.rows) - drawn:
-        notes.append(f"Not drawn: {others} integer tensor{'s' * (others > 1)}")
+        notes.append(f"Not drawn: {format_count(others, 'integer tensor')}")
     if wrong := len(run.summary.get("mismatches", ())):
         s, do = ("s", "do") if wrong > 1 else ("", "does")
         notes.append(f"Not drawn: {wrong} tensor{s} that {do} not match")
@@ -325,8 +318,8 @@ def inspection_views(run: Run[InspectionSummary]) -> list[View]:
             "showlegend": False,
         }
         hover = [("tensor", "x", ""), (label, "y", ""), *((name, name, "") for name in about)]
-        said = {name: [escape(str(cell)) for cell in cells] for name, cells in about.items()}
-        items.append(Item(trace, {"quantity": column}, hover, said, counted=False))
+        further = {name: [escape(str(cell)) for cell in cells] for name, cells in about.items()}
+        items.append(Item(trace, {"quantity": column}, hover, further, counted=False))
     layout = layout_2d("")
     layout["xaxis"] |= {"type": "category"}
     positive = [column for column in quantities if column != "cosine"]

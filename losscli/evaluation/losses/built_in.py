@@ -109,7 +109,8 @@ def cross_entropy(
         raise LossError(
             f"cross_entropy needs outputs [B, C] and integer targets [B], not {describe(outputs)} "
             f"and {describe(targets)}",
-            advise_integers(targets) or "Choose another --loss, or a model with one output a class",
+            advise_integers(targets)
+            or "Choose another --loss, or a model with one output per class",
         )
     targets = mark_ignored(targets, outputs.shape[dim], ignore_index)
     if dim == -1:
@@ -144,7 +145,7 @@ def nll(
         raise LossError(
             f"NLLLoss needs outputs [B, C] and integer targets [B], not {describe(outputs)} and "
             f"{describe(targets)}",
-            "Choose another --loss, or a model with one output a class",
+            "Choose another --loss, or a model with one output per class",
         )
     targets = mark_ignored(targets, outputs.shape[1], ignore_index)
     return _in_float64(partial(_negative_score, weight=weight), outputs, targets)
@@ -315,12 +316,14 @@ def _in_float64(
     # MPS has no float64.
     narrow = outputs.device.type == "mps"
     wide = torch.promote_types(outputs.dtype, torch.float32 if narrow else torch.float64)
-    step = max(1, _CHUNK // max(1, outputs[0].numel()))
+    step = max(1, _CHUNK // max(1, math.prod(outputs.shape[1:])))
+    if len(outputs) <= step:
+        return per_example_mean(loss(outputs.to(wide), targets))
     parts = [
         per_example_mean(loss(some.to(wide), own))
         for some, own in zip(torch.split(outputs, step), torch.split(targets, step), strict=True)
     ]
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+    return torch.cat(parts)
 
 
 def _negative_log_softmax(
@@ -402,20 +405,13 @@ def _targets_like(outputs: Tensor, targets: Tensor, loss: str) -> Tensor:
             f"{loss} needs outputs and targets of one shape, not {describe(outputs)} and "
             f"{describe(targets)}",
             (classes and advise_integers(targets))
-            or "Choose another --loss, or a model with one output a target",
+            or "Choose another --loss, or a model with one output per target",
         )
     return targets
 
 
 def per_example_mean(values: Tensor) -> Tensor:
-    """Reduces to one number per example.
-
-    Args:
-        values: ``[B, *]``.
-
-    Returns:
-        ``[B]``: the mean over all dimensions but the first.
-    """
+    """Averages ``[B, *]`` over all dimensions but the first."""
     return values.flatten(1).mean(1) if values.ndim > 1 else values
 
 
@@ -439,26 +435,12 @@ def on_device(function: PerExample, device: torch.device) -> PerExample:
 
 
 def function_of(function: PerExample) -> PerExample:
-    """Returns the loss or metric without its options.
-
-    Args:
-        function: A loss or a metric; with options it is a `functools.partial`.
-
-    Returns:
-        The function.
-    """
+    """Returns a loss or metric without its options, which a `functools.partial` holds."""
     return function.func if isinstance(function, partial) else function
 
 
 def options_of(function: PerExample) -> dict[str, Any]:
-    """Returns the options of a loss or metric.
-
-    Args:
-        function: A loss or a metric; with options it is a `functools.partial`.
-
-    Returns:
-        Its keyword arguments.
-    """
+    """Returns the options of a loss or metric, which a `functools.partial` holds."""
     return dict(function.keywords) if isinstance(function, partial) else {}
 
 

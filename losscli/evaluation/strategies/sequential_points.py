@@ -11,7 +11,7 @@ from torch import Tensor
 from losscli.data import Nest
 from losscli.evaluation.recalibration import Statistics, recording
 from losscli.evaluation.spectral import normalise
-from losscli.evaluation.strategies.base import Network, OutputRecorder
+from losscli.evaluation.strategies.base import Network
 from losscli.evaluation.strategies.point_weights import SinglePointWeights
 from losscli.evaluation.strategies.points import (
     LoadedPoint,
@@ -113,18 +113,3 @@ class SequentialPoints(LoadedPoint):
             totals: The sums of what `write_statistics` wrote.
         """
         self._statistics.set_totals(0, totals, self._first)
-
-    def evaluate(self, inputs: Nest, recorder: OutputRecorder) -> Iterator[int]:
-        """Evaluates a batch at the point of the pass.
-
-        Args:
-            inputs: The batch, prepared.
-            recorder: Records the outputs.
-
-        Yields:
-            The index of the point, when it is done.
-        """
-        with self._network.deferring():
-            outputs = self._network.forward(self._network.model, inputs)
-        recorder.one(self._point, outputs)
-        yield self._point

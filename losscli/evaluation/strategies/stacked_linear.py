@@ -16,7 +16,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from losscli.evaluation import gpu_thresholds
-from losscli.evaluation.strategies.function_mode import FunctionMode
+from losscli.evaluation.function_mode import FunctionMode
 from losscli.models import MLP
 
 __all__ = ["StackedLinear", "examples_at_once", "is_perceptron"]
