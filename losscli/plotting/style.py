@@ -11,7 +11,7 @@ import unicodedata
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from pathlib import PurePath
 from typing import Any, Literal
 
@@ -20,12 +20,11 @@ import numpy as np
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
-from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_agg import FigureCanvasAgg, RendererAgg
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, fontManager
 from matplotlib.lines import Line2D
-from matplotlib.text import Text
 from matplotlib.ticker import (
     Formatter,
     LogLocator,
@@ -372,9 +371,16 @@ def plain(text: str) -> str:
 
 def text_width(figure: Figure, text: str, size: float | None = None) -> float:
     """Returns the width of a line of text in points, by default in the size of legends."""
-    artist = Text(0, 0, text, fontsize=small_size() if size is None else size)
-    artist.set_figure(figure)
-    return artist.get_window_extent().width / figure.dpi * INCH
+    font = FontProperties(size=small_size() if size is None else size)
+    width, _, _ = _renderer(figure.dpi).get_text_width_height_descent(text, font, ismath=False)
+    return float(width) / figure.dpi * INCH
+
+
+@cache
+def _renderer(dpi: float) -> Any:
+    """Returns a renderer that measures text; that of a figure is replaced when its size changes."""
+    renderer: Any = RendererAgg
+    return renderer(1, 1, dpi)
 
 
 def shorten(figure: Figure, text: str, width: float, size: float | None = None) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from losscli.registry import COMMANDS
 from losscli.results.drawing import Drawing
 from losscli.results.result import Result, Run, draw, label_runs
 from losscli.table import Table
+from tests.cases import sample
 from tests.plotting import (
     test_around,
     test_barriers,
@@ -46,13 +47,19 @@ RUNS: dict[str, Callable[[], Run[Any]]] = {
     "barriers": lambda: test_barriers.run(test_barriers.seeds(4), splits=BOTH),
     "inspect": lambda: test_parts.moved(test_parts.transformer(1)),
 }
+
+
+def in_turn(names: Iterable[str], *variants: Any) -> list[Any]:
+    """Parameters of a test of each figure in each variant: ``make test`` takes one of each."""
+    cases = (
+        (name, *(variant if isinstance(variant, tuple) else (variant,)))
+        for k, name in enumerate(names)
+        for variant in (variants[k % len(variants) :] + variants[: k % len(variants)])
+    )
+    return sample(cases, 0, len(variants))
+
+
 SHORT_NAMES = {"runs", "final", "init", ".pt", ".safetensors", "n = "}
-
-
-@pytest.fixture(params=RUNS)
-def run(request: pytest.FixtureRequest) -> Run[Any]:
-    made: Run[Any] = RUNS[request.param]()
-    return made
 
 
 def boxes(figure: Figure) -> list[tuple[str, Any]]:
@@ -67,7 +74,8 @@ def boxes(figure: Figure) -> list[tuple[str, Any]]:
 
 @pytest.mark.usefixtures("laid_out")
 @pytest.mark.parametrize(
-    ("name", "size"), [*((name, "paper") for name in RUNS), ("check", "slide"), ("plane", "4x5")]
+    ("name", "size"),
+    sample([*((name, "paper") for name in RUNS), ("check", "slide"), ("plane", "4x5")], 1, 2),
 )
 def test_compact_figures_fit_their_page(name: str, size: str) -> None:
     figure = draw([RUNS[name]()], Drawing(size=size))
@@ -86,11 +94,14 @@ def test_compact_figures_fit_their_page(name: str, size: str) -> None:
         assert not box.overlaps(next_to), (one, other)
 
 
-@pytest.mark.parametrize(("size", "points"), [("paper", 8.0), ("slide", 14.0), ("6x4", 8.0)])
+@pytest.mark.parametrize(
+    ("name", "size", "points"),
+    in_turn(RUNS, ("paper", 8.0), ("slide", 14.0), ("6x4", 8.0)),
+)
 def test_compact_figures_have_no_notes_and_no_names_of_files(
-    run: Run[Any], size: str, points: float
+    name: str, size: str, points: float
 ) -> None:
-    figure = draw([run], Drawing(size=size))
+    figure = draw([RUNS[name]()], Drawing(size=size))
     said = texts(figure)
     assert not [text for text in said if any(part in text for part in SHORT_NAMES)]
     assert all(not box.get_title().get_text() for box in figure.legends)
@@ -111,16 +122,17 @@ def test_full_figures_have_notes_where_compact_ones_have_none() -> None:
     assert compact == [""]
 
 
-def test_labels_name_checkpoints_in_their_order() -> None:
-    for name in ("interpolate", "around", "sharpness", "barriers", "check", "plane"):
-        run = RUNS[name]()
-        labels = [f"model {k}" for k in range(len(run.checkpoints))]
-        for size in ("full", "paper"):
-            (labelled,) = label_runs([run], labels)
-            said = " ".join(texts(draw([labelled], Drawing(size=size))))
-            shown = labels if name != "check" else labels[-1:]
-            assert all(label in said for label in shown), (name, size)
-            assert not any(checkpoint in said for checkpoint in run.checkpoints), (name, size)
+@pytest.mark.parametrize(
+    ("name", "size"),
+    in_turn(("interpolate", "around", "sharpness", "barriers", "check", "plane"), "full", "paper"),
+)
+def test_labels_name_checkpoints_in_their_order(name: str, size: str) -> None:
+    run = RUNS[name]()
+    labels = [f"model {k}" for k in range(len(run.checkpoints))]
+    (labelled,) = label_runs([run], labels)
+    said = " ".join(texts(draw([labelled], Drawing(size=size))))
+    assert all(label in said for label in (labels if name != "check" else labels[-1:]))
+    assert not any(checkpoint in said for checkpoint in run.checkpoints)
 
 
 def test_a_label_for_each_checkpoint_or_run() -> None:
@@ -145,8 +157,10 @@ def loss_axes(figure: Figure) -> list[Axes]:
     return [axes for axes in figure.axes if axes.get_ylabel().startswith(("loss", "rise"))]
 
 
-@pytest.mark.parametrize("log", [False, True])
-@pytest.mark.parametrize("name", ["interpolate", "layerwise", "around", "check", "sharpness"])
+@pytest.mark.parametrize(
+    ("name", "log"),
+    in_turn(("interpolate", "layerwise", "around", "check", "sharpness"), False, True),
+)
 def test_limits_are_those_of_the_axes_of_the_loss(name: str, log: bool) -> None:
     figure = draw([RUNS[name]()], Drawing(log=log, ylim=(0.25, 4.0)))
     panels = loss_axes(figure)
@@ -156,7 +170,9 @@ def test_limits_are_those_of_the_axes_of_the_loss(name: str, log: bool) -> None:
     assert all(axes.get_ylim() != (0.25, 4.0) for axes in others)
 
 
-@pytest.mark.parametrize("name", ["plane", "trajectory", "barriers"])
+@pytest.mark.parametrize(
+    "name", ["plane", pytest.param("trajectory", marks=pytest.mark.stress), "barriers"]
+)
 def test_limits_are_those_of_the_colours_of_the_loss(name: str) -> None:
     run = RUNS[name]()
     free = draw([run])

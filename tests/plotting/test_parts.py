@@ -23,6 +23,7 @@ from losscli.plotting.style import render
 from losscli.results.drawing import Drawing
 from losscli.results.result import Run, draw
 from losscli.table import Cell, Table
+from tests.cases import sample
 from tests.plotting.test_interpolation import check_golden, ends, legend, marked, note, runs, texts
 
 NAN, INF = math.nan, math.inf
@@ -121,7 +122,7 @@ PICTURES: dict[str, Callable[[], Figure]] = {
 
 
 @pytest.mark.usefixtures("laid_out")
-@pytest.mark.parametrize("name", PICTURES)
+@pytest.mark.parametrize("name", sample(PICTURES, 0, 2))
 def test_golden(name: str) -> None:
     check_golden(name, PICTURES[name]())
 
