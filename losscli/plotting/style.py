@@ -9,6 +9,7 @@ import re
 import textwrap
 import unicodedata
 import warnings
+from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache, partial
@@ -416,10 +417,12 @@ def _cut(text: str, letters: int, *, words: bool) -> str:
 
 def shorten_path(figure: Figure, name: str, width: float) -> str:
     """Shortens a checkpoint's name to a width in points, by its leading folders first."""
+    if text_width(figure, name) <= width:
+        return name
     parts = name.split("/")
-    names = (f"…/{'/'.join(parts[k:])}" for k in range(1, len(parts)))
-    fitting = (n for n in (name, *names) if text_width(figure, n) <= width)
-    return next(fitting, None) or shorten(figure, name, width)
+    names = [f"…/{'/'.join(parts[k:])}" for k in range(1, len(parts))]
+    first = bisect_left(names, True, key=lambda n: text_width(figure, n) <= width)
+    return names[first] if first < len(names) else shorten(figure, name, width)
 
 
 def _scientific(value: float, digits: int) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from losscli.registry import COMMANDS
 from losscli.results.drawing import Drawing
 from losscli.results.result import Result, Run, draw, label_runs
 from losscli.table import Table
-from tests.cases import sample
+from tests.cases import in_turn, sample
 from tests.plotting import (
     test_around,
     test_barriers,
@@ -47,16 +47,6 @@ RUNS: dict[str, Callable[[], Run[Any]]] = {
     "barriers": lambda: test_barriers.run(test_barriers.seeds(4), splits=BOTH),
     "inspect": lambda: test_parts.moved(test_parts.transformer(1)),
 }
-
-
-def in_turn(names: Iterable[str], *variants: Any) -> list[Any]:
-    """Parameters of a test of each figure in each variant: ``make test`` takes one of each."""
-    cases = (
-        (name, *(variant if isinstance(variant, tuple) else (variant,)))
-        for k, name in enumerate(names)
-        for variant in (variants[k % len(variants) :] + variants[: k % len(variants)])
-    )
-    return sample(cases, 0, len(variants))
 
 
 SHORT_NAMES = {"runs", "final", "init", ".pt", ".safetensors", "n = "}
