@@ -274,6 +274,9 @@ def test_what_peft_merges_is_float32_or_wider(stored: torch.dtype, tmp_path: Pat
     assert found["wide.bias"] is base["wide.bias"]
 
 
+BRIEFLY = ("--points", 3, "--no-figure", "--dtype", "float64", "-q")
+
+
 @pytest.fixture
 def dora(pair: dict[str, Tensor], tmp_path: Path) -> dict[str, Tensor]:
     """A DoRA adapter of base.pt in the folder dora; what both make together."""
@@ -281,7 +284,7 @@ def dora(pair: dict[str, Tensor], tmp_path: Path) -> dict[str, Tensor]:
 
 
 def test_the_line_goes_to_what_peft_merges(dora: dict[str, Tensor], losscli: Losscli) -> None:
-    done = losscli("interpolate", "base.pt", "dora", "-q", "--json", "--dtype", "float64")
+    done = losscli("interpolate", "base.pt", "dora", "--json", *BRIEFLY)
     assert done.status == 0, done.stderr
     found = json.loads(done.stdout)["splits"]["data"]
     losses = [loss(mlp().state_dict()), loss(dora)]
@@ -314,7 +317,9 @@ def test_without_peft_the_extra_is_named(
     assert "which is merged by peft, and that is not installed" in done.stderr
     assert done.stderr.rstrip().endswith("pip install 'losscli[hf]'")
     assert not list(tmp_path.glob("x*"))
-    assert losscli("interpolate", "base.pt", "adapter", "-o", "y").status == 0  # plain LoRA
+    assert (
+        losscli("interpolate", "base.pt", "adapter", "-o", "y", *BRIEFLY).status == 0
+    )  # plain LoRA
 
 
 def test_what_peft_cannot_merge_is_one_line(tmp_path: Path) -> None:
@@ -418,7 +423,7 @@ def test_the_line_goes_from_the_base_to_base_and_adapter(
     turned: bool, pair: dict[str, Tensor], losscli: Losscli
 ) -> None:
     names = ["adapter", "base.pt"] if turned else ["base.pt", "adapter"]
-    done = losscli("interpolate", *names, "-q", "--json", "--dtype", "float64", "-o", "x")
+    done = losscli("interpolate", *names, "--json", "-o", "x", *BRIEFLY)
     assert done.status == 0, done.stderr
     summary = json.loads(done.stdout)
     losses = [loss(mlp().state_dict()), loss(pair)]
@@ -468,14 +473,14 @@ def test_adapters_alone_have_the_base_that_they_name(
     other = adapt(mlp(), tmp_path / "other", seed=2, r=2, target_modules=["layers.1"])
     for adapter in ("adapter", "other"):
         name_base(tmp_path / adapter, str(base))
-    done = losscli("interpolate", "adapter", "other", "-q", "--json", "-o", "x")
+    done = losscli("interpolate", "adapter", "other", "--json", "-o", "x", *BRIEFLY)
     assert done.status == 0, done.stderr
     found = json.loads(done.stdout)["splits"]["data"]
     assert [found["loss_a"], found["loss_b"]] == pytest.approx([loss(pair), loss(other)], rel=1e-6)
     # A change of the base is a change of the adapter's checkpoint.
     digest = json.loads(done.stdout)["checkpoints"][0]["sha256"]
     save_file(mlp(5).state_dict(), base / "model.safetensors", {"losscli.model": "mlp:4-3-2"})
-    again = losscli("interpolate", "adapter", "other", "-q", "--json", "-o", "y")
+    again = losscli("interpolate", "adapter", "other", "--json", "-o", "y", *BRIEFLY)
     assert json.loads(again.stdout)["checkpoints"][0]["sha256"] != digest
     name_base(tmp_path / "other", "elsewhere")
     done = losscli("interpolate", "adapter", "other", "-o", "z")

@@ -676,7 +676,9 @@ def resave(message: str) -> list[str]:
     return rest
 
 
-def test_the_advised_command_does_what_it_says_in_a_shell(tmp_path: Path) -> None:
+def test_the_advised_command_does_what_it_says_in_a_shell(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = tmp_path / 'it\'s a "folder" of $HOME; #1'
     folder.mkdir()
     path = folder / "-a run.pt"
@@ -687,21 +689,23 @@ def test_the_advised_command_does_what_it_says_in_a_shell(tmp_path: Path) -> Non
         "losscli.model": "mlp:4-3-2",
     }
     write(content, path)
-    message = refusal(path)
-    command = message.partition("save its state dict again: ")[2]
-    binaries = tmp_path / "bin"
-    binaries.mkdir()
-    (binaries / "python").symlink_to(sys.executable)
-    # A link to the interpreter of a virtual environment does not find its packages by itself.
-    packages = str(Path(torch.__file__).parent.parent)
-    environment = {"PATH": f"{binaries}:{os.environ['PATH']}", "PYTHONPATH": packages}
+    command = refusal(path).partition("save its state dict again: ")[2]
+    # A python that says what a shell hands over to it.
+    python = tmp_path / "bin" / "python"
+    python.parent.mkdir()
+    python.write_text("#!/bin/sh\nprintf '%s\\0' \"$@\"\n")
+    python.chmod(0o755)
+    environment = {"PATH": f"{python.parent}:{os.environ['PATH']}"}
     done = subprocess.run(
-        command, shell=True, env=environment, cwd=tmp_path, capture_output=True, check=False
+        command, shell=True, env=environment, cwd=tmp_path, capture_output=True, check=True
     )
-    assert (done.returncode, done.stdout) == (0, b""), done.stderr
+    option, code, source, target = done.stdout.decode().split("\0")[:-1]
+    assert (option, done.stderr) == ("-c", b"")
+    monkeypatch.setattr(sys, "argv", ["-c", source, target])
+    exec(code, {})
     (written,) = folder.glob("*.safetensors")
-    assert resave(message)[2] == str(written)
-    assert same(read(str(written)).select(content["net"]).weights, content["net"])
+    assert target == str(written)
+    assert same(read(target).select(content["net"]).weights, content["net"])
 
 
 class Net(nn.Module):

@@ -248,7 +248,9 @@ def test_a_losscli_toml_may_lie_in_the_folder(losscli: Losscli, tmp_path: Path) 
         'model = "mlp:4-3-2"\ndata = "safetensors:../x.safetensors"\n'
     )
     names = tmp_path / "model-0", tmp_path / "model-1"
-    done = losscli("interpolate", *names, "-q", "--json", "--points", 3, "-o", tmp_path / "out")
+    done = losscli(
+        "interpolate", *names, "-q", "--json", "--points", 3, "--no-figure", "-o", tmp_path / "out"
+    )
     assert done.status == 0, done.stderr
     told = json.loads(done.stdout)["checkpoints"]
     assert [c["path"] for c in told] == list(map(str, names))

@@ -87,7 +87,8 @@ def test_a_checkpoint_of_lightning_is_read_under_any_name_of_the_network(
     save_file(data, tmp_path / "data.safetensors")
     done = losscli(
         "interpolate", name, "init:1", "-m", "mlp:4-3-2", "-q", "--json",
-        "-d", f"safetensors:{tmp_path}/data.safetensors", "--points", 3, "-o", tmp_path / "x",
+        "-d", f"safetensors:{tmp_path}/data.safetensors", "--points", 3, "--no-figure",
+        "-o", tmp_path / "x",
     )  # fmt: skip
     assert done.status == 0, done.stderr
     losses = oracle.losses(

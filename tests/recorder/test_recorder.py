@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import csv
 import itertools
 import os
@@ -175,7 +176,7 @@ def test_a_record_is_exact_and_its_trajectory_needs_no_options(losscli: Losscli)
         if step:
             expected["loss"] = repr(losses[step])
         assert metadata_of(path) == expected
-    done = losscli("trajectory", "runs/a", "--no-figure", "-q", "-o", "out")
+    done = losscli("trajectory", "runs/a", "--no-figure", "--no-surface", "-q", "-o", "out")
     assert done.status == 0, done.stderr
     table = rows("out.csv")
     assert [Path(row["checkpoint"]).name for row in table] == [p.name for p in saved.values()]
@@ -207,7 +208,7 @@ def test_specs_of_code_go_into_losscli_toml(losscli: Losscli) -> None:
     done = losscli("trajectory", "run", "--no-figure", "-o", "out")
     assert (done.status, done.stderr.count("\n")) == (1, 1)
     assert "names code to run as its model" in done.stderr
-    done = losscli("trajectory", "run", "--no-figure", "-q", "-o", "out", "--trust")
+    done = losscli("trajectory", "run", "--no-figure", "--no-surface", "-q", "-o", "out", "--trust")
     assert done.status == 0, done.stderr
     with pytest.raises(OutputError, match=r"losscli\.toml exists, without the line model = "):
         Recorder(network(), "run", steps=2, start=0, model_spec="mine.py:net")
@@ -267,7 +268,7 @@ def test_the_optimisers_moments_are_saved_on_request(losscli: Losscli) -> None:
         assert moments.keys() >= {"exp_avg_sq", "max_exp_avg_sq"}
         stored = found["optimizer"]["state"][k]
         assert all(torch.equal(stored[key], value) for key, value in moments.items())
-    done = losscli("trajectory", "run", "--no-figure", "-q", "-o", "out")
+    done = losscli("trajectory", "run", "--no-figure", "--no-surface", "-q", "-o", "out")
     assert done.status == 0, done.stderr
     assert len(rows("out.csv")) == 3
     assert Recorder(model, "run", steps=4, optimizer=optimizer, moments=True).steps_taken == 4
@@ -466,6 +467,9 @@ def train_as_rank(rank: int, names: list[str]) -> None:
 def test_of_two_ranks_the_first_writes_and_both_know_where_they_are() -> None:
     import torch.distributed.fsdp  # once, and not in each fork
 
+    # A process group of another test, if it is garbage by now, would be destroyed in a fork, which
+    # waits for threads that the fork does not have.
+    gc.collect()
     names = ["DDP", "FSDP", "FSDP2"]
     pids = []
     for rank in range(2):
