@@ -265,7 +265,7 @@ def test_every_type_that_peft_merges_is_tested() -> None:
 
 
 @pytest.mark.parametrize("stored", [torch.bfloat16, torch.float64])
-def test_what_peft_merges_is_float32_or_wider(stored: torch.dtype, tmp_path: Path) -> None:
+def test_weights_merged_by_peft_are_float32_or_wider(stored: torch.dtype, tmp_path: Path) -> None:
     train(words(), PEFT["LOHA"], tmp_path)
     base = {name: t.to(stored) for name, t in words().state_dict().items()}
     found = merged_into(words(), base, tmp_path).weights
@@ -293,7 +293,9 @@ def test_the_line_goes_to_what_peft_merges(dora: dict[str, Tensor], losscli: Los
 
 
 @pytest.mark.usefixtures("dora")
-def test_without_a_model_what_peft_merges_is_refused(losscli: Losscli, tmp_path: Path) -> None:
+def test_adapters_that_peft_merges_are_refused_without_a_model(
+    losscli: Losscli, tmp_path: Path
+) -> None:
     for command in (
         ("export", "base.pt", "dora", "--alpha", 1, "-o", "x.safetensors"),
         ("inspect", "base.pt", "dora"),
@@ -322,7 +324,7 @@ def test_without_peft_the_extra_is_named(
     )  # plain LoRA
 
 
-def test_what_peft_cannot_merge_is_one_line(tmp_path: Path) -> None:
+def test_adapters_that_peft_cannot_merge_are_reported_in_one_line(tmp_path: Path) -> None:
     train(words(), PEFT["DoRA"], tmp_path)
     base = {name: t.clone() for name, t in words().state_dict().items()}
     file = tmp_path / "adapter_model.safetensors"
@@ -466,7 +468,7 @@ def name_base(adapter: Path, base: str | None) -> None:
     (adapter / "adapter_config.json").write_text(json.dumps(config))
 
 
-def test_adapters_alone_have_the_base_that_they_name(
+def test_adapters_without_a_base_use_the_one_that_they_name(
     pair: dict[str, Tensor], losscli: Losscli, tmp_path: Path
 ) -> None:
     base = folder_of_base(tmp_path)
@@ -516,7 +518,7 @@ def test_a_path_of_adapters(pair: dict[str, Tensor], losscli: Losscli, tmp_path:
     assert [r.split(",")[1] for r in done.stdout.splitlines()[1:]] == ["base.pt", *names]
 
 
-def test_an_adapter_that_changes_while_it_is_looked_at(
+def test_an_adapter_that_changes_while_it_is_read_is_refused(
     pair: dict[str, Tensor], tmp_path: Path
 ) -> None:
     from losscli.settings import Settings
@@ -665,7 +667,7 @@ def test_a_tied_tensor_that_is_changed_in_two_ways_is_refused(tmp_path: Path) ->
     ],
     ids=["wte", "wte saved", "lm_head saved"],
 )
-def test_one_name_of_a_tied_tensor_alone_is_not_changed(
+def test_a_change_of_only_one_name_of_a_tied_tensor_is_refused(
     config: dict[str, Any], tmp_path: Path, losscli: Losscli, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -698,7 +700,9 @@ def test_one_name_of_a_tied_tensor_alone_is_not_changed(
 
 @pytest.mark.parametrize("kept", ["target_modules", "modules_to_save"])
 @pytest.mark.parametrize("stored", [torch.float64, torch.float32])
-def test_what_peft_keeps_tied_is_one_change(kept: str, stored: torch.dtype, tmp_path: Path) -> None:
+def test_tensors_that_peft_keeps_tied_are_one_change(
+    kept: str, stored: torch.dtype, tmp_path: Path
+) -> None:
     import transformers
 
     def tied_llama() -> Any:

@@ -263,9 +263,7 @@ def test_the_numbers_are_those_of_load_state_dict(case: Old, kind: str, tmp_path
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if c.name != "spectral-norm"], ids=str)
-def test_the_model_is_left_alone_and_nothing_is_copied_without_need(
-    case: Old, tmp_path: Path
-) -> None:
+def test_the_model_is_unchanged_and_nothing_is_copied_needlessly(case: Old, tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = case.build()
     before = {n: t.clone() for n, t in model.state_dict().items()}
@@ -317,7 +315,7 @@ def _cut(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize(("name", "build", "state"), REFUSED, ids=[case[0] for case in REFUSED])
-def test_what_load_state_dict_refuses_is_refused(
+def test_state_dicts_that_load_state_dict_refuses_are_refused(
     name: str, build: Callable[[], nn.Module], state: Callable[[], Any], tmp_path: Path
 ) -> None:
     torch.save(state(), tmp_path / "a.pt")
@@ -381,7 +379,7 @@ BESIDE: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("beside", sample([*BESIDE, "all"], 1, 2))
-def test_what_interpolate_reads_export_and_inspect_read(
+def test_export_and_inspect_read_the_files_that_interpolate_reads(
     beside: str, losscli: Losscli, folder: Path
 ) -> None:
     more = BESIDE if beside == "all" else {beside: BESIDE[beside]}
@@ -405,13 +403,13 @@ def test_what_interpolate_reads_export_and_inspect_read(
     assert all(torch.allclose(found[n].double(), expected[n], atol=1e-7) for n in c)
 
 
-def test_of_a_state_dict_alone_every_tensor_counts(tmp_path: Path) -> None:
+def test_every_tensor_of_a_bare_state_dict_counts(tmp_path: Path) -> None:
     for content in ({"step": torch.tensor(3)}, {"rng": torch.get_rng_state()}, dict(BESIDE["rng"])):
         torch.save(content, tmp_path / "a.pt")
         assert read(str(tmp_path / "a.pt")).select(None).weights.keys() == content.keys()
 
 
-def test_where_no_model_is_known_export_says_so(losscli: Losscli, folder: Path) -> None:
+def test_export_says_that_no_model_is_known(losscli: Losscli, folder: Path) -> None:
     case = next(case for case in CASES if case.name == "hook")
     a, b = case.state(1), plainly(case, case.state(2))
     torch.save(a, "old.pt")
@@ -706,9 +704,7 @@ def test_a_module_is_evaluated_as_it_is(kind: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["version", "noted version", "extra state"])
-def test_versions_and_extra_state_are_found_wherever_the_state_dict_lies(
-    kind: str, tmp_path: Path
-) -> None:
+def test_versions_and_extra_state_are_found_at_any_key(kind: str, tmp_path: Path) -> None:
     (name,) = written(kind, tmp_path, [1], key="net")
     expected = loaded(kind, name, "net").state_dict()
     state = torch.load(name)["net"]
@@ -742,7 +738,7 @@ def test_versions_and_extra_state_are_found_wherever_the_state_dict_lies(
         *itertools.product([1, 3, None], [None, "state_dict"]),
     ),
 )
-def test_what_export_writes_is_loaded_as_its_ends_are(
+def test_an_exported_file_is_loaded_as_its_ends_are(
     kind: str, alpha: float, version: int | None, key: str | None, tmp_path: Path, losscli: Losscli
 ) -> None:
     names = written(kind, tmp_path, (version, version), key=key)
@@ -818,7 +814,7 @@ def test_extra_states_that_differ_are_refused_where_they_change_the_loss(tmp_pat
 
 
 @pytest.mark.parametrize("kind", ["version", pytest.param("shape", marks=pytest.mark.stress)])
-def test_what_align_writes_is_loaded_as_it_was_aligned(
+def test_an_aligned_file_is_loaded_as_it_was_aligned(
     kind: str, losscli: Losscli, tmp_path: Path
 ) -> None:
     torch.manual_seed(0)

@@ -76,7 +76,7 @@ ORDERED = [f"step-{t}.pt" for t in range(STEPS)]
         ),
     ],
 )  # fmt: skip
-def test_of_a_numbered_folder_the_first_the_last_and_the_best_are_told_apart(
+def test_first_last_and_best_files_of_a_numbered_folder(
     more: dict[str, int],
     expected: list[str],
     notes: list[str],
@@ -123,7 +123,7 @@ def test_of_a_numbered_folder_the_first_the_last_and_the_best_are_told_apart(
         (["best_1.pt", "best_10.pt"], ["best_1.pt", "best_10.pt"]),
     ],
 )  # fmt: skip
-def test_names_of_other_tools_are_read_alike(
+def test_names_of_other_tools_are_ordered_too(
     files: list[str], expected: list[str], tmp_path: Path
 ) -> None:
     save(tmp_path / "p", {name: t for t, name in enumerate(files)})
@@ -329,7 +329,7 @@ def test_names_in_the_order_of_a_shell_are_put_into_natural_order(
         )
 
 
-def test_what_a_shell_really_lists_is_put_into_natural_order(tmp_path: Path) -> None:
+def test_files_listed_by_a_real_shell_are_put_into_natural_order(tmp_path: Path) -> None:
     natural = [f"ckpt{t}.pt" for t in range(1, 21)]
     found, notes = order_path(shell(natural, tmp_path / "there"))
     assert found == natural
@@ -337,7 +337,7 @@ def test_what_a_shell_really_lists_is_put_into_natural_order(tmp_path: Path) -> 
     assert "natural order: ckpt1.pt, ckpt2.pt, ckpt3.pt and 17 more. --keep-order" in notes[0]
 
 
-def test_an_order_that_somebody_chose_is_kept() -> None:
+def test_a_chosen_order_is_kept() -> None:
     generator = random.Random(0)
     natural = [f"step-{t}.pt" for t in range(20)]
     for given in (natural[::-1], sorted(natural)[::-1], generator.sample(natural, 20)):

@@ -346,7 +346,7 @@ def hostile() -> Iterator[Any]:
     yield Reduced(int, ("9" * 9,))
 
 
-def test_what_is_allowed_does_nothing_whatever_it_is_fed_with(
+def test_allowed_names_have_no_effect_with_any_arguments(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def never(*_: Any) -> None:

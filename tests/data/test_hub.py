@@ -627,7 +627,7 @@ OUT, NETWORK = "points outside the folder, to '", "names a place on the network,
         (settings_are_a_pipe, ".huggingface.yaml", "is not a regular file"),
     ],
 )
-def test_a_folder_leads_nowhere_else(
+def test_a_folder_cannot_name_files_outside_it(
     make: Callable[[Path], None],
     file: str,
     expected: str,

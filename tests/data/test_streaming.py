@@ -317,7 +317,7 @@ def test_no_more_than_a_few_batches_are_ever_in_memory(
     assert batches <= 4
 
 
-def test_what_fits_is_decoded_once_and_by_the_order_of_the_splits(
+def test_splits_that_fit_are_decoded_once_in_their_order(
     cramped: Callable[[int], None],
 ) -> None:
     decoded: list[int] = []
@@ -353,7 +353,7 @@ def test_tensors_that_are_in_memory_are_not_decoded(cramped: Callable[[int], Non
     assert whole(some).targets.tolist() == [1, 2]
 
 
-def test_what_does_not_fit_on_the_device_stays_and_goes_there_batch_by_batch(
+def test_a_split_that_does_not_fit_moves_to_the_device_by_batches(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     a, _ = model_and_line()
@@ -431,7 +431,7 @@ class Drawn(Dataset[Any]):
         return torch.tensor(drawn), i % 3
 
 
-def test_what_is_drawn_at_random_is_the_same_in_each_pass_and_worker(
+def test_random_draws_are_the_same_in_each_pass_and_worker(
     cramped: Callable[[int], None],
 ) -> None:
     cramped(1 << 20)
@@ -584,7 +584,7 @@ def test_workers_are_started_once_and_spawned_ones_too(cramped: Callable[[int], 
     assert split._workers._loader is None  # type: ignore[union-attr]
 
 
-def test_workers_come_where_they_are_worth_it(
+def test_workers_are_started_where_they_save_time(
     cramped: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cramped(100)
@@ -709,7 +709,7 @@ def test_a_limit_ends_an_endless_stream_and_no_further_example_is_asked_for(
     assert not caplog.records
 
 
-def test_what_is_said_of_an_endless_stream_is_a_note_of_the_command(
+def test_the_warning_about_an_endless_stream_is_a_note_of_the_command(
     losscli: Losscli, code: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(flow_, "_SLOW_SECONDS", 0.0)
@@ -939,7 +939,7 @@ def test_a_dry_run_reports_the_number_of_passes(
         ("labels", r"the data has the label 3, and the model's 3 outputs stand for the labels 0"),
     ],
 )
-def test_what_goes_wrong_on_the_way_is_one_line_and_nothing_is_written(
+def test_failures_during_a_run_are_one_line_and_write_nothing(
     losscli: Losscli, code: Path, data: str, message: str
 ) -> None:
     done = interpolate(losscli, data, "-o", "out", "-q")
@@ -1006,7 +1006,7 @@ def test_a_signal_leaves_no_process_behind(
 @linux
 @forking
 @pytest.mark.parametrize("data", ["workers", "crawling"])
-def test_ctrl_c_when_a_worker_starts_is_heard_by_the_run_alone(
+def test_ctrl_c_when_a_worker_starts_ends_the_run_without_a_traceback(
     data: str, code: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     aside = tmp_path_factory.mktemp("aside")

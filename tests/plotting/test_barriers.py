@@ -168,7 +168,7 @@ def test_zero_is_white_with_a_note() -> None:
     assert not legend(draw_barriers(run(seeds(4), lambda i, j, s: 1.0)))
 
 
-def test_what_is_not_known_is_hatched() -> None:
+def test_unknown_barriers_are_hatched() -> None:
     figure = draw_barriers(run(seeds(5), broken, ("train", "test")))
     assert "unknown: a loss on the line is not finite" in legend(figure)
     for panel, number in zip(panels(figure), (8, 10), strict=True):
@@ -182,7 +182,7 @@ def test_what_is_not_known_is_hatched() -> None:
     assert not list(panels(draw_barriers(run(seeds(5))))[0].patches)
 
 
-def test_numbers_stand_in_the_cells_of_a_few() -> None:
+def test_a_small_matrix_has_numbers_in_its_cells() -> None:
     few = draw_barriers(run(seeds(12), lambda i, j, s: 0.1234 * (i + j)))
     assert len(cells(panels(few)[0])) == 12 * 11
     assert cells(panels(few)[0])[0, 1] == "0.12"
@@ -240,7 +240,9 @@ def test_numbers_stay_inside_their_cells(number: int) -> None:
         (["../a/f", "../b/f"], ["a", "b"], "Checkpoints ../*/f"),
     ],
 )
-def test_labels_are_what_differs(names: list[str], labels: list[str], shared: str) -> None:
+def test_labels_are_the_parts_of_names_that_differ(
+    names: list[str], labels: list[str], shared: str
+) -> None:
     figure = draw_barriers(run(names, lambda i, j, s: 0.5))
     (panel,) = panels(figure)
     assert ticks(panel, "x") == ticks(panel, "y") == labels
@@ -285,7 +287,7 @@ def test_long_lists_are_thinned() -> None:
     assert all(left.x1 <= right.x0 for left, right in itertools.pairwise(boxes))
 
 
-def test_a_logarithmic_scale_says_so() -> None:
+def test_the_label_names_a_logarithmic_scale() -> None:
     drawn = run(seeds(4), lambda i, j, s: 10.0 ** -(i + j))
     even, log = (draw_barriers(drawn, Drawing(log=log)).axes[-1] for log in (False, True))
     assert even.get_ylabel() == "barrier (cross_entropy)"

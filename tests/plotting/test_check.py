@@ -278,7 +278,7 @@ def test_steps_are_the_checkpoints_in_the_order_of_their_first_row() -> None:
     assert "not finite" not in sentence(figure)
 
 
-def test_tolerance_is_a_line_and_a_shade_where_it_is_known() -> None:
+def test_a_known_tolerance_is_a_line_and_a_shade() -> None:
     figure = figure_of(21)
     axes = panel(figure, "gradient norm")
     assert axes.get_yscale() == "log"
@@ -429,7 +429,7 @@ def test_verdicts_are_those_of_the_table() -> None:
     np.testing.assert_array_equal(saddle.get_ydata(), [0, 1])
 
 
-def test_what_is_not_finite_is_blank_and_counted() -> None:
+def test_values_that_are_not_finite_are_blank_and_counted() -> None:
     def row(t: float, split: str) -> tuple[Cell, ...]:
         if 0.3 < t < 0.55:
             return (NAN, NAN, None, None, None, None, None, "undecided")
@@ -535,7 +535,7 @@ def test_the_gain_has_the_error_of_the_summary_where_it_is_of_that_point() -> No
         assert f"lowest: 0.016 at distance −3, a gain of {said}" in legend(figure)
 
 
-def test_an_escape_that_gains_nothing_says_so() -> None:
+def test_an_escape_without_a_gain_has_a_note() -> None:
     drawn = run(1, escape=True)
     up = Table.build(
         ("distance", "loss", "loss_stderr"), [(d, 1.0 + d * d, 0.0) for d in (-1.0, 0.0, 1.0)]
@@ -569,7 +569,7 @@ def test_losses_have_a_logarithmic_axis_where_asked_for_or_far_apart() -> None:
     assert figure.axes[-1].get_yscale() == "log"
 
 
-def test_one_checkpoint_is_told_in_words_and_drawn_as_a_row_a_split() -> None:
+def test_one_checkpoint_has_a_row_per_split_and_a_note() -> None:
     figure = figure_of(1)
     (axes,) = figure.axes
     assert axes.get_title("left") == "runs/0.pt"
@@ -618,7 +618,7 @@ def test_spectrum_is_drawn_over_the_rank() -> None:
     assert len(figure_of(1, escape=True, eigenvalues=5).axes) == 2
 
 
-def test_eigenvalues_next_to_zero_do_not_ask_for_a_logarithm() -> None:
+def test_eigenvalues_near_zero_keep_a_linear_axis() -> None:
     values = (
         [0.24 - 0.001 * k for k in range(90)]
         + [1e-12] * 500
@@ -716,7 +716,7 @@ def test_panels_do_not_overlap() -> None:
                 assert width <= 1 or height <= 1
 
 
-def test_draw_knows_a_check_and_refuses_two() -> None:
+def test_draw_draws_one_check_and_refuses_two() -> None:
     one = run(1)
     assert render(draw([one], Drawing(log=True)), ".png") == render(
         draw_check(one, Drawing(log=True)), ".png"
@@ -752,7 +752,7 @@ def test_the_density_of_one_checkpoint_is_drawn_on_all_splits_with_its_outliers(
     assert "10 probes, 90 steps, Gaussians of width σ = 0.1" in sentence(figure)
 
 
-def test_densities_of_several_checkpoints_have_a_panel_a_split_and_colours() -> None:
+def test_densities_of_several_checkpoints_have_a_panel_per_split() -> None:
     figure = figure_of(9, spectra=True)
     panels = below(figure, "eigenvalue λ of")
     assert [axes.get_title("left") for axes in panels] == ["train", "test"]
@@ -799,7 +799,7 @@ def test_blocks_of_several_checkpoints_are_lines_from_dark_to_light() -> None:
     assert {f"layers.{b}" for b in range(5)} <= set(legend(figure))
 
 
-def test_of_many_blocks_some_are_named() -> None:
+def test_with_many_blocks_the_legend_names_some() -> None:
     drawn = run(3, ("train",), spectra=True)
     names = [str(name) for name in drawn.table.unique("checkpoint")]
     figure = draw_check(replace(drawn, more={"curvature": blocks(names, ["train"], 60)}))
@@ -814,7 +814,7 @@ def test_of_many_blocks_some_are_named() -> None:
 
 @pytest.mark.parametrize("size", ["full", "paper"])
 @pytest.mark.parametrize("eigenvalues", [0, 30])
-def test_a_legend_has_no_mark_that_is_not_in_the_picture(eigenvalues: int, size: str) -> None:
+def test_a_legend_has_only_marks_that_the_picture_has(eigenvalues: int, size: str) -> None:
     figure = draw_check(run(1, escape=True, eigenvalues=eigenvalues), Drawing(size=size))
     drawn = {line.get_marker() for axes in figure.axes for line in axes.get_lines()}
     handles = figure.legends[0].legend_handles

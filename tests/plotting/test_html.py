@@ -443,7 +443,7 @@ def test_the_pointer_reads_coordinates_loss_error_and_name() -> None:
 
 
 @needs_node
-def test_the_slider_shows_a_checkpoint_alone() -> None:
+def test_the_slider_shows_one_checkpoint() -> None:
     run = test_trajectory.run(surface=True)
     page = render_html([run])
     everything, third, none = (traces for traces, _ in drive(page, 3, 0))
@@ -466,7 +466,7 @@ def test_the_tails_of_a_density_do_not_stretch_its_logarithmic_axis() -> None:
 
 
 @needs_node
-def test_a_logarithmic_axis_is_of_losses_and_says_what_it_leaves_out(folder: Path) -> None:
+def test_only_losses_have_a_logarithmic_axis(folder: Path) -> None:
     result = library.interpolate("a.pt", "b.pt", points=3, derivatives=True)
     page = render_html([Run(result.table, result.summary)], Drawing(log=True))
     (_, loss), (_, slope), (traces, _) = drive(page, "slope", "train")

@@ -263,7 +263,7 @@ print("matplotlib.pyplot" in sys.modules)
 
 
 @pytest.mark.usefixtures("laid_out")
-def test_neither_pyplot_nor_the_users_matplotlibrc(tmp_path: Path) -> None:
+def test_a_figure_uses_neither_pyplot_nor_the_users_matplotlibrc(tmp_path: Path) -> None:
     settings = "axes.facecolor: red\nfont.size: 30\nsvg.fonttype: none\nsavefig.bbox: tight\n"
     settings += "text.parse_math: True\naxes.formatter.use_mathtext: True\nbackend: svg\n"
     (tmp_path / "matplotlibrc").write_text(settings)
@@ -312,7 +312,7 @@ def test_metrics_have_no_cross_where_the_loss_is_not_finite() -> None:
     ]
 
 
-def test_points_between_gaps_are_seen() -> None:
+def test_points_between_gaps_are_drawn_as_dots() -> None:
     points = [(k / 50, NAN if k % 2 else 1.0 + k) for k in range(51)]
     axes = draw_interpolation([curve(points)]).axes[0]
     assert marked(axes, "o") == [k / 50 for k in range(0, 51, 2)]
@@ -502,7 +502,7 @@ def test_everything_lies_in_the_picture_and_beside_the_curves(number: int) -> No
     assert "not finite" in note(figure)
 
 
-def test_one_colour_a_run_and_one_line_style_a_split() -> None:
+def test_each_run_has_a_colour_and_each_split_a_line_style() -> None:
     figure = draw_interpolation(three())
     lines = runs(figure.axes[0])
     assert len(lines) == 6
@@ -638,7 +638,7 @@ def test_local_minima_and_maxima_are_marked_where_they_are_beyond_noise() -> Non
     assert note(figure) == ("Local minima and maxima are marked if they exceed two standard errors")
 
 
-def test_what_may_be_noise_is_not_marked() -> None:
+def test_turns_within_noise_are_not_marked() -> None:
     table = zoom().table
     noisy, unknown, older = (turns(table, beyond=beyond) for beyond in (False, None, None))
     for split in older.values():
@@ -714,14 +714,14 @@ def test_a_part_reads_back_from_its_csv_as_the_same_picture() -> None:
     assert render(one, ".svg") == render(other, ".svg")
 
 
-def test_no_whole_line_beside_several_runs_or_without_points() -> None:
+def test_the_whole_line_is_drawn_for_one_run_with_points() -> None:
     assert len(draw_interpolation([zoom(), zoom()]).axes) == 1
     nowhere = replace(zoom(), more={"context": waves([NAN, NAN])})
     assert len(draw_interpolation([nowhere]).axes) == 1
     assert len(draw_interpolation([replace(zoom(), more={})]).axes) == 1
 
 
-def test_a_whole_line_with_gaps_says_so() -> None:
+def test_a_note_counts_the_gaps_of_the_whole_line() -> None:
     table = zoom().more["context"]
     rows = [(*row[:2], NAN if row[0] > 1.9 else row[2], row[3]) for row in table.rows]
     run = replace(zoom(), more={"context": Table.build(table.columns, rows)})
@@ -760,7 +760,7 @@ def test_odd_tables_are_drawn(case: str) -> None:
     assert "loss" in figure.axes[0].get_ylabel()
 
 
-def test_rounding_errors_are_no_landscape() -> None:
+def test_rounding_errors_do_not_fill_the_axis() -> None:
     low, high = draw_interpolation(ODD["rounding errors"]).axes[0].get_ylim()
     assert high - low > 0.05
 

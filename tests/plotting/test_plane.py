@@ -286,7 +286,7 @@ def test_checkpoints_beyond_the_edges_do_not_stretch_the_picture() -> None:
     assert "outside" not in note(draw_plane(winding()))
 
 
-def test_what_is_not_finite_is_blank() -> None:
+def test_losses_that_are_not_finite_are_blank() -> None:
     figure = draw_plane(run(loss=lambda x, y: NAN if x > 9 and y > 5 else hollows(x, y)))
     (panel,) = contour_panels(figure)
     (cross,) = [line for line in panel.get_lines() if line.get_marker() == "x"]
@@ -326,7 +326,7 @@ def hill(x: float, y: float) -> float:
         (hill, (1.2, -2.4), False),  # on its near side
     ],
 )
-def test_what_the_surface_hides_is_pale(
+def test_points_hidden_by_the_surface_are_pale(
     loss: Callable[[float, float], float], point: tuple[float, float], hidden: bool
 ) -> None:
     drawn = run("random", [(*point, 0.0)], loss, size=(81, 81), box=(-10, 10, -10, 10))

@@ -153,7 +153,7 @@ def test_negative_values_are_hollow_marks_at_their_size() -> None:
     assert "hollow: the loss falls by so much" not in legend(draw_sharpness(run()))
 
 
-def test_what_is_not_drawn_is_counted() -> None:
+def test_values_that_are_not_drawn_are_counted() -> None:
     def broken(k: int, radius: float, split: str) -> list[Cell]:
         cells = measures(k, radius, split)
         if k == 0:
@@ -180,7 +180,7 @@ def test_a_learning_rate_is_drawn_where_it_is_known() -> None:
     assert "learning rate" not in sentence(draw_sharpness(run(PATH)))
 
 
-def test_titles_say_what_is_measured() -> None:
+def test_titles_name_the_measures() -> None:
     figure = draw_sharpness(run(adaptive=True, direction_split="train"))
     titles = [axes.get_title(loc="left") for axes in figure.axes]
     assert titles == [

@@ -89,7 +89,9 @@ def test_the_better_of_black_and_white_has_a_contrast_of_4_5() -> None:
         ("runs with spaces/a/long/name/init.pt → final.pt", "…", "final.pt"),
     ],
 )
-def test_words_keep_their_beginning_and_names_their_end(text: str, start: str, end: str) -> None:
+def test_shortened_words_keep_their_start_and_names_their_end(
+    text: str, start: str, end: str
+) -> None:
     figure = Figure()
     shown = shorten(figure, text, 120.0)
     assert shown.startswith(start)
