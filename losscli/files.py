@@ -42,7 +42,7 @@ class IrregularError(OSError):
     """The file is not a regular file, or its content is too long.
 
     Args:
-        what: What is wrong and how to fix it.
+        what: The problem and its fix.
     """
 
     def __init__(self, what: str) -> None:
@@ -126,7 +126,7 @@ def find_placeholder(path: Path) -> tuple[str, str] | None:
     if start.startswith((b"<!doctype html", b"<html")):
         return (
             "an HTML page, not the file itself",
-            "Download it again, from the address of the file and not of the page that shows it",
+            "Download the file itself, not the page that shows it",
         )
     return None
 

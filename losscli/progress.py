@@ -42,7 +42,7 @@ def report_to(progress: Progress, total: int, unit: str) -> Iterator[Update | No
         unit: The unit of work, in the plural.
 
     Yields:
-        A function to call with the amount of work done so far; None if nobody asks for it.
+        A function to call with the amount of work done so far; None if no progress is wanted.
     """
     if progress is not True:
         yield progress or None

@@ -52,7 +52,7 @@ PICTURES = (".png", ".svg", ".pdf", ".html")
 ANIMATIONS = (".gif", ".mp4")
 MESH = ".vtp"
 PATH_MESH = ".path.vtp"
-"""The path on the surface of x.vtp is in x.path.vtp."""
+"""The suffix of the file with the path on the surface of a file with the suffix `MESH`."""
 
 Panels = Literal["metrics", "splits", "tensors"]
 """What a figure has a panel for: each metric, each split, or all tensors in one."""
@@ -64,19 +64,19 @@ class TableFormat:
 
     Attributes:
         columns: The columns that it must have.
-        optional: The columns that it may have too.
+        optional: The columns that it may also have.
         metrics: Whether it also has a column for each metric, named after it.
         errors: The columns of standard errors and error bounds, which are not negative.
         position: The column with the position on a line; every row has one. Empty for none.
         grid: The two columns that span a grid; the rows must fill most of it.
         pairs: Whether the grid is symmetric: a point for each pair of names in either column.
-        shared: Of a further table, the columns with values that rows of the main table have too.
-        identified_by: Of a further table that has the columns of a main table, the columns that
-            distinguish it.
-        panels: What the figure has a panel for if this further table is drawn; by default as
-            without it.
+        shared: The columns of a further table with values that also occur in the main table.
+        identified_by: The columns that distinguish a further table from a main table with the same
+            columns.
+        panels: What the figure has a panel for if this further table is drawn; None for the same
+            as without it.
         drawn: Whether a figure shows it.
-        refused_alone: Why a further table is not drawn alone, and how to draw it.
+        refused_alone: Why a further table cannot be drawn on its own, and how to draw it.
     """
 
     columns: tuple[str, ...]
@@ -102,11 +102,11 @@ class Command:
         function: The function of the Python API.
         cli: The function of the command line; empty if it is not one of the studies that
             `losscli.cli.app` adds first.
-        report: The function that puts a `Result` into words.
+        report: The function that formats a `Result` as text.
         drawing: The function that draws runs: a sequence of them, or one where several cannot be
             overlaid.
-        views: The function that returns the views of runs on an interactive page, with the same
-            runs, or that of any command.
+        views: The function that returns the views of an interactive page, with the runs as for
+            ``drawing``; empty for curves of the columns of the table.
         animation: The function that animates runs, with the arguments of ``drawing``; empty for
             none.
         mesh: The function that writes runs as a surface, with the arguments of ``drawing``; empty
@@ -118,7 +118,8 @@ class Command:
         further_tables: The tables that are written beside it, by NAME of STEM.NAME.csv.
         panels: What the figure has a panel for.
         distributed: Whether several processes share its work.
-        not_overlaid: Why several runs have no figure together, and what to do; None if they have.
+        not_overlaid: Why several runs cannot be drawn together, and what to do instead; None if
+            they can.
     """
 
     name: str
@@ -139,13 +140,10 @@ class Command:
     not_overlaid: tuple[str, str] | None = None
 
     def panels_with(self, tables: Collection[str]) -> Panels:
-        """Says what the figure has a panel for.
+        """Returns what the figure has a panel for.
 
         Args:
             tables: The names of the further tables of the run.
-
-        Returns:
-            What it is.
         """
         formats = (self.further_tables[name] for name in tables if name in self.further_tables)
         return next((table.panels for table in formats if table.panels), self.panels)
@@ -161,7 +159,7 @@ class Command:
             The figure, laid out and ready to be rendered.
 
         Raises:
-            UsageError: Several runs have no figure together, or this one has none.
+            UsageError: The runs cannot be drawn together, or the run has no figure.
         """
         figure: Figure = load(self.drawing)(self._overlaid(runs), drawing)
         load("losscli.plotting.style:make_displayable")(figure, drawing)
@@ -177,7 +175,7 @@ class Command:
             Each a `losscli.plotting.html.View`.
 
         Raises:
-            UsageError: Several runs have no figure together, or this one has none.
+            UsageError: The runs cannot be drawn together, or the run has no figure.
         """
         what = self._overlaid(runs)
         views: Sequence[Any] = (
@@ -227,7 +225,7 @@ class Command:
             The content of a file.
 
         Raises:
-            UsageError: Several runs have no figure together, or they have no path.
+            UsageError: The runs cannot be drawn together, or they have no path.
         """
         self.check_format(suffix)
         animation = load(self.animation)(self._overlaid(runs), drawing)
@@ -260,14 +258,7 @@ class Command:
         return runs[0]
 
     def as_text(self, result: Any) -> str:
-        """Puts a result into words.
-
-        Args:
-            result: A `losscli.results.result.Result`.
-
-        Returns:
-            Lines of text.
-        """
+        """Formats a `losscli.results.result.Result` as lines of text."""
         text: str = load(self.report)(result)
         return text
 
@@ -310,8 +301,8 @@ COMMANDS: Mapping[str, Command] = {
                     identified_by=("block",),
                     panels="splits",
                     refused_alone=(
-                        "has the blocks of a line alone",
-                        "Name the CSV of the line, with which they are drawn",
+                        "has only the blocks of a line",
+                        "Give the CSV of the line, with which they are drawn",
                     ),
                 ),
             },
@@ -376,7 +367,7 @@ COMMANDS: Mapping[str, Command] = {
                     optional=("path",),
                 ),
             },
-            not_overlaid=("one plane cannot be laid over another", "Give one CSV of a plane"),
+            not_overlaid=("planes cannot be overlaid", "Give one CSV of a plane"),
         ),
         Command(
             name="around",
@@ -436,7 +427,7 @@ COMMANDS: Mapping[str, Command] = {
                     shared=("checkpoint", "split"),
                 ),
             },
-            not_overlaid=("one check cannot be laid over another", "Give one CSV of a check"),
+            not_overlaid=("checks cannot be overlaid", "Give one CSV of a check"),
         ),
         Command(
             name="sharpness",
@@ -455,7 +446,7 @@ COMMANDS: Mapping[str, Command] = {
                 errors=("average_stderr", "worst_stderr", "sam_stderr"),
             ),
             not_overlaid=(
-                "one table of sharpness cannot be laid over another",
+                "tables of sharpness cannot be overlaid",
                 "Give one CSV of sharpness",
             ),
         ),
@@ -486,7 +477,7 @@ COMMANDS: Mapping[str, Command] = {
                     drawn=False,
                 ),
             },
-            not_overlaid=("one matrix cannot be laid over another", "Give one CSV of barriers"),
+            not_overlaid=("matrices cannot be overlaid", "Give one CSV of barriers"),
         ),
         Command(
             name="connect",
@@ -512,7 +503,7 @@ COMMANDS: Mapping[str, Command] = {
                 ),
             },
             panels="metrics",
-            not_overlaid=("one path cannot be laid over another", "Give one CSV of connect"),
+            not_overlaid=("paths cannot be overlaid", "Give one CSV of connect"),
         ),
         Command(
             name="soup",
@@ -525,7 +516,7 @@ COMMANDS: Mapping[str, Command] = {
                 ("step", "checkpoint", "kept", "score", "score_stderr"), errors=("score_stderr",)
             ),
             distributed=False,
-            not_overlaid=("one search cannot be laid over another", "Give one CSV of soup"),
+            not_overlaid=("searches cannot be overlaid", "Give one CSV of soup"),
         ),
         Command(
             name="inspect",
@@ -542,7 +533,7 @@ COMMANDS: Mapping[str, Command] = {
             panels="tensors",
             distributed=False,
             not_overlaid=(
-                "one inspection cannot be laid over another",
+                "inspections cannot be overlaid",
                 "Inspect two checkpoints together",
             ),
         ),
@@ -572,42 +563,24 @@ def pair_position(columns: Sequence[str]) -> str:
 
 
 def command_of(columns: Collection[str]) -> Command | None:
-    """Finds the command that a main table is of; None if there is none."""
+    """Returns the command that writes a main table with these columns, if any."""
     if further_table_of(columns):
         return None
     return next((c for c in COMMANDS.values() if {*c.table.columns} <= {*columns}), None)
 
 
 def further_table_of(columns: Collection[str]) -> TableFormat | None:
-    """Finds the further table that has the columns of a main table too.
-
-    Args:
-        columns: The columns.
-
-    Returns:
-        Its format; None if it is none of those.
-    """
+    """Returns the format of a further table that also has the columns of a main table, if any."""
     tables = (t for command in COMMANDS.values() for t in command.further_tables.values())
     return next((t for t in tables if t.identified_by and {*t.identified_by} <= {*columns}), None)
 
 
 def further_table_names() -> frozenset[str]:
-    """Lists the names of the further tables of all commands.
-
-    Returns:
-        Each NAME of a file STEM.NAME.csv.
-    """
+    """Lists NAME of the files STEM.NAME.csv of all commands."""
     return frozenset(name for command in COMMANDS.values() for name in command.further_tables)
 
 
 def load(target: str) -> Any:
-    """Imports a function.
-
-    Args:
-        target: The function as ``module:function``.
-
-    Returns:
-        The function.
-    """
+    """Imports a function, named as ``module:function``."""
     module, _, name = target.partition(":")
     return getattr(importlib.import_module(module), name)

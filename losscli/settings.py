@@ -63,8 +63,8 @@ class Settings:
         model: The architecture; None takes it from the checkpoints' metadata or ``losscli.toml``.
         data: The data set; None as for ``model``.
         loss: The per-example loss; None as for ``model``, else by the task of the data.
-        objective: A function from the model and a batch to one number per example, in the place of
-            the loss; ``model`` for the loss that the model itself returns for a batch, which
+        objective: A function from the model and a batch to one number per example, instead of a
+            loss; ``model`` for the loss that the model itself returns for a batch, which
             implies ``batch_loss``. None as for ``model``, else for a loss.
         metric: The metrics; ``("none",)`` for none; empty as for ``model``, else for those of the
             task of the data, or none with an objective.
@@ -145,7 +145,7 @@ class Settings:
                 if value is not None and not isinstance(value, str) and not callable(value):
                     raise UsageError(
                         f"{name} must be a string or a function, not {describe(value)}",
-                        f"Give the name of a {name} as on the command line, or code",
+                        f"Give a spec of the {name} as on the command line, or a function",
                     )
         if isinstance(self.objective, str) and self.objective == "model":
             # The loss that a model returns is one number per batch.
@@ -165,8 +165,7 @@ def checked(more: type[Any] | None = None) -> Callable[[Callable[P, T]], Callabl
 
     def decorate(function: Callable[P, T]) -> Callable[P, T]:
         signature = inspect.signature(function)
-        # At decoration, since it evaluates strings, which no call should do. Not the type of the
-        # result: that may be imported for type checkers only.
+        # Without the return type, which may be imported for type checkers only.
         parameter_hints = {k: v for k, v in function.__annotations__.items() if k != "return"}
         hints = get_type_hints(
             types.SimpleNamespace(__annotations__=parameter_hints), function.__globals__
@@ -193,7 +192,7 @@ def checked(more: type[Any] | None = None) -> Callable[[Callable[P, T]], Callabl
             return function(*bound.args, **bound.kwargs)
 
         defaults = (more or _NoFields)()
-        # The fields stand in the place of ``**settings`` in help(), and notebooks complete them.
+        # help() shows the fields instead of ``**settings``, and notebooks complete them.
         vars(call)["__signature__"] = signature.replace(
             parameters=[
                 *(p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD),

@@ -96,7 +96,7 @@ class Spec:
                     'Put double quotes around a value with a comma: key="a,b"',
                 )
             if key in options:
-                raise SpecError(f"spec {text!r}: the key {key!r} stands twice", "Leave one out")
+                raise SpecError(f"spec {text!r}: the key {key!r} is given twice", "Leave one out")
             options[key] = _value(value, text)
         return cls(target, options)
 
@@ -135,7 +135,7 @@ def _value(text: str, where: str) -> Value:
 def _toml(text: str, where: str) -> str:
     try:
         if not re.fullmatch(_QUOTED, text, re.DOTALL):
-            raise ValueError("a double quote is missing, or stands too early")  # noqa: TRY301
+            raise ValueError("a double quote is missing or misplaced")  # noqa: TRY301
         return str(tomllib.loads(f"v = {text}")["v"])
     except ValueError as error:
         raise SpecError(
@@ -194,16 +194,20 @@ def expand_toml(
         return text, trusted, folder
     file = Path(folder or "", target)
     if options:
-        raise SpecError(f"spec {text!r}: beside {file} stand keys", "Write them into the file")
+        raise SpecError(
+            f"spec {text!r}: keys cannot follow the name of a TOML file", f"Write them into {file}"
+        )
     content = read_toml(file)
     name = content.pop("name", None)
     if not isinstance(name, str) or not name or name.endswith(".toml"):
         raise SpecError(
-            f"{file} names no entry of a registry", 'It needs a line such as name = "mnist:FOLDER"'
+            f"{file} has no valid name", 'It needs a line such as name = "mnist:FOLDER"'
         )
     for key, value in content.items():
         if not _KEY.fullmatch(key):
-            raise SpecError(f"{file}: {key!r} is not a key of a spec", "Its keys are identifiers")
+            raise SpecError(
+                f"{file}: {key!r} is not a valid key", "Keys are identifiers, such as width"
+            )
         content[key] = _from_toml(value, f"{file}: {key}")
     return str(Spec(name, content)), False, file.parent
 
@@ -222,8 +226,8 @@ def _from_toml(value: Any, where: str) -> Value:
             plain: Value = value
             return plain
     raise SpecError(
-        f"{where} is not what a spec can hold",
-        "Give true or false, a number, a text, or a list of numbers from 0 up",
+        f"{where} cannot be written in a spec",
+        "Give true or false, a number, a string, or a list of numbers that are not negative",
     )
 
 
@@ -304,7 +308,7 @@ def look_up(
         hint = f"Did you mean {close[0]!r}? " if close else ""
         raise SpecError(
             f"unknown {kind} {name!r}",
-            f"{hint}Known are {', '.join(registry)}, or code of your own as "
+            f"{hint}Give one of {', '.join(registry)}, or your own code as "
             "package.module:callable or path/to/file.py:callable",
         )
     if not trusted:
@@ -344,7 +348,7 @@ def _from_here(spec: Spec, folder: Path | None, runs_code: Collection[str]) -> S
 
 
 def _may_be_code(module: str, folder: Path | None) -> bool:
-    """Whether a name can be that of a module, instead of a typing error. Runs no code."""
+    """Whether a name can be that of a module rather than a typing error. Runs no code."""
     path = Path(folder or "", module)
     try:
         exists = path.with_name(f"{path.name}.py").exists() or path.is_dir()
@@ -371,7 +375,7 @@ def _load(module: str, attribute: str, kind: str, folder: Path | None) -> Callab
     except _ArgumentsError as error:
         raise SpecError(
             f"{where}: it parses the command line while it is imported ({error})",
-            'Put what it does as a script under if __name__ == "__main__":',
+            'Put the code of the script under if __name__ == "__main__":',
         ) from error
     except ModuleNotFoundError as error:
         missing = f"no module named {error.name!r}" if error.name else one_line(error)
@@ -385,7 +389,7 @@ def _load(module: str, attribute: str, kind: str, folder: Path | None) -> Callab
             f"{where}: importing it failed: {one_line(error)}",
             _USER_FOLDERS.shadowing_hint(error)
             or _package_hint(error, base / module, attribute, kind)
-            or f"Try it alone: {alone}",
+            or f"Run it on its own: {alone}",
         ) from error
     found: Any = loaded
     try:
@@ -395,8 +399,8 @@ def _load(module: str, attribute: str, kind: str, folder: Path | None) -> Callab
         names = [name for name, value in vars(loaded).items() if callable(value)]
         close = difflib.get_close_matches(attribute, names, n=1)
         raise SpecError(
-            f"{where}: there is no {attribute!r} in it",
-            f"Did you mean {close[0]!r}?" if close else "Name a function or class of it",
+            f"{where}: the module has no {attribute!r}",
+            f"Did you mean {close[0]!r}?" if close else "Name a function or class in it",
         ) from None
     except Exception as error:  # a module may define __getattr__
         raise SpecError(f"{where}: importing it failed: {one_line(error)}") from error
@@ -494,8 +498,7 @@ def _check_loaded(name: str, folder: Path, where: str) -> None:
         and _is_user_code(loaded)
     ):
         raise SpecError(
-            f"{where} Python keeps one module of a name: {loaded} is loaded, and {neighbour} is "
-            "not",
+            f"{where} Python loads only one module of each name: {loaded}, not {neighbour}",
             "Rename one of them, or put both into one folder",
         )
 
@@ -510,8 +513,8 @@ def _is_user_code(file: str) -> bool:
 class _UserFolders(importlib.abc.MetaPathFinder):
     """Finds modules in the folders of user code, after all installed modules.
 
-    Because this is the last finder, a file matplotlib.py next to user code never replaces the
-    library, now or in a later import, and `sys.path` does not change.
+    This is the last finder, so a file matplotlib.py next to user code never replaces the library,
+    and `sys.path` does not change.
 
     Attributes:
         folders: The folders, the most recently added first.
@@ -565,8 +568,8 @@ class _UserFolders(importlib.abc.MetaPathFinder):
                     and not any(f.is_relative_to(folder) for f in found)
                 ):
                     return (
-                        f"The installed module {top!r} ({found[0]}) comes before {user_path}: "
-                        "rename yours"
+                        f"The installed module {top!r} ({found[0]}) is used instead of "
+                        f"{user_path}: rename yours"
                     )
         return ""
 

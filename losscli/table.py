@@ -54,7 +54,7 @@ class Table:
 
     @property
     def metrics(self) -> list[str]:
-        """The names of the metrics, if the table is one with metrics."""
+        """The names of the metrics, in a table with metrics."""
         return [column for column in self.columns if column not in RESERVED_COLUMNS]
 
     __iter__ = None  # __getitem__ would make it one
@@ -105,7 +105,7 @@ class Table:
         """
         cells = self[column]
         if COLUMN_TYPES.get(column) in {"path", "text"}:
-            raise UsageError(f"the column {column!r} has no numbers", f"Give table[{column!r}]")
+            raise UsageError(f"the column {column!r} has no numbers", f"Use table[{column!r}]")
         return [float("nan") if cell is None else float(cell) for cell in cells]
 
     def where(self, column: str, value: Cell) -> Table:

@@ -22,7 +22,7 @@ from matplotlib.backends import backend_agg
 from packaging.version import Version
 
 from losscli import spec
-from losscli.cli import run
+from losscli.cli import app, run
 from losscli.cli.console import Console
 from losscli.models import MLP
 from tests import warm
@@ -41,6 +41,7 @@ settings.load_profile("any machine")
 
 
 # The commands that there are, and their options, are the same in every run of a process.
+app.make_app = functools.cache(app.make_app)
 typer.main.get_command = functools.cache(typer.main.get_command)
 
 # The code of the tests and of their environment does not change while they run, so that a run need

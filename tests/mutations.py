@@ -1,13 +1,9 @@
-"""Damaged and hostile files of every format, and a judge of how they are read.
-
-Run as a program it keeps a process in which losscli is loaded, and forks it for every batch:
-``python -m tests.mutations`` reads lines of JSON (the name of a format, a folder and the number of
-cases) and answers each with another.
-"""
+"""Damaged and hostile files of every format, and a judge of how they are read."""
 
 from __future__ import annotations
 
 import codecs
+import ctypes
 import functools
 import gzip
 import io
@@ -18,7 +14,6 @@ import pickle
 import random
 import re
 import resource
-import shutil
 import signal
 import struct
 import sys
@@ -58,6 +53,9 @@ SECONDS = 5.0
 """Of computing for one case, a hundred times and more of what any takes; of waiting, ten times."""
 ROOM = 128 << 20
 """Bytes that a process may take beyond what it has; all these files are of a few kilobytes."""
+
+# Of glibc: the parameter of mallopt for the number of arenas.
+_ARENA_MAX = -8
 
 Rng = random.Random
 Mutation = Callable[[bytes, Rng], bytes]
@@ -974,54 +972,45 @@ def judge(name: str, folder: Path, watch: Watch, cases: int) -> dict[str, Any]:
     return {**counts, "faults": faults}
 
 
-def _serve() -> None:
-    """Answers for each line, a format and a folder, with what its judge says."""
-    # What the batches have in common, so that they do not import it each.
-    import torch.distributed.checkpoint  # noqa: F401
+def judge_in_fork(name: str, place: Path, cases: int) -> dict[str, Any]:
+    """Does what ``judge`` does in a fork of this process, with limited memory.
 
-    from losscli.cli.app import make_app
-    from losscli.registry import COMMANDS, load
-
-    make_app()
-    for command in COMMANDS.values():
-        load(command.function)
-        load(command.drawing)
+    Args:
+        name: The format.
+        place: An empty folder.
+        cases: How many damaged files.
+    """
     _Bomb.zeros()
-    watch = Watch()
-    for line in sys.stdin:
-        name, place, cases = json.loads(line)
-        if name in {"config", "tokenizer"}:
-            import transformers  # noqa: F401 - once for both
-        told = Path(place) / "verdict"
-        child = os.fork()
-        if not child:
-            # Whatever C code prints is heard as well.
-            heard = os.open(Path(place) / "printed", os.O_WRONLY | os.O_CREAT)
-            os.dup2(heard, 1)
-            os.dup2(heard, 2)
-            folder = Path(place) / "batch"
-            folder.mkdir()
-            try:
-                verdict = judge(name, folder, watch, cases)
-            except BaseException:  # noqa: BLE001
-                verdict = {"faults": [traceback.format_exc()]}
-            told.write_text(json.dumps(verdict))
-            os._exit(0)
-        _, status = os.waitpid(child, 0)
-        verdict = json.loads(told.read_text()) if told.exists() else {"faults": []}
-        if status:
-            verdict["faults"].append(f"{name}: the process ended with {status}")
-        printed = (Path(place) / "printed").read_text(errors="replace")
-        # What tokenizers prints of keys that it does not know is nothing that steers a terminal.
-        known = all(
-            line.startswith("Ignored unknown kwarg option") and line.isprintable()
-            for line in printed.splitlines()
-        )
-        if printed and not (known and name == "tokenizer"):
-            verdict["faults"].append(f"{name}: printed {printed[:2000]!r}")
-        shutil.rmtree(place)
-        print(json.dumps(verdict), flush=True)
-
-
-if __name__ == "__main__":
-    _serve()
+    if name in {"config", "tokenizer"}:
+        import transformers  # noqa: F401 - once for both
+    told = place / "verdict"
+    child = os.fork()
+    if not child:
+        # Whatever C code prints is heard as well.
+        heard = os.open(place / "printed", os.O_WRONLY | os.O_CREAT)
+        os.dup2(heard, 1)
+        os.dup2(heard, 2)
+        # glibc reserves 64 MB of addresses for every thread of a library, which the limit counts.
+        ctypes.CDLL(None).mallopt(_ARENA_MAX, 1)
+        torch.set_num_threads(1)
+        folder = place / "batch"
+        folder.mkdir()
+        try:
+            verdict = judge(name, folder, Watch(), cases)
+        except BaseException:  # noqa: BLE001
+            verdict = {"faults": [traceback.format_exc()]}
+        told.write_text(json.dumps(verdict))
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    verdict = json.loads(told.read_text()) if told.exists() else {"faults": []}
+    if status:
+        verdict["faults"].append(f"{name}: the process ended with {status}")
+    printed = (place / "printed").read_text(errors="replace")
+    # What tokenizers prints of keys that it does not know is nothing that steers a terminal.
+    known = all(
+        line.startswith("Ignored unknown kwarg option") and line.isprintable()
+        for line in printed.splitlines()
+    )
+    if printed and not (known and name == "tokenizer"):
+        verdict["faults"].append(f"{name}: printed {printed[:2000]!r}")
+    return verdict

@@ -18,7 +18,7 @@ State = Mapping[str, Tensor]
 def blend(
     a: State, b: State, alpha: float, moving: Sequence[str] | None = None
 ) -> dict[str, Tensor]:
-    """θ(α) in float64; whole-number tensors, and those that do not move, are A's."""
+    """θ(α) in float64; integer tensors, and those that do not move, are A's."""
     state = {}
     for name, tensor in a.items():
         if tensor.is_floating_point() and (moving is None or name in moving):

@@ -20,10 +20,12 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from losscli.data import objects
 from losscli.errors import SpecError, UntrustedCodeError
 from losscli.models import MODELS
 from losscli.spec import Spec, Value, call, expand_toml, look_up, user_code_digests
 from tests.conftest import ROOT, Losscli
+from tests.forks import child, ended
 
 KEYS = st.from_regex(r"[A-Za-z_][A-Za-z0-9_]*", fullmatch=True)
 TEXTS = st.one_of(
@@ -161,7 +163,7 @@ def test_the_target_is_what_stands_before_the_first_comma_outside_quotes(
         ("mlp,1a=3", "'1a=3' is not of the form"),
         ("mlp,a b=3", "'a b=3' is not of the form"),
         ("mlp,é=3", "'é=3' is not of the form"),
-        ("mlp,a=1,a=2", r"spec 'mlp,a=1,a=2': the key 'a' stands twice\. Leave one out"),
+        ("mlp,a=1,a=2", r"spec 'mlp,a=1,a=2': the key 'a' is given twice\. Leave one out"),
         ('mlp,a="x', r"""'"x' is not a quoted string .*Write \\" for a double quote"""),
         ('mlp,a="x"y', "is not a quoted string"),
         ('mlp,a="x"#y', "is not a quoted string"),
@@ -240,7 +242,17 @@ def test_code_is_found_in_a_package_and_in_the_current_folder(
 
 # Installed libraries, the standard library, and losscli itself; those of the first two are not yet
 # imported when the user's code is.
-INSTALLED = ("matplotlib", "sqlite3", "wave", "torch", "numpy", "json", "losscli")
+INSTALLED = (
+    "safetensors",
+    "rich",
+    "matplotlib",
+    "sqlite3",
+    "wave",
+    "torch",
+    "numpy",
+    "json",
+    "losscli",
+)
 
 
 @pytest.fixture
@@ -253,10 +265,10 @@ def shadowed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "space").mkdir()
     (tmp_path / "space" / "inner.py").write_text("SIZE = 5\n")
     (tmp_path / "net.py").write_text(
-        "import json, numpy, helper\n"
+        "import json, safetensors, helper\n"
         "def build():\n"
-        "    import sqlite3, wave, matplotlib.figure, late, space.inner\n"
-        "    modules = (sqlite3, wave, matplotlib, json, numpy)\n"
+        "    import sqlite3, wave, rich, late, space.inner\n"
+        "    modules = (sqlite3, wave, rich, json, safetensors)\n"
         "    return [m.__file__ for m in modules], helper.SIZE, late.SIZE, space.inner.SIZE\n"
     )
     monkeypatch.chdir(tmp_path)
@@ -339,7 +351,7 @@ def test_an_installed_module_wins_over_a_file_of_the_same_name_with_a_note(
     monkeypatch.setattr(sys, "path", [*sys.path, str(installed)])
     monkeypatch.chdir(mine)
     assert find("specs_models:f") == "installed"
-    comes = re.escape(f"({installed / 'specs_models' / '__init__.py'}) comes before ")
+    comes = re.escape(f"({installed / 'specs_models' / '__init__.py'}) is used instead of ")
     with pytest.raises(SpecError, match=f"no module named 'specs_models.net'.*{comes}") as caught:
         find("specs_models.net:f")
     assert str(caught.value).endswith(f"{mine / 'specs_models'}: rename yours")
@@ -365,6 +377,7 @@ def test_a_library_that_losscli_misses_is_not_looked_for_in_a_folder_of_own_code
         del sys.modules["specs_library"]
 
 
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded")
 @pytest.mark.parametrize(
     ("start", "kinds"),
     [
@@ -373,13 +386,15 @@ def test_a_library_that_losscli_misses_is_not_looked_for_in_a_folder_of_own_code
         pytest.param("spawn", ["rows", "coming"], marks=pytest.mark.stress),
     ],
 )
-def test_workers_find_the_modules_of_own_code(start: str, kinds: list[str], shadowed: Path) -> None:
+def test_workers_find_the_modules_of_own_code(
+    start: str, kinds: list[str], shadowed: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     (shadowed / "rows.py").write_text(
         "import torch\nfrom torch.utils.data import DataLoader, Dataset, IterableDataset\n"
         "class Rows(Dataset):\n"
         "    def __len__(self): return 9\n"
         "    def __getitem__(self, i):\n"
-        "        import late, matplotlib.figure\n"
+        "        import late, sqlite3, wave\n"
         "        return torch.full((3,), late.SIZE + i / 9), i % 2\n"
         "class Coming(IterableDataset):\n"
         "    def __iter__(self): return (Rows()[i] for i in range(9))\n"
@@ -388,18 +403,20 @@ def test_workers_find_the_modules_of_own_code(start: str, kinds: list[str], shad
         f"def coming(): return {{'s': DataLoader(Coming(), 3, num_workers=1,\n"
         f"    multiprocessing_context={start!r})}}\n"
     )
-    (shadowed / "run.py").write_text(
-        "import losscli.data.objects as objects\n"
-        "objects.host_budget = lambda: 200\n"  # too little to be kept in memory
-        "from losscli.cli import run\n"
-        "from losscli.cli.console import Console\n"
-        "line = 'interpolate init:0 init:1 -m mlp:3-2 --range 0 1 --points 2 --no-figure -q'\n"
-        "if __name__ == '__main__':\n"
-        f"    for data in {kinds}:\n"
-        "        assert run([*line.split(), '-d', f'rows:{data}', '-o', data], Console()) == 0\n"
-    )
-    done = own_process("run.py", cwd=shadowed)
-    assert (done.returncode, done.stderr) == (0, ""), done.stderr
+    logs = tmp_path_factory.mktemp("logs")
+
+    def before() -> None:
+        objects.host_budget = lambda: 200  # too little to be kept in memory
+        os.dup2(os.open(logs / "stderr of workers", os.O_WRONLY | os.O_CREAT), 2)
+
+    line = "interpolate init:0 init:1 -m mlp:3-2 --range 0 1 --points 2 --no-figure -q"
+    for kind in kinds:
+        pid = child([*line.split(), "-d", f"rows:{kind}", "-o", kind], logs / "stderr", before)
+        assert ended(pid) == 0
+        assert {path.name: path.read_text() for path in logs.iterdir()} == {
+            "stderr": "",
+            "stderr of workers": "",
+        }
     assert len({(shadowed / f"{kind}.csv").read_text() for kind in kinds}) == 1
 
 
@@ -474,10 +491,10 @@ def test_a_control_character_in_a_spec_stays_out_of_the_error(tmp_path: Path) ->
         (
             "mlpp:3",
             "model",
-            "model 'mlpp'. Did you mean 'mlp'.*Known are mlp, cnn, or code",
+            "model 'mlpp'. Did you mean 'mlp'.*Give one of mlp, cnn, or your own code",
         ),
         ("cn", "data", "unknown data 'cn'. Did you mean 'cnn'"),
-        ("resnet", "model", r"unknown model 'resnet'. Known are mlp, cnn, .*file\.py:callable"),
+        ("resnet", "model", r"unknown model 'resnet'. Give one of mlp, cnn, .*file\.py:callable"),
         ("net.py", "model", r"unknown model 'net\.py'"),
         ("net.py:", "model", r"unknown model 'net\.py'"),
         ("net.py:3x", "model", r"unknown model 'net\.py'"),
@@ -485,9 +502,9 @@ def test_a_control_character_in_a_spec_stays_out_of_the_error(tmp_path: Path) ->
         ("specs_absent.inner:f", "model", "no module named 'specs_absent'. Install it, or"),
         ("os.specs_absent:f", "loss", "loss os.specs_absent:f: no module named 'os.specs_absent'"),
         ("math.py:f", "model", "there is no file math.py"),
-        ("os.path:joined", "model", "there is no 'joined' in it. Did you mean 'join'"),
-        ("os.path:zzz", "model", "there is no 'zzz' in it. Name a function or class"),
-        ("os.path:join.zzz", "model", "there is no 'join.zzz' in it"),
+        ("os.path:joined", "model", "the module has no 'joined'. Did you mean 'join'"),
+        ("os.path:zzz", "model", "the module has no 'zzz'. Name a function or class"),
+        ("os.path:join.zzz", "model", "the module has no 'join.zzz'"),
         ("os.path:sep", "model", "model os.path:sep is a str, not a callable. Name a function"),
         ("os.:f", "model", "model os.:f"),
     ],
@@ -504,7 +521,7 @@ def test_a_missing_name_in_a_spec_is_reported_with_the_available_ones(
 @pytest.mark.parametrize(
     ("code", "message"),
     [
-        ("def f(:\n", "importing it failed: SyntaxError.*Try it alone: python "),
+        ("def f(:\n", "importing it failed: SyntaxError.*Run it on its own: python "),
         ("1 / 0", "importing it failed: ZeroDivisionError: division by zero"),
         ("raise RuntimeError('two\\nlines')", "RuntimeError: two lines"),
         ("import argparse; argparse.ArgumentParser().exit(3)", "importing it failed: SystemExit"),
@@ -512,7 +529,7 @@ def test_a_missing_name_in_a_spec_is_reported_with_the_available_ones(
         ("raise ModuleNotFoundError('pip install it')", "ModuleNotFoundError: pip install it"),
         ("import os; os.nonsense", "importing it failed: AttributeError"),
         ("def __getattr__(name): raise OSError('no disk')", "OSError: no disk"),
-        ("g = 3", "there is no 'f' in it"),
+        ("g = 3", "the module has no 'f'"),
         ("f = 3", "is a int, not a callable"),
     ],
 )
@@ -651,18 +668,21 @@ def test_other_specs_stay_as_they_are(text: str, tmp_path: Path) -> None:
         (None, r"x\.toml cannot be read: FileNotFoundError"),
         ("name = ", r"x\.toml cannot be read: TOMLDecodeError.* Correct it"),
         ("\xff", r"x\.toml cannot be read: UnicodeDecodeError.* Save it as UTF-8"),
-        ("", r"x\.toml names no entry of a registry\. It needs a line such as name = "),
-        ("name = 3", "names no entry"),
-        ('name = ""', "names no entry"),
-        ('name = "x.toml"', "names no entry"),
-        ('name = "a"\n"b-c" = 1', r"x\.toml: 'b-c' is not a key of a spec"),
-        ('name = "a"\n[b]\nc = 1', r"x\.toml: b is not what a spec can hold\. Give true or"),
-        ('name = "a"\nb = 1979-05-27', "b is not what a spec can hold"),
-        ('name = "a"\nb = []', "b is not what a spec can hold"),
-        ('name = "a"\nb = ["x", "y"]', "b is not what a spec can hold"),
-        ('name = "a"\nb = [[1, 2], [3, 4]]', "b is not what a spec can hold"),
-        ('name = "a"\nb = [true, false]', "b is not what a spec can hold"),
-        ('name = "a"\nb = [1, -2]', "a list of numbers from 0 up"),
+        ("", r"x\.toml has no valid name\. It needs a line such as name = "),
+        ("name = 3", "has no valid name"),
+        ('name = ""', "has no valid name"),
+        ('name = "x.toml"', "has no valid name"),
+        ('name = "a"\n"b-c" = 1', r"x\.toml: 'b-c' is not a valid key"),
+        (
+            'name = "a"\n[b]\nc = 1',
+            r"x\.toml: b cannot be written in a spec\. Give true or",
+        ),
+        ('name = "a"\nb = 1979-05-27', "b cannot be written in a spec"),
+        ('name = "a"\nb = []', "b cannot be written in a spec"),
+        ('name = "a"\nb = ["x", "y"]', "b cannot be written in a spec"),
+        ('name = "a"\nb = [[1, 2], [3, 4]]', "b cannot be written in a spec"),
+        ('name = "a"\nb = [true, false]', "b cannot be written in a spec"),
+        ('name = "a"\nb = [1, -2]', "a list of numbers that are not negative"),
     ],
 )
 def test_a_toml_file_that_is_not_a_spec_is_refused(
@@ -677,7 +697,7 @@ def test_a_toml_file_that_is_not_a_spec_is_refused(
 
 
 def test_a_toml_file_excludes_keys_in_the_spec(tmp_path: Path) -> None:
-    with pytest.raises(SpecError, match=r"stand keys\. Write them into the file"):
+    with pytest.raises(SpecError, match=r"keys cannot follow .*\. Write them into .*x\.toml"):
         expand_toml("x.toml,limit=3", trusted=True, folder=tmp_path)
 
 
@@ -773,7 +793,7 @@ def test_two_files_with_neighbours_of_one_name_are_refused(
     run = ("interpolate", "a.pt", "b.pt", "-m", "one/model.py:net", "-d", "two/data.py:data")
     done = losscli(*run, "-o", "x")
     assert done.status == 2
-    assert "data two/data.py:data: it imports 'own_scale_of_both', and Python keeps" in done.stderr
+    assert "data two/data.py:data: it imports 'own_scale_of_both', and Python loads" in done.stderr
     assert done.stderr.count("\n") == 1
     assert not list(folder.glob("x.*"))
     # In one folder there is one of them.

@@ -70,14 +70,17 @@ def run(arguments: Sequence[str], console: Console) -> int:
     # typer would swallow a KeyboardInterrupt.
     before = {n: signal.signal(n, _signalled) for n in (signal.SIGINT, signal.SIGTERM)}
     hook, sys.unraisablehook = sys.unraisablehook, partial(_unraisable, sys.unraisablehook)
+    matplotlib = logging.getLogger("matplotlib")
+    level = matplotlib.level
     try:
-        with warnings.catch_warnings():  # since -q changes the filters
+        with warnings.catch_warnings():  # -q changes the filters, and Matplotlib's log level
             return _run_and_report(partial(_dispatch, arguments), console)
     except _Signalled as signalled:
         # It came while another error was reported, or after the command had finished.
         return 128 + signalled.number
     finally:
         sys.unraisablehook = hook
+        matplotlib.setLevel(level)
         for number, handler in before.items():
             signal.signal(number, handler)
 
@@ -128,7 +131,7 @@ def _resume_hint(console: Console) -> str:
     """Returns how to resume a run; empty if it has no journal."""
     if console.journal is None:
         return ""
-    return f"what was finished is in {console.journal}: the same command resumes from there"
+    return f"finished work is in {console.journal}: the same command resumes from there"
 
 
 def _with_resume_hint(text: str, console: Console) -> str:
@@ -249,7 +252,8 @@ def _parse(arguments: Sequence[str], console: Console) -> int:
     except click_exception as error:
         command = getattr(getattr(error, "ctx", None), "command_path", "losscli")
         raise UsageError(
-            error.format_message(),
+            # Pydantic, which some versions of typer use, adds a prefix.
+            error.format_message().replace(": Value error, ", ": ", 1),
             _comma_hint(arguments) or f"See {command} --help",
         ) from None
     finally:

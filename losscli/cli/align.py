@@ -11,11 +11,12 @@ import typer
 from losscli.cli.console import Console
 from losscli.cli.imports import importing
 from losscli.cli.options import Force, Json, argument, option, with_console, with_some_settings
-from losscli.cli.report import align_columns, format_count, format_number
+from losscli.cli.report import align_columns, format_number
 from losscli.errors import OutputError, UsageError, printable
 from losscli.results.result import check_writable, to_json
 from losscli.results.summaries import AlignmentSummary, MatchedActivations
 from losscli.settings import Settings
+from losscli.wording import format_count
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -54,8 +55,7 @@ def align(
             "-o",
             "--out",
             metavar="FILE|FOLDER",
-            help="The file to write, FILE.safetensors: B permuted. For several, the folder to "
-            "write them to.",
+            help="The file to write, FILE.safetensors, with B permuted; for several, a folder.",
             show_default=False,
         ),
     ],
@@ -63,8 +63,8 @@ def align(
         Literal["weights", "activations"],
         option(
             "How it is evaluated",
-            "What units are matched by: the weights, or the correlations of their activations over "
-            "the training examples (--limit takes fewer).",
+            "Match units by their weights, or by the correlations of their activations over the "
+            "training examples (--limit takes fewer).",
             "--by",
         ),
     ] = "weights",
@@ -85,6 +85,7 @@ def align(
     with importing("torch"):
         from losscli.checkpoint import expand_folders, file_names
         from losscli.studies.alignment import align as study
+        from losscli.studies.inputs import protect_inputs
 
     names = expand_folders(b) if several else b
     # A folder may be one checkpoint.
@@ -99,6 +100,7 @@ def align(
         _check_folder(out, files, force=force)
     else:
         check_writable(out, force=force)
+    protect_inputs(files, [a, *names], settings)
     with console.guard_stdout():
         alignments = study(a, names, by=by, **asdict(settings))
     _write(alignments, files)
@@ -129,7 +131,7 @@ def _check_folder(out: Path, files: Sequence[Path], *, force: bool) -> None:
 
 
 def _write(alignments: Sequence[Alignment], files: Sequence[Path]) -> None:
-    """Writes all checkpoints, or none of those that were not there."""
+    """Writes all checkpoints; after an error, removes the new ones."""
     folder = files[0].parent
     new, has_folder = [file for file in files if not file.exists()], folder.exists()
     folder.mkdir(exist_ok=True)
@@ -154,14 +156,17 @@ def report(summary: AlignmentSummary) -> str:
     tensors = format_count(summary["tensors"], "tensor")
     over = f"{format_count(summary['values'], 'value')} in {tensors}"
     examples = format_count(check["examples"], "example")
-    difference = f"{check['largest_difference']:.1g} of the largest"
+    difference = f"{check['largest_difference']:.1g} of the largest, in {check['dtype']}"
     rows = [
         ("A", a),
         ("B", b),
-        ("hidden units", f"{summary['units']:,} in {groups}; {summary['moved']:,} change places"),
+        ("hidden units", f"{summary['units']:,} in {groups}; {summary['moved']:,} of them moved"),
         ("‖B − A‖", f"{before:.4g}, permuted {after:.4g}, over {over}"),
         ("⟨A, B⟩", f"{products[0]}, permuted {products[1]}"),
-        ("function", f"B's: the same outputs on {examples}, to {difference}, in {check['dtype']}"),
+        (
+            "function",
+            f"that of B: outputs on {examples} differ by {difference}, in {check['dtype']}",
+        ),
     ]
     if found := summary.get("activations"):
         rows.insert(3, ("correlation", _correlation(found)))
@@ -171,13 +176,12 @@ def report(summary: AlignmentSummary) -> str:
 def _correlation(found: MatchedActivations) -> str:
     """Describes the matching by activations."""
     before, after = (found["correlation"][when] for when in ("before", "after"))
-    apart = found["without_variance"]
-    none = (
-        f"; without variance: {apart['a']} of A, {apart['b']} of B" if any(apart.values()) else ""
-    )
+    constant = found["without_variance"]
     examples = f"{format_count(found['examples'], 'example')} of {printable(found['split'])}"
-    none = none if any(apart.values()) else ""
-    return f"{format_number(before)}, permuted {format_number(after)}, over {examples}{none}"
+    text = f"{format_number(before)}, permuted {format_number(after)}, over {examples}"
+    if any(constant.values()):
+        text += f"; without variance: {constant['a']} of A, {constant['b']} of B"
+    return text
 
 
 def report_each(summaries: Sequence[AlignmentSummary], files: Sequence[Path]) -> str:

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from losscli.cli.console import Console
 from losscli.cli.options import Write, argument, option, with_study_options
 from losscli.cli.report import (
-    format_count,
     format_examples,
     format_moving,
     format_number,
@@ -20,6 +19,7 @@ from losscli.errors import printable
 from losscli.results.result import Result
 from losscli.results.summaries import AroundPoint, AroundSummary, BasinRadius, Derivative
 from losscli.settings import Settings
+from losscli.wording import format_count
 
 if TYPE_CHECKING:
     from losscli.studies.base import Study
@@ -38,7 +38,7 @@ def around(
     checkpoints: Annotated[
         list[str],
         argument(
-            "One or more; a folder of them, in natural order; - for names on stdin, one a line."
+            "One or more; a folder of them, in natural order; - for names on stdin, one per line."
         ),
     ],
     settings: Settings,
@@ -95,10 +95,15 @@ def around(
     ] = None,
     basin_loss: Annotated[
         float | None,
-        option(_BASIN, "The same with the loss X as the threshold.", "--basin-loss", metavar="X"),
+        option(
+            _BASIN,
+            "The same with the loss X as the threshold, instead of --basin.",
+            "--basin-loss",
+            metavar="X",
+        ),
     ] = None,
 ) -> None:
-    """Loss around checkpoints along many directions, and the radius of the basin.
+    """Evaluate the loss around checkpoints along many directions, and the radius of the basin.
 
     Draws the loss along each direction, its mean and its 10–90 % band over the distance from the
     checkpoint. All random directions of a checkpoint have the same length, so the mean is over

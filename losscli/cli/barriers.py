@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from losscli.cli.console import Console
 from losscli.cli.options import Write, argument, option, with_study_options
 from losscli.cli.report import (
     align_columns,
-    format_count,
     format_examples,
     format_height,
     format_moving,
@@ -24,6 +24,7 @@ from losscli.results.result import Result
 from losscli.results.summaries import BarriersSplit, BarriersSummary, PairBarrier
 from losscli.settings import Settings
 from losscli.table import Table
+from losscli.wording import format_count
 
 if TYPE_CHECKING:
     from losscli.studies.base import Study
@@ -39,7 +40,7 @@ def barriers(
     checkpoints: Annotated[
         list[str] | None,
         argument(
-            "Two or more; a folder of them, in natural order; - for names on stdin, one a line. "
+            "Two or more; a folder of them, in natural order; - for names on stdin, one per line. "
             "None with --pairs.",
         ),
     ] = None,
@@ -52,8 +53,9 @@ def barriers(
         option(
             "The lines",
             "A CSV with the columns a and b, the checkpoints of each pair, relative to the folder "
-            "of the file: only these pairs, and the barrier of each metric too, over the column "
-            "--x.",
+            "of the file: only these pairs, over the column --x. Also the barrier of each metric: "
+            "how far it falls below the straight line (or rises above it, if its higher_is_better "
+            "is False).",
             "--pairs",
             metavar="FILE",
         ),
@@ -72,7 +74,7 @@ def barriers(
         int,
         option(
             "The lines",
-            "Evenly spaced values of α on each line, from 0 to 1.",
+            "Number of evenly spaced values of α on each line, from 0 to 1.",
             "--points",
             metavar="N",
         ),
@@ -91,19 +93,23 @@ def barriers(
         bool,
         option(
             "The outputs",
-            "Also the share of examples on which two checkpoints predict different classes.",
+            "Also compute the share of examples on which two checkpoints predict different "
+            "classes.",
             "--disagreement",
         ),
     ] = False,
     cka: Annotated[
         bool,
-        option("The outputs", "Also the linear CKA of the outputs of two checkpoints.", "--cka"),
+        option(
+            "The outputs", "Also compute the linear CKA of the outputs of two checkpoints.", "--cka"
+        ),
     ] = False,
 ) -> None:
-    """The barriers between all pairs of checkpoints, as a matrix.
+    """Find the barriers between all pairs of checkpoints, as a matrix.
 
-    On the line between each two the largest height above the chord, for 0 ≤ α ≤ 1. Each checkpoint
-    is read and evaluated once; the losses on all the lines are in STEM.curves.csv.
+    The barrier is the largest height of the loss above the straight line between the losses of both
+    ends, for 0 ≤ α ≤ 1. Each checkpoint is read and evaluated once; the losses on all lines are in
+    STEM.curves.csv.
     """
 
     def plan() -> Study:
@@ -122,7 +128,8 @@ def barriers(
         )
 
     names = expand_names(checkpoints or [], console.ranks)
-    run_study("barriers", checkpoints or [pairs or ""], plan, write, console)
+    inputs = [Path(pairs)] if pairs else []
+    run_study("barriers", checkpoints or [pairs or ""], plan, write, console, inputs=inputs)
 
 
 def report(result: Result[BarriersSummary]) -> str:
@@ -219,7 +226,7 @@ def _matrix(split: BarriersSplit) -> list[str]:
 def _pair_barrier(pair: PairBarrier | None, number: Mapping[str, str]) -> str:
     """Describes a barrier and its two checkpoints, by their numbers if they have any."""
     if pair is None:
-        return "none is known"
+        return "not known"
     a, b = pair["a"], pair["b"]
     between = " and ".join(number.get(name) or printable(name) for name in (a, b))
     at = "" if pair["alpha"] is None else f" at α = {pair['alpha']:.4g}"

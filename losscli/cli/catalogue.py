@@ -23,7 +23,7 @@ def catalogue(
     ],
     console: Console,
 ) -> None:
-    """Entries of a registry, with their keys and what they are."""
+    """List the entries of a registry, with their keys."""
     with importing("torch"):
         from losscli.data import DATASETS
         from losscli.evaluation.losses.built_in import LOSSES
@@ -48,6 +48,6 @@ def catalogue(
         about = (inspect.getdoc(function) or "").partition("\n")[0]
         lines.append(f"{name}{argument}{''.join(keys)}\n    {about}\n")
     if kind == "data":
-        lines.append("keys of all: mean=, std= (per channel), flatten=true, limit=N\n")
-    lines.append("or code of your own: package.module:callable, path/to/file.py:callable\n")
+        lines.append("keys of all data sets: mean=, std= (per channel), flatten=true, limit=N\n")
+    lines.append("or your own code: package.module:callable, path/to/file.py:callable\n")
     console.result("".join(lines))

@@ -9,7 +9,6 @@ from losscli.cli.console import Console
 from losscli.cli.options import KeepOrder, Write, argument, option, with_study_options
 from losscli.cli.report import (
     align_columns,
-    format_count,
     format_examples,
     format_loss,
     format_number,
@@ -21,13 +20,14 @@ from losscli.errors import printable
 from losscli.results.result import Result
 from losscli.results.summaries import CheckedPoint, CheckSummary, Density, Preconditioner, Step
 from losscli.settings import Settings
+from losscli.wording import format_count
 
 if TYPE_CHECKING:
     from losscli.studies.base import Study
 
 __all__ = ["check", "report"]
 
-_PANEL = "What is found"
+_PANEL = "What is computed"
 _SPECTRUM = "Spectrum and blocks"
 
 # The most outliers in the text.
@@ -53,7 +53,7 @@ def check(
         int,
         option(
             _PANEL,
-            "Number of the largest and of the smallest eigenvalues.",
+            "Number of largest and of smallest eigenvalues to compute.",
             "--eigenvalues",
             metavar="K",
         ),
@@ -72,7 +72,7 @@ def check(
         float | None,
         option(
             _PANEL,
-            "That of training, with --learning-rate η: the limit is (2 + 2X) / η.",
+            "The momentum of training, with --learning-rate η: the limit is (2 + 2X) / η.",
             "--momentum",
             metavar="X",
         ),
@@ -110,7 +110,7 @@ def check(
         int | None,
         option(
             _SPECTRUM,
-            "Lanczos steps with each of them, each a product with the matrix (default: 90).",
+            "Lanczos steps for each random vector, each one product with the matrix (default: 90).",
             "--lanczos",
             metavar="M",
         ),
@@ -135,12 +135,12 @@ def check(
         ),
     ] = False,
 ) -> None:
-    """Is it a critical point at all, and a minimum or a saddle?
+    """Check whether checkpoints are critical points, and minima or saddles.
 
-    The gradient norm over all examples, the largest and the smallest eigenvalue of the Hessian,
-    each with its error, and a verdict that claims no more than these and the loss allow. Where the
-    curvature is negative, the loss along that direction, both ways (STEM.escape.csv). On request
-    the density of all eigenvalues, and the curvature of each block.
+    Computes the gradient norm over all examples, the largest and the smallest eigenvalue of the
+    Hessian with their errors, and a verdict that claims no more than these and the loss allow. If
+    the curvature is negative, also the loss along that direction, both ways (STEM.escape.csv). On
+    request, the density of all eigenvalues and the curvature of each block.
     """
 
     def plan() -> Study:
@@ -255,16 +255,15 @@ def _probes_line(summary: CheckSummary) -> str:
 
 
 def _outliers(density: Density) -> str:
-    """Describes the eigenvalues apart from the bulk."""
+    """Describes the eigenvalues outside the bulk."""
     found = density["outliers"]
     if not is_finite(density["sigma"]):
         return "unknown: the spectrum is not finite"
     if not found:
-        return "none: no eigenvalue is apart from the bulk"
+        return "none: all eigenvalues are in the bulk"
     values = [format_number(value) for value in found[:_LISTED]]
     more = f" and {len(found) - _LISTED} more" if len(found) > _LISTED else ""
-    apart = f"apart from the bulk, to within σ = {density['sigma']:.2g}"
-    return f"{', '.join(values)}{more}, {apart}"
+    return f"{', '.join(values)}{more}, outside the bulk to within σ = {density['sigma']:.2g}"
 
 
 def _block_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:

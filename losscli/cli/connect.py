@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from losscli.cli.console import Console
 from losscli.cli.options import Write, argument, option, with_study_options
 from losscli.cli.report import (
-    format_count,
     format_examples,
     format_height,
     format_moving,
@@ -19,6 +18,7 @@ from losscli.errors import printable
 from losscli.results.result import Result
 from losscli.results.summaries import ConnectSplit, ConnectSummary, Height
 from losscli.settings import Settings
+from losscli.wording import format_count
 
 if TYPE_CHECKING:
     from losscli.studies.base import Study
@@ -37,7 +37,7 @@ def connect(
     console: Console,
     kind: Annotated[
         Literal["bezier", "chain"],
-        option(_PATH, "A Bézier curve, or a chain of straight lines over the bends.", "--kind"),
+        option(_PATH, "A Bézier curve, or a chain of straight lines through the bends.", "--kind"),
     ] = "bezier",
     bends: Annotated[
         int, option(_PATH, "Number of bends, which are trained.", "--bends", metavar="N")
@@ -46,27 +46,29 @@ def connect(
         int,
         option(
             _PATH,
-            "Steps of the training. A small network needs about 1,000; if the loss on the curve is "
-            "still falling, give more.",
+            "Training steps. A small network needs about 1,000; if the loss on the curve is still "
+            "falling, give more.",
             "--steps",
             metavar="N",
         ),
     ] = 1000,
     learning_rate: Annotated[
-        float, option(_PATH, "That of Adam.", "--learning-rate", metavar="RATE")
+        float, option(_PATH, "Learning rate of Adam.", "--learning-rate", metavar="RATE")
     ] = 0.01,
     minibatch: Annotated[
         int,
         option(
             _PATH,
-            "Training examples in a step. One that does not fit into memory is evaluated in parts.",
+            "Training examples per step, evaluated in parts if they do not fit into memory.",
             "--minibatch",
             metavar="N",
         ),
     ] = 256,
     points: Annotated[
         int,
-        option(_PATH, "Values of t on the curve and on the line.", "--points", metavar="N"),
+        option(
+            _PATH, "Number of values of t on the curve and on the line.", "--points", metavar="N"
+        ),
     ] = 51,
     align: Annotated[
         bool,
@@ -84,9 +86,9 @@ def connect(
 ) -> None:
     """Train a path between two checkpoints on which the loss stays low.
 
-    The path is a Bézier curve from A over a bend C to B; C is trained on the split train, or the
-    only one. Writes the loss on the curve and on the line, the plane through A, C and B, and the
-    bend, STEM.bend-1.safetensors. BatchNorm's statistics are re-estimated at every point.
+    The path is a Bézier curve from A to B with a bend C, which is trained on the split train, or on
+    the only one. Writes the loss on the curve and on the line, the plane through A, C and B, and
+    the bend, STEM.bend-1.safetensors. BatchNorm's statistics are re-estimated at every point.
     """
 
     def plan() -> Study:
@@ -125,7 +127,7 @@ def report(result: Result[ConnectSummary]) -> str:
     lines = [
         *task_lines(summary, 9),
         *(f"{letter}        {name}" for letter, name in zip("AB", names, strict=True)),
-        f"path     {what} over {format_count(path['bends'], 'bend')}, {longer:.3g} × ‖B − A‖ long",
+        f"path     {what} with {format_count(path['bends'], 'bend')}, {longer:.3g} × ‖B − A‖ long",
         f"trained  {trained}",
         f"moving   {format_moving(summary)}",
     ]

@@ -208,7 +208,7 @@ def stdin() -> bytes:
         LosscliError: The content is not text, or is too long.
     """
     if sys.stdin is None:  # the caller closed it
-        raise UsageError("stdin is closed, so - names nothing", "Give names, or a pipe to stdin")
+        raise UsageError("stdin is closed, so - gives no names", "Give names, or a pipe to stdin")
     try:
         return read_text(sys.stdin.buffer)
     except IrregularError as error:

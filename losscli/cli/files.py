@@ -13,12 +13,20 @@ import typer
 from losscli.cli.console import Console
 from losscli.cli.imports import import_plotting, importing
 from losscli.cli.options import Force, Json, argument, option, with_console, with_some_settings
-from losscli.cli.report import align_columns, format_count
+from losscli.cli.report import align_columns
 from losscli.errors import UsageError, printable
 from losscli.registry import COMMANDS
-from losscli.results.result import Output, Result, check_writable, to_json
+from losscli.results.result import (
+    Output,
+    Result,
+    check_writable,
+    read_summary,
+    refuse_overwriting,
+    to_json,
+)
 from losscli.results.summaries import InspectionSummary
 from losscli.settings import Settings
+from losscli.wording import format_count, list_first
 
 __all__ = ["export", "inspect", "report"]
 
@@ -31,7 +39,7 @@ def inspect(
         list[Path] | None,
         option(
             "Output",
-            "Repeatable. A picture (.png, .svg, .pdf, .html): a bar for each tensor.",
+            "Repeatable. A figure (.png, .svg, .pdf, .html) with a bar for each tensor.",
             "--figure",
             metavar="PATH",
         ),
@@ -39,9 +47,9 @@ def inspect(
     force: Annotated[bool, option("Output", "Overwrite an existing figure.", "--force")] = False,
     json_: Json = False,
 ) -> None:
-    """Tensors, shapes, types, norms and metadata of a checkpoint.
+    """Show tensors, shapes, types, norms and metadata of a checkpoint.
 
-    With two: the distance and cosine of each tensor, and what does not match.
+    With two checkpoints: the distance and cosine of each tensor, and mismatches.
     """
     output = Output.plan(figure[0], figure, force=force) if figure else None
     for path in figure or ():
@@ -52,6 +60,8 @@ def inspect(
     result = study(checkpoints)
     files = []
     if output:
+        paths = [Path(c["path"]) for c in result.summary["checkpoints"] if c["path"]]
+        refuse_overwriting(output.figures, [path for path in paths if path.is_file()])
         import_plotting()
         files = output.write_pictures(output.render([result.run], result.draw))
     console.written = bool(files)
@@ -106,8 +116,8 @@ def export(
         typer.Option(
             "--csv",
             metavar="CSV",
-            help="A table of interpolate; what stayed there by --buffers, --only or --except "
-            "stays.",
+            help="A table of interpolate. Tensors that stayed there (--buffers, --only, --except) "
+            "stay.",
             show_default=False,
         ),
     ] = None,
@@ -116,7 +126,7 @@ def export(
         typer.Option(
             "--weights",
             metavar="W-W…",
-            help="The weighted average: one weight per checkpoint, with sum 1, such as "
+            help="Weights of an average: one per checkpoint, with sum 1, such as "
             "0.5-0.3-0.2 or 1/3-1/3-1/3.",
             show_default=False,
         ),
@@ -126,7 +136,7 @@ def export(
         typer.Option(
             "--t",
             metavar="X",
-            help="The point of a path that connect made, from 0 at A to 1 at B.",
+            help="The point of a path that connect trained, from 0 at A to 1 at B.",
             show_default=False,
         ),
     ] = None,
@@ -167,7 +177,7 @@ def export(
     if len(given) > 1:
         raise UsageError(f"{' and '.join(given)} contradict each other", "Give one of them")
     if not given:
-        raise UsageError(f"no point is given by any of {', '.join(options)}", "Give one of these")
+        raise UsageError("no point is given", f"Give one of {', '.join(options)}")
     if (best is None) != (csv is None):
         one, missing = ("--best", "--csv") if csv is None else ("--csv", "--best")
         raise UsageError(f"{one} is given without {missing}", "Give --best SPLIT --csv STEM.csv")
@@ -177,7 +187,8 @@ def export(
     checkpoints = checkpoints or []
     if plane is not None and checkpoints:
         raise UsageError(
-            f"--plane knows its checkpoints, so {checkpoints[0]} has no effect", "Leave it out"
+            f"--plane reads its checkpoints from its JSON, so {checkpoints[0]} has no effect",
+            "Leave it out",
         )
     if plane is None and settings != Settings():
         raise UsageError(
@@ -194,8 +205,10 @@ def export(
     with importing("torch"):
         from losscli.studies.export import export as study
         from losscli.studies.export import lowest, parse_weights
+        from losscli.studies.inputs import protect_inputs
         from losscli.studies.plane_point import point_of_plane
 
+    protect_inputs([out], checkpoints or _checkpoints_of(plane), settings)
     summary = None
     if plane is not None and at is not None:
         with console.guard_stdout():
@@ -218,12 +231,18 @@ def export(
     if best is not None:
         shared = "" if point.ties == 1 else f", shared by {point.ties} points"
         low = f"{point.loss:.6g}{shared}"
-        console.note(f"α = {alpha}, of the lowest loss on {best} in {csv}: {low}")
+        console.note(f"α = {alpha} has the lowest loss on {best} in {csv}: {low}")
         if summary is None:
             console.note(
                 f"{csv} has no summary next to it: A and B are not compared with it, and every "
                 "floating-point tensor moves"
             )
+
+
+def _checkpoints_of(plane: Path | None) -> list[str]:
+    """Lists the checkpoints in the summary of a plane."""
+    summary = {} if plane is None else read_summary(plane.with_suffix(".json"), COMMANDS["plane"])
+    return [entry["name"] for entry in summary.get("checkpoints", ())]
 
 
 def _note_on_statistics(names: Iterable[str], console: Console) -> None:
@@ -253,15 +272,14 @@ def report(result: Result[InspectionSummary]) -> str:
     if "distance" in summary:
         lines.append(f"‖B − A‖ = {summary['distance']:.6g}")
     if buffers := summary.get("buffers"):
-        more = f" and {len(buffers) - 1:,} more" if len(buffers) > 1 else ""
-        lines.append(printable(f"buffers count in neither norm nor distance: {buffers[0]}{more}"))
+        lines.append(printable(f"norms and distances are without buffers: {list_first(buffers)}"))
     lines.append("")
     if several:
         cells = [[_cell(cell) for cell in (key or "(top level)", *rest)] for key, *rest in rows]
         lines += align_columns([columns, *cells], left=range(1))
         path = printable(shlex.quote(str(summary["checkpoints"][0]["path"])))
         example = printable(shlex.quote(next(str(key) for key, *_ in rows if key)))
-        lines += ["", f"look into one of them with its key: losscli inspect {path}#{example}"]
+        lines += ["", f"to inspect one of them, add its key: losscli inspect {path}#{example}"]
         return "\n".join(lines) + "\n"
     lines += align_columns(
         [columns, *([_cell(cell) for cell in row] for row in rows)], left=range(3)

@@ -7,11 +7,12 @@ from typing import Annotated
 
 from losscli.cli.console import Console
 from losscli.cli.options import Force, Json, argument, with_console, with_some_settings
-from losscli.cli.report import format_count, format_number
+from losscli.cli.report import format_number
 from losscli.errors import OutputError, UsageError, printable
 from losscli.results.result import replace_all, to_json
 from losscli.results.summaries import ProjectSummary
 from losscli.settings import Settings
+from losscli.wording import format_count
 
 __all__ = ["init", "report"]
 
@@ -61,7 +62,7 @@ def init(
 
     It is tried first: the checkpoint is loaded, its tensors are compared with the model's, and the
     loss is evaluated on one batch. Nothing is written if this fails. On a terminal, it asks for
-    what the options do not say.
+    missing options.
     """
     from losscli.studies.config import FILE_NAME, Config, config_content
 

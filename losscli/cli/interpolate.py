@@ -11,7 +11,6 @@ from losscli.cli.console import Console
 from losscli.cli.options import Write, argument, option, with_study_options
 from losscli.cli.report import (
     align_columns,
-    format_count,
     format_examples,
     format_height,
     format_moving,
@@ -36,6 +35,7 @@ from losscli.results.summaries import (
 )
 from losscli.settings import Settings
 from losscli.table import Table
+from losscli.wording import format_count
 
 if TYPE_CHECKING:
     from losscli.studies.base import Study
@@ -87,7 +87,11 @@ def interpolate(
     ] = None,
     derivatives: Annotated[
         bool,
-        option("The line", "Exact columns slope, dL/dα, and curvature, d²L/dα².", "--derivatives"),
+        option(
+            "The line",
+            "Also compute the exact slope, dL/dα, and curvature, d²L/dα².",
+            "--derivatives",
+        ),
     ] = False,
     layerwise: Annotated[
         bool,
@@ -111,16 +115,16 @@ def interpolate(
         Path | None,
         option(
             "The line",
-            "The table of the whole line: the picture shows where this part of it lies.",
+            "The table of the whole line: the figure shows where this part of it lies.",
             "--context",
             metavar="CSV",
         ),
     ] = None,
 ) -> None:
-    """Loss along the line through two checkpoints, θ(α) = A + α (B − A).
+    """Evaluate the loss along the line through two checkpoints, θ(α) = A + α (B − A).
 
-    Writes a CSV, a picture and a JSON summary, and prints what was seen: the losses at both ends,
-    the lowest point, the barrier, the largest rise, local minima of the curve.
+    Writes a CSV, a figure and a JSON summary, and prints a report: the losses at both ends, the
+    lowest point, the barrier, the largest rise, and local minima and maxima of the curve.
     """
 
     def plan() -> Study:
@@ -142,15 +146,14 @@ def interpolate(
 
     whole = None
     if context is not None:
-        if write.out not in {None, "-"} and Path(f"{write.out}.csv").resolve() == context.resolve():
-            raise UsageError(f"--out {write.out} would overwrite --context", "Choose another --out")
         whole = Table.read(context)
         if command_of(whole.columns) is not COMMANDS["interpolate"]:
             raise UsageError(
                 f"--context {context} is not a table of interpolate",
                 "Give the CSV of the whole line",
             )
-    run_study("interpolate", [a, b], plan, write, console)
+    inputs = [] if context is None else [context]
+    run_study("interpolate", [a, b], plan, write, console, inputs=inputs)
 
 
 def report(result: Result[LineSummary]) -> str:
@@ -182,7 +185,7 @@ def report(result: Result[LineSummary]) -> str:
         findings = _line_findings(split, low, high, summary["distance"], curve)
         lines += [f"  {label:<14}{text}" for label, text in findings]
         if blocks := summary.get("blocks"):
-            lines += ["  each block alone, the others at A"]
+            lines += ["  each block on its own, the others at A"]
             lines += [f"    {line}" for line in _blocks(blocks, name, _covers(low, high))]
     return "\n".join(lines) + "\n"
 
@@ -193,7 +196,7 @@ def _covers(low: float, high: float) -> bool:
 
 
 def _blocks(blocks: Mapping[str, BlockSummary], split: str, covers: bool) -> list[str]:
-    """Returns a table of the curves of blocks that move alone."""
+    """Returns a table of the curves of single blocks."""
     rows = [("block", "values", "‖d‖", "loss at α = 1", "change from A", "lowest seen", "barrier")]
     for name, block in blocks.items():
         curve = block["splits"][split]

@@ -41,7 +41,7 @@ _HOW = "How it is evaluated"
 _MOVES = "What moves"
 _NAMES = "Names in the checkpoints"
 _OUTPUT = "Output"
-_PICTURE = "The picture"
+_FIGURE = "The figure"
 
 
 def argument(help_: str, metavar: str = "CKPT") -> Any:
@@ -74,7 +74,7 @@ _SETTINGS: dict[str, Any] = {
         str | None,
         _option(
             _WHAT,
-            "The data set: an entry of `losscli list data`, or code as above.",
+            "The data set: an entry of `losscli list data`, or code as for --model.",
             "-d",
             "--data",
             metavar="SPEC",
@@ -85,7 +85,7 @@ _SETTINGS: dict[str, Any] = {
         _option(
             _WHAT,
             "The per-example loss. Default: cross_entropy for integer targets, mse for float "
-            "targets, causal_lm for language. Also bce, of scores before the sigmoid.",
+            "targets, causal_lm for language. Also bce, on logits.",
             "--loss",
             metavar="SPEC",
         ),
@@ -113,14 +113,14 @@ _SETTINGS: dict[str, Any] = {
     ],
     "split": Annotated[
         list[str] | None,
-        _option(_WHAT, "Repeatable. Default: every split of the data.", "--split", metavar="NAME"),
+        _option(_WHAT, "Repeatable. A split to evaluate. Default: all.", "--split", metavar="NAME"),
     ],
     "limit": Annotated[
         int | None,
         _option(
             _WHAT,
-            "N examples of each split, or batches with --batch-loss, drawn once, the same at every "
-            "point.",
+            "Evaluate N examples of each split (batches with --batch-loss), drawn once and the "
+            "same at every point.",
             "--limit",
             metavar="N",
         ),
@@ -147,8 +147,8 @@ _SETTINGS: dict[str, Any] = {
         bool,
         _option(
             _WHAT,
-            "The loss is one number per batch. The batches of a DataLoader are kept, and each "
-            "counts the same; other data are cut into batches of --batch-size.",
+            "The loss is one number per batch. The batches of a DataLoader are kept, with "
+            "equal weights; other data are cut into batches of --batch-size.",
             "--batch-loss",
         ),
     ],
@@ -180,7 +180,7 @@ _SETTINGS: dict[str, Any] = {
     ],
     "tf32": Annotated[
         bool,
-        _option(_HOW, "Allow a GPU to round the factors of float32 products to TF32.", "--tf32"),
+        _option(_HOW, "Allow TF32 in the float32 matrix products of a GPU.", "--tf32"),
     ],
     "seed": Annotated[
         int, _option(_HOW, "Seed of all random choices (default: 0).", "--seed", metavar="N")
@@ -256,11 +256,11 @@ _SETTINGS: dict[str, Any] = {
 }
 
 _DRAWING: dict[str, Any] = {
-    "log": Annotated[bool, _option(_PICTURE, "Give the loss a logarithmic axis.", "--log")],
+    "log": Annotated[bool, _option(_FIGURE, "Use a logarithmic axis for the loss.", "--log")],
     "size": Annotated[
         str | None,
         _option(
-            _PICTURE,
+            _FIGURE,
             "paper (3.25 inches wide, text of 8 pt), slide (10 x 5.625 inches) or WxH in inches "
             "(text of 8 pt): axes and a short legend, without notes and file names.",
             "--size",
@@ -270,7 +270,7 @@ _DRAWING: dict[str, Any] = {
     "label": Annotated[
         list[str] | None,
         _option(
-            _PICTURE,
+            _FIGURE,
             "Repeatable: a name for each checkpoint, in their order.",
             "--label",
             metavar="TEXT",
@@ -279,19 +279,19 @@ _DRAWING: dict[str, Any] = {
     "ylim": Annotated[
         tuple[float, float] | None,
         _option(
-            _PICTURE,
+            _FIGURE,
             "The limits of the axis of the loss, or of its colours.",
             "--ylim",
             metavar="LO HI",
         ),
     ],
     "style": Annotated[
-        Path | None, _option(_PICTURE, "A Matplotlib style sheet.", "--style", metavar="FILE")
+        Path | None, _option(_FIGURE, "A Matplotlib style sheet.", "--style", metavar="FILE")
     ],
     "no_markers": Annotated[
         bool,
         _option(
-            _PICTURE,
+            _FIGURE,
             "Draw curves and paths without dots, and without marks of ends and extrema.",
             "--no-markers",
         ),
@@ -299,7 +299,7 @@ _DRAWING: dict[str, Any] = {
     "fps": Annotated[
         float | None,
         _option(
-            _PICTURE,
+            _FIGURE,
             "The frames per second of a .gif or .mp4. Default: 5.",
             "--fps",
             metavar="N",
@@ -311,12 +311,12 @@ _DRAWING: dict[str, Any] = {
 _REDRAWING = {
     **_DRAWING,
     "log": Annotated[
-        bool | None, _option(_PICTURE, "Give the loss a logarithmic axis.", "--log/--no-log")
+        bool | None, _option(_FIGURE, "Use a logarithmic axis for the loss.", "--log/--no-log")
     ],
     "label": Annotated[
         list[str] | None,
         _option(
-            _PICTURE,
+            _FIGURE,
             "Repeatable: a name for each CSV, or for each checkpoint of a single one.",
             "--label",
             metavar="TEXT",
@@ -325,7 +325,7 @@ _REDRAWING = {
     "no_markers": Annotated[
         bool | None,
         _option(
-            _PICTURE,
+            _FIGURE,
             "Draw curves and paths without dots, and without marks of ends and extrema.",
             "--no-markers/--markers",
         ),
@@ -348,7 +348,7 @@ _OUTPUT_OPTIONS: dict[str, Any] = {
         list[Path] | None,
         _option(
             _OUTPUT,
-            "Repeatable. A picture instead of STEM.png: .png, .svg, .pdf, .html; a .gif or .mp4 of "
+            "Repeatable. A figure instead of STEM.png: .png, .svg, .pdf, .html; a .gif or .mp4 of "
             "a path; a .vtp of a surface.",
             "--figure",
             metavar="PATH",
@@ -381,7 +381,7 @@ KeepOrder = Annotated[
     bool,
     _option(
         "The path",
-        "Take the checkpoints in the order in which they are named, and all files of a folder.",
+        "Keep the given order of the checkpoints, and use all files of a folder.",
         "--keep-order",
     ),
 ]
@@ -459,8 +459,7 @@ class Write:
             for given, name in ((self.json, "--json"), (self.figure, "--figure")):
                 if given:
                     raise UsageError(
-                        f"--out - puts the CSV alone on stdout and writes no file, so {name} has "
-                        "no place",
+                        f"--out - writes only the CSV, to stdout, so {name} has no effect",
                         "Give --out STEM",
                     )
             figures: Sequence[Path] = ()
@@ -525,7 +524,7 @@ def with_study_options(command: Command) -> Command:
 
 
 def with_drawing(command: Command) -> Command:
-    """Replaces the parameter ``drawing`` of a command by the options of a figure.
+    """Replaces the parameter ``drawing`` of a command by the options of the figure.
 
     Args:
         command: A function with a parameter ``drawing``, the options that the user gave.

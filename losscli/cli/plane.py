@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from losscli.cli.console import Console
 from losscli.cli.options import KeepOrder, Write, argument, option, with_study_options
 from losscli.cli.report import (
-    format_count,
     format_examples,
     format_moving,
     format_number,
@@ -19,6 +18,7 @@ from losscli.errors import printable
 from losscli.results.result import Result
 from losscli.results.summaries import PlaneAxis, PlaneSummary
 from losscli.settings import Settings
+from losscli.wording import format_count
 
 if TYPE_CHECKING:
     from losscli.studies.base import Study
@@ -63,15 +63,15 @@ def plane(
         ),
     ] = None,
     points: Annotated[
-        int, option(_PANEL, "Values of each coordinate.", "--points", metavar="N")
+        int, option(_PANEL, "Number of values of each coordinate.", "--points", metavar="N")
     ] = 31,
     range_: Annotated[
         tuple[float, float] | None,
         option(
             _PANEL,
             "The lowest and the highest value of both coordinates. Default: a box around the "
-            "checkpoints and paths. One checkpoint alone: -1 1 for random directions; for "
-            "eigenvectors as far as the curvature alone changes the loss by a tenth.",
+            "checkpoints and paths. For one checkpoint without a path: -1 1 for random directions; "
+            "for eigenvectors as far as the curvature alone changes the loss by a tenth.",
             "--range",
             metavar="LO HI",
         ),
@@ -81,10 +81,11 @@ def plane(
     ] = False,
     keep_order: KeepOrder = False,
 ) -> None:
-    """Loss in a plane of weight space, with each checkpoint's true loss and distance from it.
+    """Evaluate the loss in a plane of weight space.
 
-    The plane through three checkpoints; along two random filter-normalised directions from one, or
-    along eigenvectors of its Hessian; or of the principal components of a path.
+    The plane goes through three checkpoints; or from one along two random filter-normalised
+    directions or two eigenvectors of its Hessian; or along the principal components of a path. Each
+    checkpoint is shown with its true loss and its distance from the plane.
     """
 
     def plan() -> Study:

@@ -18,7 +18,16 @@ from losscli.cli.options import argument, with_console, with_drawing
 from losscli.errors import UsageError
 from losscli.registry import COMMANDS, command_of
 from losscli.results.figures import check_animated, has_panels
-from losscli.results.result import Output, Run, draw, label_runs, picture_of, render_html, stem_of
+from losscli.results.result import (
+    Output,
+    Run,
+    draw,
+    label_runs,
+    picture_of,
+    refuse_overwriting,
+    render_html,
+    stem_of,
+)
 from losscli.results.runs import (
     check_curves,
     check_main,
@@ -43,7 +52,7 @@ def plot(
     console: Console,
     drawing: Mapping[str, Any],
     title: Annotated[
-        str, typer.Option("--title", help="A title over the picture.", show_default=False)
+        str, typer.Option("--title", help="A title above the figure.", show_default=False)
     ] = "",
     out: Annotated[
         str | None,
@@ -60,7 +69,7 @@ def plot(
         typer.Option(
             "--figure",
             metavar="PATH",
-            help="Repeatable. A picture instead of STEM.png: .png, .svg, .pdf, .html; a .gif or "
+            help="Repeatable. A figure instead of STEM.png: .png, .svg, .pdf, .html; a .gif or "
             ".mp4 of a path; a .vtp of a surface.",
             show_default=False,
         ),
@@ -70,13 +79,13 @@ def plot(
         bool, typer.Option("--terminal", help="Draw in the terminal; write no file.")
     ] = False,
 ) -> None:
-    """Draw the picture of a CSV again, or lay several over each other."""
+    """Draw the figure of a CSV again, or overlay several."""
     if csvs.count("-") > 1:
         raise UsageError("stdin can be read only once", "Give - once")
     if out == "-":
         raise UsageError(
-            "a picture does not go to stdout, as --out - asks",
-            "Give --out STEM, or see it here with --terminal",
+            "a figure cannot be written to stdout",
+            "Give --out STEM, or draw it in the terminal with --terminal",
         )
     runs = [_read(name) for name in csvs]
     options = choose_drawing(csvs, runs, {**drawing, "title": title})
@@ -86,14 +95,13 @@ def plot(
         check_animated(() if terminal else figure or picture_of(out))
     if terminal:
         if any(command_of(run.table.columns) is not COMMANDS["interpolate"] for run in runs):
-            raise UsageError(
-                "a terminal shows the lines of interpolate alone", "Leave --terminal out"
-            )
+            raise UsageError("--terminal draws only tables of interpolate", "Leave it out")
         _draw_in_terminal(runs, console, log=options.log)
         return
     single = csvs[0] if len(csvs) == 1 and csvs[0] != "-" else None
     stem = stem_of(out) if out is not None else Path((single or "").removesuffix(".csv") or "plot")
     output = Output.plan(stem, tuple(figure or picture_of(out)), force=force)
+    refuse_overwriting(output.figures, map(Path, csvs))
     if any(map(has_panels, output.figures)):
         check_panels(csvs, runs)
     import_plotting()

@@ -23,10 +23,10 @@ from losscli.results.summaries import (
     StrategyChoice,
     Summary,
 )
+from losscli.wording import format_count
 
 __all__ = [
     "align_columns",
-    "format_count",
     "format_examples",
     "format_height",
     "format_loss",
@@ -137,7 +137,7 @@ def _estimate(e: CostEstimate, device: str, processes: int) -> str:
     time = f"{e['kind']} {_duration(e['seconds'])}"
     if "seconds_at_most" in e:
         time = f"about {_duration(e['seconds'])} to {_duration(e['seconds_at_most'])}"
-    alone = " for one process alone" if processes > 1 else ""
+    alone = " for one process" if processes > 1 else ""
     return f"{time} on {device}{alone} ({', '.join(timings)})"
 
 
@@ -162,11 +162,11 @@ def _duration(seconds: float) -> str:
 def _memory(d: Description) -> Iterator[str]:
     yield f"{d['bytes_of_data'] / 2**20:,.1f} MiB of data"
     if d["streamed"]:
-        yield f"not {', '.join(d['streamed_splits'])}: decoded again in each pass"
+        yield f"without {', '.join(d['streamed_splits'])}, decoded again in each pass"
 
 
 def align_columns(rows: Sequence[Sequence[str]], left: Container[int]) -> list[str]:
-    """Returns a line for each row, its cells padded to columns; ``left`` are those to the left."""
+    """Returns a line for each row, with aligned columns; those in ``left`` are left-aligned."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
         "  ".join(
@@ -178,7 +178,7 @@ def align_columns(rows: Sequence[Sequence[str]], left: Container[int]) -> list[s
 
 
 def _route(names: Sequence[str]) -> str:
-    """Returns the names of up to three checkpoints, or the ends of a longer path."""
+    """Returns the names of up to three checkpoints, or of the ends of a longer path."""
     if len(names) <= 3:
         return " → ".join(names)
     return f"{names[0]} → … → {names[-1]}, {len(names)} in all"
@@ -196,9 +196,8 @@ def repair_lines(summary: LineSummary | BarriersSummary) -> list[str]:
         "they are not on the line"
     )
     if skipped := repair["skipped_at_most"]:
-        text += (
-            f"; at a point at most {format_count(skipped, 'unit')} had no variance, left as before"
-        )
+        units = format_count(skipped, "unit")
+        text += f"; at most {units} at a point had no variance and stayed unchanged"
     return [text]
 
 
@@ -208,12 +207,6 @@ def format_examples(summary: Counts, split: str) -> str:
     if "batches" not in summary:
         return text
     return f"{text} in {format_count(summary['batches'][split], 'batch')}"
-
-
-def format_count(number: int, noun: str) -> str:
-    """Returns a number of things, for example ``1 point`` or ``3 points``."""
-    plural = f"{noun}es" if noun.endswith("ch") else f"{noun}s"
-    return f"{number:,} {noun if number == 1 else plural}"
 
 
 def is_finite(value: float | None) -> TypeGuard[float]:
@@ -234,7 +227,7 @@ def format_loss(loss: float, seed_error: float | None) -> str:
 
 
 def format_number(value: float | None, digits: int = 4) -> str:
-    """Returns a number with so many significant digits."""
+    """Formats a number with this number of significant digits."""
     if value is None:
         return "not finite"
     return f"{value:.{digits}g}"

@@ -16,7 +16,7 @@ from losscli.cli.options import Write
 from losscli.errors import ChangedError, UsageError
 from losscli.registry import COMMANDS, load
 from losscli.results.figures import check_panel_count, has_panels
-from losscli.results.result import check_labels, check_writable, to_json
+from losscli.results.result import check_labels, check_writable, refuse_overwriting, to_json
 from losscli.results.summaries import Description
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ __all__ = ["expand_names", "run_study"]
 
 # Conditions in the fingerprint of a study that may differ between machines.
 _MACHINE_CONDITIONS = frozenset({
-    "Python", "the device", "the number of threads", "what the model makes of a first batch",
+    "Python", "the device", "the number of threads", "the losses of a first batch",
 })  # fmt: skip
 
 
@@ -40,6 +40,7 @@ def run_study(
     console: Console,
     *,
     checkpoint: Path | None = None,
+    inputs: Sequence[Path] = (),
 ) -> None:
     """Runs a study and writes its result.
 
@@ -51,6 +52,7 @@ def run_study(
         console: The streams.
         checkpoint: The file of the checkpoint that the result has; its name without the suffix is
             the stem.
+        inputs: The files that it reads in addition to checkpoints and data.
     """
     ranks, command = console.ranks, COMMANDS[name]
     if ranks is not None and not ranks.is_leader:
@@ -95,10 +97,15 @@ def run_study(
     if output is None:
         console.result(_evaluate(study, console, ranks, None).table.to_csv())
         return
-    output.guard(study.identity, command.further_tables)
+    from losscli.studies.inputs import protect_inputs
+
     made = [Path(f"{output.stem}{suffix}") for suffix in study.checkpoint_suffixes]
+    written = [*output.paths(command.further_tables), *made, *filter(None, [checkpoint])]
+    refuse_overwriting(written, inputs)
+    protect_inputs(written, study.problem.names, study.problem.settings)
+    output.guard(study.identity, command.further_tables)
     for path in made if checkpoint is None else [checkpoint]:
-        # This run may have written it before, or it may have been killed then.
+        # An earlier run of the same command may have written it, and may have been killed then.
         again = output.is_of(study.identity) or Path(f"{output.stem}.journal").exists()
         check_writable(path, force=write.force or again)
     from losscli.evaluation.journal import Journal
@@ -131,7 +138,7 @@ def run_study(
 
 
 def _note_on_speed(study: Study, console: Console) -> None:
-    """Prints the note on half precision; measured, so it is not part of the result."""
+    """Prints a note on slow half precision. It is measured, so it is not part of the result."""
     from losscli.evaluation.device import half_precision_note
 
     objective = study.problem.objective
@@ -202,13 +209,13 @@ def _journal_notes(journal: Journal) -> Iterator[str]:
     elif len(journal):
         changes = "; ".join(journal.changes)
         caveat = f", though {changes}: the last digits may differ" if changes else ""
-        yield f"goes on where {journal.path} ends{caveat}"
+        yield f"resuming from {journal.path}{caveat}"
     if journal.truncated:
         yield f"{journal.path}: an incomplete record is ignored"
     if not journal.locked:
         yield (
-            f"the file system of {journal.path} has no locks: see that no other run writes the "
-            "same results"
+            f"the file system of {journal.path} has no locks: make sure that no other run writes "
+            "the same results"
         )
 
 

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 from losscli.cli.console import Console
 from losscli.cli.options import KeepOrder, Write, argument, option, with_study_options
 from losscli.cli.report import (
-    format_count,
     format_examples,
     format_loss,
     format_moving,
@@ -21,6 +20,7 @@ from losscli.errors import UsageError, printable
 from losscli.results.result import Result
 from losscli.results.summaries import SharpnessPoint, SharpnessSummary
 from losscli.settings import Settings
+from losscli.wording import format_count
 
 if TYPE_CHECKING:
     from losscli.studies.base import Study
@@ -79,7 +79,7 @@ def sharpness(
     ] = None,
     keep_order: KeepOrder = False,
 ) -> None:
-    """How sharp is the loss at each checkpoint?
+    """Measure how sharp the loss is at each checkpoint.
 
     Rises of the loss within a radius ρ: average sharpness over random perturbations, worst-case
     sharpness by gradient ascent in the ball (at least that much), and SAM sharpness along the
@@ -105,7 +105,7 @@ def sharpness(
     if direction_split and len(direction_split) > 1:
         raise UsageError(
             f"--direction-split is given {len(direction_split)} times",
-            "Give one split, the gradient of which all critical steps are along",
+            "Give one split: all critical steps are along its gradient",
         )
     names = expand_names(checkpoints, console.ranks)
     run_study("sharpness", checkpoints, plan, write, console)

@@ -11,7 +11,6 @@ from losscli.cli.imports import importing
 from losscli.cli.options import Write, argument, option, with_study_options
 from losscli.cli.report import (
     align_columns,
-    format_count,
     format_examples,
     format_number,
     is_finite,
@@ -22,6 +21,7 @@ from losscli.errors import UsageError, printable
 from losscli.results.result import Result, check_writable
 from losscli.results.summaries import SoupSummary
 from losscli.settings import Settings
+from losscli.wording import format_count
 
 if TYPE_CHECKING:
     from losscli.studies.base import Study
@@ -40,8 +40,8 @@ def soup(
         option(
             "The search",
             "Add the checkpoints in the order of their scores on this split, and keep those "
-            "with which the score of the average does not fall. The score is the first --metric, "
-            "of which more is better, else -loss.",
+            "with which the score of the average does not fall. The score is the first --metric "
+            "(its negative, if its higher_is_better is False), else -loss.",
             "--greedy",
             metavar="SPLIT",
         ),
@@ -51,7 +51,7 @@ def soup(
 
     Needs `-o X.safetensors`, or X.pt. Without --greedy it writes this file alone, and needs a
     model and data only for options about them, such as --buffers recalibrate. With --greedy it
-    also writes X.csv with the steps of the search, X.json and a picture.
+    also writes X.csv with the steps of the search, X.json and a figure.
     """
     if write.out is None:
         raise UsageError("soup needs a file to write", "Give -o X.safetensors")
@@ -77,8 +77,11 @@ def soup(
         raise UsageError(f"{given[0]} has no effect without --greedy", "Leave it out")
     check_writable(out, force=write.force)
     with importing("torch"):
+        from losscli.checkpoint import expand_folders
+        from losscli.studies.inputs import protect_inputs
         from losscli.studies.soup import soup as study
 
+    protect_inputs([out], expand_folders(checkpoints), settings)
     with console.guard_stdout():
         checkpoint = study(checkpoints, **asdict(settings))
     checkpoint.save(out, force=True)

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Annotated
 from losscli.cli.console import Console
 from losscli.cli.options import KeepOrder, Write, argument, option, with_study_options
 from losscli.cli.report import (
-    format_count,
     format_examples,
     format_moving,
     format_number,
@@ -19,6 +18,7 @@ from losscli.errors import printable
 from losscli.results.result import Result
 from losscli.results.summaries import Farthest, LowestOnPath, TrajectorySummary
 from losscli.settings import Settings
+from losscli.wording import format_count
 
 if TYPE_CHECKING:
     from losscli.studies.base import Study
@@ -44,7 +44,7 @@ def trajectory(
         int,
         option(
             _PANEL,
-            "Values of the residual at each step of the surface.",
+            "Number of values of the residual at each step of the surface.",
             "--residuals",
             metavar="N",
         ),
@@ -58,24 +58,21 @@ def trajectory(
             metavar="X",
         ),
     ] = 1.25,
-    no_surface: Annotated[
-        bool, option(_PANEL, "Only the path, no surface.", "--no-surface")
-    ] = False,
+    no_surface: Annotated[bool, option(_PANEL, "Leave out the surface.", "--no-surface")] = False,
     random_walk: Annotated[
         bool,
         option(
             _PANEL,
-            "Random walks with the same step lengths, to compare training with chance.",
+            "Also draw random walks with the same step lengths, to compare training with chance.",
             "--random-walk",
         ),
     ] = False,
     keep_order: KeepOrder = False,
 ) -> None:
-    """The path of training, seen from the straight line between its ends.
+    """Evaluate a training path relative to the straight line between its ends.
 
-    At each checkpoint the projection onto the line, the residual (the distance from the line) and
-    the loss; and as a surface the loss along each step's own residual direction, in
-    STEM.surface.csv.
+    Writes for each checkpoint the projection onto the line, the residual (the distance from the
+    line) and the loss; and in STEM.surface.csv the loss along each step's own residual direction.
     """
 
     def plan() -> Study:

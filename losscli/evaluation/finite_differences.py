@@ -10,6 +10,7 @@ import enum
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache, partial
 
 import torch
 from torch import Tensor
@@ -40,8 +41,8 @@ NEEDED = 2
 
 DETACHED = "part of the forward pass is detached from autograd"
 CURE = (
-    "Remove detach(), no_grad() and roundings with a gradient of their own from the model's "
-    "forward and from the loss"
+    "Remove detach(), no_grad() and roundings with a custom gradient from the model's forward and "
+    "from the loss"
 )
 
 # Examples on which derivatives are compared with differences: the fewest, the most, and the budget
@@ -59,7 +60,7 @@ _SPREAD = 1 / 8
 # A difference with a larger error relative to the derivative is not resolved.
 _RESOLVED = 0.02
 
-# A derivative below this share of what is differentiated, per unit, counts as zero.
+# A derivative below this share of the function, per unit of its argument, counts as zero.
 _FLAT = 1e-4
 
 # Roundings of a mean loss in units of ε, at least; and standard deviations of measured noise.
@@ -128,7 +129,9 @@ class Differences:
 
     and D(h) is resolved if e(h) is at most 2 % of the derivative. From the smallest step up:
 
-    - right: the first resolved D(h) has abs(D(h) - s) <= share · max(abs(s), abs(D(h))) + e(h).
+    - right: the first resolved D(h) has abs(D(h) - s) <= share · max(abs(s), abs(D(h))) + e(h). If
+      f is computed in float64 and this holds without e(h), D(h) counts as resolved, and e(h) is
+      not measured: rounding and jumps make D(h) and s equal only by chance.
     - wrong: this holds for no h; and three consecutive D(h), with errors of at most an eighth of
       abs(D(h) - s), agree with each other to the same precision and differ from s by more than the
       share ``wrong``.
@@ -155,6 +158,7 @@ class Differences:
         epsilon: The rounding unit of f.
         zero: Whether differences of exactly 0 count against a derivative. Otherwise they mean that
             the step is below the resolution of the model.
+        precise: Whether f is computed in float64.
     """
 
     steps: Sequence[float]
@@ -163,18 +167,18 @@ class Differences:
     finest: float
     epsilon: float
     zero: bool
+    precise: bool
 
     def compare(
-        self, derivative: Tensor, size: float, value: Tensor, function: Callable[[float], Tensor]
+        self, derivative: Tensor, size: float, function: Callable[[float], Tensor]
     ) -> Comparison:
         """Compares a derivative with differences.
 
         Args:
             derivative: The derivative, of any shape.
-            size: The size of what is differentiated, per unit of its argument.
-            value: f(t), as terms ``[N, …]`` with mean f(t): the terms of single examples show
-                rounding better than their mean.
-            function: Computes f(t + h) for h, as such terms.
+            size: The size of the function, per unit of its argument.
+            function: Computes f(t + h) for h, as terms ``[N, …]`` with mean f(t + h): the terms of
+                single examples show rounding better than their mean.
 
         Returns:
             The comparison.
@@ -182,18 +186,36 @@ class Differences:
         derivative = derivative.detach().to(torch.float64)
         if not derivative.isfinite().all():
             return Comparison(Outcome.NOT_FINITE)
-        value = value.detach().to(torch.float64)
+
+        def f(h: float) -> Tensor:
+            return function(h).detach().to(torch.float64)
+
+        middle = cache(partial(f, 0.0))
         contradicting: list[_Difference] = []
         for step in self.steps:
-            one = self._difference(step, derivative, size, value, function)
-            vanishes = not (self.zero or one.value.any()) and bool(derivative.any())
-            if vanishes or not one.error <= _RESOLVED * one.scale:
+            low, high = f(-step), f(step)
+            difference = (high - low).mean(0) / (2 * step)
+            scale = max(float(derivative.norm()), float(difference.norm()), _FLAT * size)
+            distance = float((difference - derivative).norm())
+            if self.precise and distance <= self.share * scale and not contradicting:
+                return Comparison(Outcome.RIGHT)
+            if not (self.zero or difference.any()) and bool(derivative.any()):
                 continue
-            if one.distance <= self.share * one.scale + one.error:
+            half_low, half_high = f(-step / 2), f(step / 2)
+            half_step = (half_high - half_low).mean(0) / step
+            noise = noise_of([low, half_low, middle(), half_high, high])
+            error = max(
+                _DEVIATIONS * noise / step,
+                2 * float((difference - half_step).norm()),
+                _ROUNDINGS * self.epsilon * size / step,
+            )
+            if not error <= _RESOLVED * scale:
+                continue
+            if distance <= self.share * scale + error:
                 # If finer steps contradict the derivative, this one spans jumps.
                 return Comparison(Outcome.HIDDEN if contradicting else Outcome.RIGHT)
-            if one.error <= _SPREAD * one.distance:
-                contradicting.append(one)
+            if error <= _SPREAD * distance:
+                contradicting.append(_Difference(step, difference, scale, error, distance))
         return self._judge(contradicting)
 
     def decides(self, comparisons: Sequence[Comparison], left: int) -> bool:
@@ -204,8 +226,8 @@ class Differences:
             left: The number of remaining points.
 
         Returns:
-            Whether the derivative is wrong at enough points; or can no longer be, and is verified
-            or can no longer be.
+            Whether enough points show that the derivative is wrong; or, if too few are left for
+            that, whether it is verified or too few are left to verify it.
         """
         outcomes = [c.outcome for c in comparisons]
         wrong, right, not_finite = (
@@ -218,29 +240,6 @@ class Differences:
             return False
         finite = len(outcomes) - not_finite
         return right >= NEEDED or (finite >= NEEDED and right + left < NEEDED)
-
-    def _difference(
-        self,
-        step: float,
-        derivative: Tensor,
-        size: float,
-        value: Tensor,
-        function: Callable[[float], Tensor],
-    ) -> _Difference:
-        low, half_low, half_high, high = (
-            function(share * step).detach().to(torch.float64) for share in (-1, -0.5, 0.5, 1)
-        )
-        difference = (high - low).mean(0) / (2 * step)
-        half_step = (half_high - half_low).mean(0) / step
-        noise = noise_of([low, half_low, value, half_high, high])
-        error = max(
-            _DEVIATIONS * noise / step,
-            2 * float((difference - half_step).norm()),
-            _ROUNDINGS * self.epsilon * size / step,
-        )
-        scale = max(float(derivative.norm()), float(difference.norm()), _FLAT * size)
-        distance = float((difference - derivative).norm())
-        return _Difference(step, difference, scale, error, distance)
 
     def _judge(self, contradicting: Sequence[_Difference]) -> Comparison:
         """Looks for consecutive differences that agree with each other."""
@@ -284,28 +283,13 @@ def noise_of(values: Sequence[Tensor]) -> float:
 
 
 def are_verified(comparisons: Iterable[Comparison]) -> bool:
-    """Whether differences confirm a derivative.
-
-    Args:
-        comparisons: Those of all points.
-
-    Returns:
-        Whether they do at two or more of the points where it is finite.
-    """
+    """Whether differences confirm a derivative at two of the points where it is finite."""
     outcomes = [c.outcome for c in comparisons if c.outcome is not Outcome.NOT_FINITE]
     return outcomes.count(Outcome.RIGHT) >= min(NEEDED, len(outcomes))
 
 
 def unverified(what: str, of: str) -> str:
-    """Makes the note that derivatives could not be verified.
-
-    Args:
-        what: The derivatives.
-        of: The function with the differences that they are compared with.
-
-    Returns:
-        The note.
-    """
+    """Returns the note that derivatives could not be compared with differences of a function."""
     return f"{what} not verified: rounding or jumps hide differences of the {of} on a few examples"
 
 
@@ -316,11 +300,17 @@ _FIRST = Differences(
     finest=1.0,
     epsilon=torch.finfo(torch.float64).eps,
     zero=True,
+    precise=True,
 )
 """For the derivatives of a loss in float64: h from 1e-6 to 1e-3."""
 
 _FIRST_ROUNDED = replace(
-    _FIRST, steps=[10 ** (-5 + k / 2) for k in range(9)], share=1e-2, wrong=0.1, zero=False
+    _FIRST,
+    steps=[10 ** (-5 + k / 2) for k in range(9)],
+    share=1e-2,
+    wrong=0.1,
+    zero=False,
+    precise=False,
 )
 """The same where something is computed in a narrower type: h from 1e-5 to 0.1."""
 
@@ -331,24 +321,22 @@ _SECOND = Differences(
     finest=1e-7,
     epsilon=torch.finfo(torch.float64).eps,
     zero=False,
+    precise=True,
 )
 """For the derivatives of a gradient in float64: h from 1e-8 to 1e-4."""
 
 _SECOND_ROUNDED = replace(
-    _SECOND, steps=[10 ** (-4 + k / 2) for k in range(7)], share=5e-2, wrong=math.inf
+    _SECOND,
+    steps=[10 ** (-4 + k / 2) for k in range(7)],
+    share=5e-2,
+    wrong=math.inf,
+    precise=False,
 )
 """The same where something is computed in a narrower type: h from 1e-4 to 0.1, across kinks."""
 
 
 def rules(narrowest: torch.dtype) -> tuple[Differences, Differences]:
-    """Chooses the rules for first and second derivatives.
-
-    Args:
-        narrowest: The narrowest type that the model and the loss compute in.
-
-    Returns:
-        The rule for first derivatives, and that for second derivatives.
-    """
+    """Returns the rules for first and second derivatives, by the narrowest type of computation."""
     if narrowest == torch.float64:
         return _FIRST, _SECOND
     if narrowest.itemsize < torch.float32.itemsize:
@@ -358,12 +346,12 @@ def rules(narrowest: torch.dtype) -> tuple[Differences, Differences]:
 
 
 def finer(rule: Differences) -> Differences:
-    """Replaces a rule's steps by the shorter ones for second derivatives.
+    """Replaces the steps of a rule for first derivatives by those for second derivatives.
 
-    A straight-through rounding may be right on average over all longer steps.
+    They are shorter: a straight-through rounding may be right on average over all longer steps.
 
     Args:
-        rule: A rule for first derivatives.
+        rule: The rule.
 
     Returns:
         The rule with shorter steps.

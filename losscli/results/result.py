@@ -56,6 +56,7 @@ __all__ = [
     "make_drawing",
     "picture_of",
     "read_summary",
+    "refuse_overwriting",
     "render_html",
     "stem_of",
     "to_json",
@@ -538,7 +539,13 @@ def stem_of(out: str) -> Path:
         UsageError: The value is a folder.
     """
     if not out or out.endswith("/") or Path(out).is_dir():
-        raise UsageError(f"--out {out!r} is a folder, not a stem of file names", "Give folder/name")
+        folder = out.rstrip("/")
+        raise UsageError(
+            f"--out {out!r} is a folder, not a stem of file names",
+            f"Give {folder}/NAME to write into it, or another stem, such as {folder}-1"
+            if folder.strip("./")
+            else "Give FOLDER/NAME",
+        )
     path = Path(out)
     has_suffix = path.suffix.lower() in {*FIGURE_SUFFIXES, ".csv", ".json"} and path.stem
     return path.with_suffix("") if has_suffix else path
@@ -694,18 +701,24 @@ class Output:
         """
         if self.force:
             return
-        files = [self._file(".csv"), *(self._file(f".{name}.csv") for name in tables)]
-        existing = [path for path in (*files, *self.figures) if path.exists()]
-        summary = self._file(".json")
-        if summary.exists():
-            existing.append(summary)
-        if not existing:
-            return
-        if not self.is_of(identity):
+        existing = [path for path in self.paths(tables) if path.exists()]
+        if existing and not self.is_of(identity):
             raise OutputError(
                 f"{existing[0]} contains the results of another run",
                 "Choose another --out, or overwrite it with --force",
             )
+
+    def paths(self, tables: Iterable[str] = ()) -> list[Path]:
+        """Lists the files that a run may write.
+
+        Args:
+            tables: The names of further tables that it may write.
+
+        Returns:
+            The tables, the figures and the summary.
+        """
+        suffixes = [".csv", *(f".{name}.csv" for name in tables)]
+        return [*map(self._file, suffixes), *self.figures, self._file(".json")]
 
     def is_of(self, identity: str | None) -> bool:
         """Whether STEM.json is of the run with an identity."""
@@ -857,6 +870,32 @@ def replace_all(contents: Mapping[Path, bytes]) -> list[Path]:
             with contextlib.suppress(OSError):
                 written.unlink()
     return list(contents)
+
+
+def refuse_overwriting(outputs: Iterable[Path], inputs: Iterable[Path]) -> None:
+    """Checks that no file to write is a file that the command reads, also with ``--force``.
+
+    Args:
+        outputs: The files to write.
+        inputs: The files to read, and folders with nothing but such files.
+
+    Raises:
+        UsageError: An output is an input.
+    """
+    inputs = [path for path in inputs if path.exists()]
+    for out in outputs:
+        if out.exists() and any(_contains(path, out) for path in inputs):
+            raise UsageError(
+                f"{out} is an input of this command, which would overwrite it",
+                "Choose another --out or --figure",
+            )
+
+
+def _contains(path: Path, file: Path) -> bool:
+    # Writing replaces a link, and not the file that it leads to.
+    if os.path.samestat(path.lstat(), file.lstat()):
+        return True
+    return path.is_dir() and (file.parent.resolve() / file.name).is_relative_to(path.resolve())
 
 
 def check_writable(out: Path, *, force: bool) -> None:

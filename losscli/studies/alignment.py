@@ -1,10 +1,9 @@
-"""One network put into the order of another: its hidden units permuted, its function as it is."""
+"""Permutes the hidden units of a network to match another's without changing its function."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -35,6 +34,7 @@ from losscli.evaluation.memory import halving
 from losscli.evaluation.objective import DETERMINISTIC
 from losscli.results.summaries import AlignmentSummary, MatchedActivations
 from losscli.settings import DType, Settings, checked
+from losscli.studies.checkpoints import require_distinct
 from losscli.studies.problem import Problem, prepare
 from losscli.studies.verification import needed_versions
 from losscli.weight_space.matching import inner_product, match, match_units
@@ -47,21 +47,21 @@ __all__ = ["Alignment", "By", "align"]
 By = Literal["weights", "activations"]
 """What hidden units are matched by."""
 
-# How far the outputs may lie from B's, as a share of the largest of them: rounding, since sums are
-# made in another order, in the narrowest type of the forward pass.
+# The largest difference from B's outputs, relative to the largest of them, that rounding explains:
+# sums are in another order. By the narrowest type of the forward pass.
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
-# Examples that a model is traced with.
+# Number of examples that a model is traced with.
 _TRACED = 2
 
 
 @dataclass(frozen=True)
 class Alignment:
-    """A network in the order of another.
+    """A network permuted to match another.
 
     Attributes:
         checkpoint: B with its hidden units permuted onto A's, with B's types and metadata.
-        summary: What was found and where it came from, made of JSON's types and floats.
+        summary: The findings and their origin, in the types of JSON; floats may be non-finite.
     """
 
     checkpoint: Checkpoint
@@ -87,22 +87,22 @@ def align(
     by: By = "weights",
     **settings: Any,
 ) -> Alignment | list[Alignment]:
-    """Permutes B's hidden units onto A's.
+    """Permutes B's hidden units to match A's without changing its function.
 
-    Its function is compared with that of B on the first batch of each split, in float64 where the
-    model can be run in it.
+    The outputs of the permuted network are compared with B's on the first batch of each split, in
+    float64 if the model runs in it.
 
     Args:
         a: The reference checkpoint.
-        b: The checkpoint that is permuted, or a list of checkpoints and folders of them, each of
-            which is permuted onto A.
+        b: The checkpoint to permute, or a list of checkpoints and folders of them, each of which
+            is permuted to match A.
         by: ``weights`` for weight matching (Ainsworth et al. 2022, arXiv 2209.04836), or
             ``activations`` for the correlations of the units over the training examples (Li et al.
             2015, arXiv 1511.07543).
         **settings: The attributes of `losscli.settings.Settings`: ``model``, ``data``, ….
 
     Returns:
-        The permuted checkpoint and what was found; a list of these for a list.
+        The permuted checkpoint and the findings; a list of these for a list.
 
     Raises:
         CheckpointError: A weight or an activation is infinite or not a number.
@@ -123,9 +123,7 @@ def align(
     others = expand_folders(name_checkpoints(b, first=1))
     if not others:
         raise UsageError("align has no checkpoint to permute", "Give one or more after A")
-    name, times = Counter(others).most_common(1)[0]
-    if times > 1:
-        raise UsageError(f"{name} is named {times} times", "Name each checkpoint once")
+    require_distinct(others)
     return list(_align_each([first, *others], chosen, by))
 
 
@@ -137,7 +135,7 @@ def _align_each(names: Sequence[str], settings: Settings, by: By) -> Iterator[Al
     names = problem.parameters(problem.moving)
     if some := [name for name in names if first[name].is_complex()]:
         raise ModelError(
-            f"{some[0]} is complex, and align permutes real weights",
+            f"align permutes only real weights, and {some[0]} is complex",
             "Compare the checkpoints as they are, with losscli interpolate",
         )
     groups = _groups(problem)
@@ -157,7 +155,7 @@ def _align_each(names: Sequence[str], settings: Settings, by: By) -> Iterator[Al
             matched = {"activations": found}
         aligned = permute(other.weights, groups, permutations)
         difference = _difference(before, list(_outputs(problem, aligned, nullcontext())))
-        # A negated comparison, since a difference may be no number.
+        # A negated comparison, since a difference may be NaN.
         if not difference <= _TOLERANCE[dtype]:
             raise ModelError(
                 f"permuted, {name} would be another function: its outputs differ by "
@@ -261,7 +259,7 @@ _Run = tuple[list[Tensor], torch.dtype]
 
 
 def _prepare(names: Sequence[str], settings: Settings, by: By) -> tuple[Problem, list[_Run]]:
-    """Brings all together and runs each B: in float64, else, if it must be, in float32."""
+    """Prepares the problem and runs each B, in float64 if possible, else in float32."""
     training = "--by activations" if by == "activations" else ""
 
     def run(dtype: DType) -> tuple[Problem, list[_Run]]:
@@ -274,7 +272,7 @@ def _prepare(names: Sequence[str], settings: Settings, by: By) -> tuple[Problem,
     except NondeterministicModelError:
         raise
     except (ModelError, DeviceError):
-        # Some devices have no float64, and some code makes float32 tensors by name.
+        # Some devices have no float64, and some code creates float32 tensors.
         return run("float32")
 
 
@@ -290,8 +288,8 @@ def _run(problem: Problem, t: int) -> _Run:
         )
     if not _difference(one, two) <= _TOLERANCE[narrowest.dtype]:
         raise NondeterministicModelError(
-            f"{problem.names[t]}: the model gives two answers for the same weights and data, even "
-            "in eval mode",
+            f"{problem.names[t]}: the model gives different results for the same weights and data, "
+            "even in eval mode",
             DETERMINISTIC,
         )
     return one, narrowest.dtype
@@ -301,14 +299,14 @@ def _run(problem: Problem, t: int) -> _Run:
 def _outputs(
     problem: Problem, weights: Weights, watch: AbstractContextManager[object]
 ) -> Iterator[Tensor]:
-    """What the model gives for the first batch of each split, its forward pass watched."""
+    """Yields the outputs for the first batch of each split; forward passes run within ``watch``."""
     objective = problem.objective
-    # What is written must be right wherever it is loaded.
+    # As a plain load_state_dict does, since the file may be loaded without losscli.
     with objective.as_stored():
         objective.load(weights)
     for split in objective.first_batches().values():
         inputs = objective.data.prepare(split.inputs, objective.dtype)
-        # A model may write on its inputs.
+        # A model may modify its inputs.
         inputs = map_nest(Tensor.clone, inputs)
         with watch:
             outputs = objective.forward(objective.model, inputs)
@@ -326,7 +324,7 @@ def _tensors(outputs: Any) -> Iterator[Tensor]:
 
 
 def _difference(one: list[Tensor], other: list[Tensor]) -> float:
-    """The largest difference, as a share of the largest value of the same tensor."""
+    """Returns the largest difference, relative to the largest value of the same tensor."""
     worst = 0.0
     for x, y in zip(one, other, strict=True):
         finite = x.isfinite()
@@ -354,7 +352,7 @@ def _groups(problem: Problem) -> tuple[Group, ...]:
         if met := obstacles(traced):
             raise ModelError(
                 f"{what}: {', '.join(met)} may depend on the order of their inputs",
-                "Alignment needs a hidden layer that is followed only by operators known not to",
+                "Alignment needs a hidden layer whose units no such operator uses",
             )
         raise ModelError(what, "Alignment needs a hidden layer")
     return groups

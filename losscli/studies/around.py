@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
@@ -38,7 +37,8 @@ from losscli.results.summaries import (
     Description,
 )
 from losscli.settings import Progress, Settings, checked
-from losscli.studies.base import Study, count
+from losscli.studies.base import Study
+from losscli.studies.checkpoints import require_distinct
 from losscli.studies.notes import (
     derivative_notes,
     general_notes,
@@ -66,6 +66,7 @@ from losscli.weight_space.directions import (
 )
 from losscli.weight_space.slices import Line, Slice, check_point_count, grid
 from losscli.weight_space.vectors import Weights, norm
+from losscli.wording import format_count, list_first
 
 __all__ = ["Around", "around"]
 
@@ -94,7 +95,7 @@ def around(
     progress: Progress = None,
     **settings: Any,
 ) -> Result[AroundSummary]:
-    """Evaluates the loss around checkpoints, and how far the basin of each reaches.
+    """Evaluates the loss around checkpoints, and the radius of each basin.
 
     By default along random directions, filter-normalised (Li et al. 2018, arXiv 1712.09913), with
     the same draws for every checkpoint. All of them are as long as the weights that move, so equal
@@ -179,9 +180,7 @@ class Around(Study):
         names = expand_folders(names)
         if not names:
             raise UsageError("around needs a checkpoint", "Give one or more")
-        name, times = Counter(names).most_common(1)[0]
-        if times > 1:
-            raise UsageError(f"{name} is given {times} times", "Give each checkpoint once")
+        require_distinct(names)
         _check_directions(directions, along, settings)
         _check_basin(basin, basin_loss)
         if along:
@@ -238,7 +237,7 @@ class Around(Study):
 
     @property
     def steps(self) -> int:
-        """How much progress counts: points, and checkpoints with derivatives."""
+        """The total of the progress: points, and checkpoints with derivatives."""
         return self.evaluations + self._differentiated
 
     @property
@@ -383,7 +382,7 @@ class Around(Study):
         def line(t: int, k: int) -> Line:
             placed = opened(t)
             made = self._line(placed, self._direction(t, k, placed, derived))
-            # The line before has left its last point.
+            # Tensors that moved on the previous line are at its last point.
             objective.load(placed)
             return made
 
@@ -500,15 +499,15 @@ class Around(Study):
                 )
         for name, split in splits.items():
             if number := sum(point["not_finite"] for point in split["points"]):
-                notes.append(f"{name}: the loss of {count(number, 'point')} is not finite")
+                notes.append(f"{name}: the loss of {format_count(number, 'point')} is not finite")
             for point in split["points"]:
                 if number := point["rounded"]:
                     precision = self.problem.objective.precision
                     wider = "" if precision == "float64" else ", or --dtype float64"
                     rounding = f"by no more than the rounding of {precision}"
                     notes.append(
-                        f"{name}: {count(number, 'point')} around {point['checkpoint']} differ "
-                        f"from it {rounding}: give a larger --range{wider}"
+                        f"{name}: {format_count(number, 'point')} around {point['checkpoint']} "
+                        f"differ from it {rounding}: give a larger --range{wider}"
                     )
             early = [
                 p["checkpoint"]
@@ -516,20 +515,19 @@ class Around(Study):
                 if any(found["bound"] == "at most" for found in p["radii"].values())
             ]
             if early:
-                more = f" and {len(early) - 1} more" if len(early) > 1 else ""
                 notes.append(
-                    f"{name}: the loss around {early[0]}{more} crosses the threshold before the "
+                    f"{name}: the loss around {list_first(early)} crosses the threshold before the "
                     "first point: for a basin radius, give a smaller --range or more --points"
                 )
             lost = [
                 p for p in split["points"] if p["threshold"] is None and math.isfinite(p["loss"])
             ]
             if lost:
-                more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
+                some = list_first([point["checkpoint"] for point in lost])
+                loss = lost[0]["loss"]
                 notes.append(
-                    f"{name}: no basin radius of {lost[0]['checkpoint']}{more}: the loss "
-                    f"{lost[0]['loss']:.4g} is not above 0, so {self.basin:g} times the loss is no "
-                    "threshold; give --basin-loss"
+                    f"{name}: no basin radius of {some}: the loss {loss:.4g} is not above 0, so "
+                    f"{self.basin:g} times the loss is not a threshold; give --basin-loss"
                 )
         return notes
 
@@ -540,7 +538,7 @@ def _check_directions(directions: int, along: str | None, settings: Settings) ->
             f"--along {along} is not known", f"Choose one of {', '.join(get_args(Along))}"
         )
     if directions < 1:
-        raise UsageError(f"--directions {directions} is not a number of directions", "Give 20")
+        raise UsageError(f"--directions must be at least 1, not {directions}", "Give 20")
     if not along:
         return
     if directions != _DIRECTIONS:
@@ -555,18 +553,14 @@ def _check_basin(basin: float | None, basin_loss: float | None) -> None:
     if basin is not None and basin_loss is not None:
         raise UsageError("--basin and --basin-loss are both thresholds", "Give one of them")
     if basin is not None and not 1 < basin < math.inf:
-        raise UsageError(
-            f"--basin {basin:g} is not a multiple above 1 of the loss", f"Give {_BASIN:g}"
-        )
+        raise UsageError(f"--basin must be above 1, not {basin:g}", f"Give {_BASIN:g}")
     if basin_loss is not None and not math.isfinite(basin_loss):
         raise UsageError(f"--basin-loss {basin_loss} is not finite", "Give a loss")
 
 
 def _coefficients(points: int, range_: tuple[float, float]) -> tuple[float, ...]:
     if points < 2:
-        raise UsageError(
-            f"--points {points} leaves no point beside the checkpoint", "Give 2 or more"
-        )
+        raise UsageError(f"--points must be at least 2, not {points}", "Give 21")
     low, high = range_
     coefficients = grid(points, low, high, include=[0.0])
     if 0.0 not in coefficients:

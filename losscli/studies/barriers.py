@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -20,7 +19,7 @@ from losscli.errors import UsageError
 from losscli.evaluation.cost import Clock, Timings
 from losscli.evaluation.device import float32_precision
 from losscli.evaluation.losses.built_in import function_of
-from losscli.evaluation.losses.metrics import accuracy, of_mean, perplexity
+from losscli.evaluation.losses.metrics import METRICS, accuracy, is_higher_better, of_mean
 from losscli.evaluation.objective import Evaluation
 from losscli.evaluation.output_comparison import Comparison, Measures, check_outputs, compare
 from losscli.evaluation.ranks import Ranks
@@ -40,7 +39,8 @@ from losscli.results.summaries import (
     PairsAtPosition,
 )
 from losscli.settings import PathLike, Progress, Settings, checked
-from losscli.studies.base import Study, count
+from losscli.studies.base import Study
+from losscli.studies.checkpoints import require_distinct
 from losscli.studies.notes import (
     batchnorm_notes,
     general_notes,
@@ -59,6 +59,7 @@ from losscli.table import Cell, Table
 from losscli.weight_space.curve import standard_error
 from losscli.weight_space.slices import Line, check_point_count, grid, midpoint
 from losscli.weight_space.vectors import Weights, distance, equal
+from losscli.wording import format_count
 
 __all__ = ["Barriers", "barriers"]
 
@@ -127,8 +128,8 @@ class Barriers(Study):
     """Pairs of checkpoints whose lines are ready to be evaluated.
 
     Attributes:
-        states: The tensors of each checkpoint; of those that are mapped from files, none is in
-            memory but while it is looked at.
+        states: The tensors of each checkpoint; memory-mapped ones are in memory only while they
+            are used.
         alphas: The points of each line, in ascending order from 0 to 1.
         pairs: The places of the two checkpoints of each pair, in the order of the rows.
         listed: The pairs of ``--pairs``; None for all pairs.
@@ -168,12 +169,7 @@ class Barriers(Study):
                 f"barriers needs two checkpoints or more, and got {len(names)}",
                 "Give a folder of them, or their names",
             )
-        name, times = Counter(names).most_common(1)[0]
-        if times > 1:
-            raise UsageError(
-                f"{name} is named {times} times, and pairs are distinguished by their names",
-                "Name each checkpoint once",
-            )
+        require_distinct(names)
         if points < 3:
             raise UsageError(
                 f"--points {points} leaves no point between two checkpoints", "Give 3 or more"
@@ -196,7 +192,9 @@ class Barriers(Study):
         if listed is not None and listed.column in {
             column for name in metrics for column in _barrier_columns([name])
         }:
-            raise UsageError(f"--x {listed.column} would head two columns", "Rename the column")
+            raise UsageError(
+                f"--x {listed.column} is the name of another column", "Rename the column"
+            )
         measured = like_loss(problem.objective.loss, accuracy) if disagreement else None
         return cls(
             problem,
@@ -224,10 +222,7 @@ class Barriers(Study):
 
     @property
     def slices(self) -> tuple[int, int]:
-        """A line for each pair, between its ends: these are evaluated plainly.
-
-        So are corrected points.
-        """
+        """A line for each pair, without its ends; corrected points are evaluated plainly."""
         return (0, 0) if self.repair else (len(self.pairs), len(self._inner))
 
     @property
@@ -244,7 +239,7 @@ class Barriers(Study):
         return self.alphas[1:-1]
 
     def extra_description(self, description: Description) -> Description:
-        """Returns the number of pairs; both outputs of a pair are of one pass over the data."""
+        """Returns the number of pairs; one pass over the data gives both outputs of a pair."""
         pairs = len(self.pairs)
         passes = description["passes_over_data"] - pairs * bool(self.measures)
         own: Description = {"pairs": pairs, "passes_over_data": passes}
@@ -268,7 +263,7 @@ class Barriers(Study):
         return len(self.states), len(self.pairs) * len(self._inner)
 
     def weights(self, t: int) -> Weights:
-        """Reads a checkpoint, which this study has done once and for all."""
+        """Returns the tensors of a checkpoint, which are already open."""
         return self.states[t]
 
     def run(self, execution: Execution = ALONE) -> Result[BarriersSummary]:
@@ -343,9 +338,8 @@ class Barriers(Study):
         return Line({name: start[name] for name in names}, self.on_device(b, names))
 
     def _moving_names(self, a: Weights, b: Weights) -> list[str]:
-        """The tensors that move from A to B."""
-        # A tensor that is the same at both ends needs no moving, and if it holds infinities, as
-        # the masks of attention do, it could not.
+        """Returns the tensors that move from A to B."""
+        # Equal tensors need not move; with infinities, such as attention masks have, they cannot.
         return [name for name in self.moving if not equal(a[name], b[name])]
 
     def _length(
@@ -361,7 +355,7 @@ class Barriers(Study):
         return self._distance(placed[i], placed[j])
 
     def _distance(self, a: Weights, b: Weights) -> float:
-        """The distance of two checkpoints over the parameters that move."""
+        """Returns the distance of two checkpoints over the parameters that move."""
         return distance(a, b, self.problem.parameters(self._moving_names(a, b)))
 
     def _verify(self, placed: Sequence[Weights]) -> tuple[float, list[str]]:
@@ -408,7 +402,7 @@ class Barriers(Study):
         splits: Mapping[str, Examples],
         execution: Execution,
     ) -> dict[str, _SplitBarriers]:
-        """Evaluates all checkpoints, then all lines, of which only means are kept."""
+        """Evaluates all checkpoints, then all lines; only means over examples are kept."""
         objective, points = self.problem.objective, [(alpha,) for alpha in self._inner]
         own = sweep_plain(objective, placed, splits=splits, execution=execution)
         lines: dict[str, list[Estimate]] = {name: [] for name in splits}
@@ -422,7 +416,7 @@ class Barriers(Study):
             between = self._line(row[i], placed[i], placed[j])
             if (i, j) not in distances:
                 distances[i, j] = self._distance(placed[i], placed[j])
-            # What moved on the line before is anywhere on it.
+            # Tensors that moved on the previous line are at any of its points.
             objective.load(placed[i])
             return between
 
@@ -611,8 +605,7 @@ class Barriers(Study):
         )
 
     def _metric_barriers(self, measured: _SplitBarriers, p: int) -> list[float]:
-        """Finds the barrier of each metric on the line of a pair."""
-        # More of a metric is better, but for a perplexity, so that it is a depth below the chord.
+        """Finds the barrier of each metric: a depth below the chord where more is better."""
         i, j = self.pairs[p]
         inner = np.array(self._inner)
         stretch = slice(p * len(inner), (p + 1) * len(inner))
@@ -625,7 +618,7 @@ class Barriers(Study):
                     measured.lines.metrics[name][stretch],
                 )
             )
-            sign = 1 if function_of(metric) is perplexity else -1
+            sign = -1 if is_higher_better(metric) else 1
             with np.errstate(all="ignore"):
                 excess = sign * (line - ((1 - inner) * own[0] + inner * own[1]))
             known = np.isfinite(excess).all()
@@ -666,12 +659,19 @@ class Barriers(Study):
             (len(zero) - len(same), "differ only in buffers: their distance is 0"),
         ):
             if number:
-                notes.append(f"the two checkpoints of {count(number, 'pair')} {which}")
+                notes.append(f"the two checkpoints of {format_count(number, 'pair')} {which}")
+        for name, metric in self.problem.objective.metrics.items() if self.listed else ():
+            function = function_of(metric)
+            if function not in METRICS.values() and not hasattr(function, "higher_is_better"):
+                notes.append(
+                    f"more of {name} counts as better, so its barrier is a fall below the straight "
+                    f"line; if less is better, set {name}.higher_is_better = False in your code"
+                )
         for name, split in splits.items():
             if number := split["not_finite"]:
                 notes.append(
-                    f"{name}: the barrier of {count(number, 'pair')} is not known, since a loss on "
-                    "the line is not finite"
+                    f"{name}: the barrier of {format_count(number, 'pair')} is not known, since a "
+                    "loss on the line is not finite"
                 )
         return notes
 
@@ -680,11 +680,11 @@ def _list_pairs(names: Sequence[str], file: str | None, x: str | None) -> Pairs 
     """Reads the pairs of ``--pairs``; None for all pairs."""
     if file is None:
         if x is not None:
-            raise UsageError("--x is a column of --pairs, which is missing", "Give --pairs FILE")
+            raise UsageError("--x has no effect without --pairs", "Give --pairs FILE")
         return None
     if names:
         raise UsageError(
-            f"--pairs {file} names the checkpoints, and {count(len(names), 'checkpoint')} "
+            f"--pairs {file} names the checkpoints, and {format_count(len(names), 'checkpoint')} "
             f"{'is' if len(names) == 1 else 'are'} given too",
             "Give one without the other",
         )
@@ -708,7 +708,7 @@ def _mean_over_pairs(values: NDArray[np.float64]) -> MeanOverPairs:
 
 
 def _cka_notes(compared: Sequence[Mapping[str, Comparison]]) -> list[str]:
-    """A note on outputs that are the same for every example, or not finite."""
+    """Returns a note on outputs that are the same for every example, or not finite."""
     if not any(math.isnan(c.cka) for splits in compared for c in splits.values()):
         return []
     return ["CKA is not known where the outputs are not finite or the same for every example"]
@@ -762,11 +762,11 @@ class _SplitBarriers:
 def _above_chord(
     alphas: Sequence[float], found: Evaluation, a: Evaluation, b: Evaluation
 ) -> Estimate:
-    """Estimates the heights above the chord from what each example loses at the two ends."""
+    """Estimates the heights above the chord, paired over examples."""
     start, end = (e.losses[0].numpy().astype(np.float64) for e in (a, b))
     weights = None if found.weights is None else found.weights.numpy()
     rows = []
-    # A row at a time, so that no float64 copy of all the losses ever exists.
+    # A row at a time, so that there is never a float64 copy of all losses.
     with np.errstate(all="ignore"):
         for alpha, row in zip(alphas, found.losses.numpy(), strict=True):
             chord = (1 - alpha) * start + alpha * end

@@ -23,7 +23,7 @@ from losscli.table import Cell, Table
 from losscli.weight_space.slices import Line, Slice
 from losscli.weight_space.vectors import Weights, dimension, to_device
 
-__all__ = ["Study", "count"]
+__all__ = ["Study"]
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Study(ABC):
     @property
     @abstractmethod
     def options(self) -> dict[str, Any]:
-        """The options of the command itself, which determine the points."""
+        """The options of the command itself, for the identity of the run."""
 
     @property
     def has_path(self) -> bool:
@@ -89,7 +89,7 @@ class Study(ABC):
     @property
     @abstractmethod
     def slices(self) -> tuple[int, int]:
-        """How many slices are swept, and the points in each."""
+        """The number of slices that are swept, and of points in each."""
 
     @property
     @abstractmethod
@@ -113,8 +113,8 @@ class Study(ABC):
             The result.
 
         Raises:
-            LosscliError: The model or the loss fails on the data, gives two answers for one
-                point, or does not fit into the memory.
+            LosscliError: The model or the loss fails on the data, gives different numbers for one
+                point, or does not fit into memory.
         """
 
     def evaluate(
@@ -137,7 +137,7 @@ class Study(ABC):
 
     @property
     def sampled(self) -> list[str]:
-        """The column of the number of examples, which depends on ``--sampling-error``."""
+        """The column with the number of examples, if there is ``--sampling-error``."""
         return [] if self.problem.settings.sampling_error is None else ["examples"]
 
     def loss_table(
@@ -146,8 +146,8 @@ class Study(ABC):
         """Makes a table of losses, with their standard errors and metrics.
 
         Args:
-            columns: The columns that say which loss it is.
-            rows: For each loss the cells of these, the losses and its index among them.
+            columns: The columns that identify a loss.
+            rows: For each loss the cells of these columns, the losses, and its index among them.
 
         Returns:
             The table.
@@ -250,16 +250,3 @@ class Study(ABC):
         with placing("the weights of a checkpoint", device):
             moved = self.moving if names is None else names
             return {name: to_device(weights[name], device) for name in moved}
-
-
-def count(number: int, thing: str) -> str:
-    """Counts things in words.
-
-    Args:
-        number: How many.
-        thing: What, in the singular.
-
-    Returns:
-        For example ``1 point`` or ``3 points``.
-    """
-    return f"{number} {thing}{'' if number == 1 else 's'}"

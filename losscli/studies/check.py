@@ -1,4 +1,4 @@
-"""Is a point critical, and is it a minimum or a saddle? Gradient, eigenvalues, a verdict."""
+"""Whether checkpoints are critical points, and minima or saddles, by their eigenvalues."""
 
 from __future__ import annotations
 
@@ -41,12 +41,13 @@ from losscli.results.summaries import CheckSummary, CostEstimate, Description, E
 from losscli.settings import Progress, Settings, checked
 from losscli.studies.base import Study
 from losscli.studies.check_notes import check_notes, functions_called
+from losscli.studies.checkpoints import require_distinct
 from losscli.studies.layerwise import blocks_among
 from losscli.studies.notes import general_notes, spectral_notes
 from losscli.studies.preconditioner import AdamPreconditioner
 from losscli.studies.problem import counted, prepare
 from losscli.studies.spectra import ADAM, Part, ProbedPoint, Spectra, SpectraOptions
-from losscli.studies.verification import differentiable_parameters, verify_fresh_model
+from losscli.studies.verification import differentiable_parameters, verify_fresh_model_near
 from losscli.table import Cell, Table
 from losscli.weight_space.vectors import Weights
 
@@ -55,14 +56,10 @@ __all__ = ["Check", "check"]
 # Largest number of eigenvectors of a small network that fit into memory.
 _MAX_EIGENVALUES = 10_000
 
-# About how many products with the Hessian the analysis of a point takes, for the progress.
+# Approximate number of Hessian-vector products for the analysis of a point, for the progress.
 _PRODUCTS = 100
 
 _PRECONDITIONED = ("preconditioned_lambda_max", "preconditioned_lambda_max_error")
-
-# The factor of the weights of a point at which a model is verified: one that keeps what it computed
-# from other weights has another loss there.
-_NEARBY = 1.01
 
 
 @checked(Settings)
@@ -140,10 +137,10 @@ class Check(Study):
 
     Attributes:
         tolerance: The largest gradient norm of a critical point.
-        eigenvalues: How many of either end are found.
-        learning_rate: That of training, if known.
-        momentum: Likewise; 0 where it is None.
-        spectra: What is computed beside the verdicts.
+        eigenvalues: The number of largest, and of smallest, eigenvalues to find.
+        learning_rate: The learning rate of training; None if it is not known.
+        momentum: The momentum of training; None for 0.
+        spectra: What is computed in addition to the verdicts.
         adam: The preconditioner of Adam at each checkpoint, if it was asked for.
     """
 
@@ -180,13 +177,11 @@ class Check(Study):
         names, notes = order_path(names, keep_order=keep_order)
         if not names:
             raise UsageError("check needs a checkpoint", "Give one or more")
-        if len(set(names)) < len(names):
-            twice = next(name for name in names if list(names).count(name) > 1)
-            raise UsageError(f"{twice} is given twice", "Give each checkpoint once")
+        require_distinct(names)
         if not 0 <= tolerance < math.inf:
-            raise UsageError(f"--tolerance {tolerance} is not a gradient norm", "Give 1e-3")
+            raise UsageError(f"--tolerance must be 0 or above, not {tolerance}", "Give 1e-3")
         if eigenvalues < 1:
-            raise UsageError(f"--eigenvalues {eigenvalues} leaves none", "Give 1 or more")
+            raise UsageError(f"--eigenvalues must be at least 1, not {eigenvalues}", "Give 1")
         if eigenvalues > _MAX_EIGENVALUES:
             raise UsageError(
                 f"--eigenvalues {eigenvalues} needs as many vectors of the network's size",
@@ -205,8 +200,7 @@ class Check(Study):
             )
         if momentum is not None and learning_rate is None:
             raise UsageError(
-                "--momentum changes the threshold of a learning rate, and none is given",
-                "Add --learning-rate",
+                "--momentum has no effect without --learning-rate", "Add --learning-rate"
             )
         if momentum is not None and not 0 <= momentum < 1:
             raise UsageError(f"--momentum {momentum} is not in [0, 1)", "Give 0.9")
@@ -229,7 +223,7 @@ class Check(Study):
 
     @property
     def options(self) -> dict[str, Any]:
-        """What decides and how much is found."""
+        """The thresholds, and what is computed."""
         return {
             "tolerance": self.tolerance,
             "eigenvalues": self.eigenvalues,
@@ -283,7 +277,7 @@ class Check(Study):
         return len(STEP_LENGTHS) * (2 * len(self.problem.names) + 1) + MAX_CURVE_POINTS
 
     def extra_cost(self, timings: Timings, clock: Clock, seconds: float) -> CostEstimate:
-        """Tells what gradients and products with the Hessian take; their number is not known.
+        """Estimates the time of gradients and Hessian-vector products; their number is not known.
 
         Returns:
             ``seconds`` for the fewest products, ``seconds_at_most`` for the most, and what a
@@ -315,7 +309,7 @@ class Check(Study):
 
     @property
     def slices(self) -> tuple[int, int]:
-        """None is swept by plan; where there is a way down, it is."""
+        """None: the line of an escape is not known before the run."""
         return 0, 0
 
     @property
@@ -336,10 +330,10 @@ class Check(Study):
             swept = time.perf_counter()
             last = self.problem.place(self.problem.last.weights)
             check_objective(objective, self.problem.origin, last)
+            # No table has a column for them.
+            objective.metrics = {}
             # Near the point, where steps and differences are evaluated.
-            verify_fresh_model(
-                self.problem, {**last, **{n: last[n] * _NEARBY for n in self.moving}}
-            )
+            verify_fresh_model_near(self.problem, last, self.moving)
             objective.load(self.problem.origin)
             del last
             functions = functions_called(objective)

@@ -9,14 +9,15 @@ from typing import Any
 import torch
 from torch import nn
 
+from losscli.evaluation.function_mode import FunctionMode
 from losscli.evaluation.hessian.critical_points import PointAnalysis
 from losscli.evaluation.objective import Objective
-from losscli.evaluation.strategies.function_mode import FunctionMode
-from losscli.studies.base import Study, count
+from losscli.studies.base import Study
+from losscli.wording import format_count
 
 __all__ = ["check_notes", "functions_called"]
 
-# Functions of torch with kinks, at which a second derivative does not exist.
+# Functions of torch with kinks, where they have no second derivative.
 _KINKED = frozenset({
     "abs", "amax", "amin", "clamp", "clip", "hardsigmoid", "hardswish", "hardtanh", "l1_loss",
     "leaky_relu", "max", "max_pool1d", "max_pool2d", "max_pool3d", "maximum", "min", "minimum",
@@ -39,14 +40,12 @@ def check_notes(
     """
     model = study.problem.objective.model
     if study.problem.chosen:
-        yield (
-            f"gradient and Hessian are those of {count(len(study.moving), 'tensor')}, and the "
-            "verdict is about these alone"
-        )
+        tensors = format_count(len(study.moving), "tensor")
+        yield f"gradient, Hessian and verdict are those of {tensors} only"
     if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules()):
         yield "BatchNorm is in eval mode: its statistics are constants, not functions of θ"
     if "scaled_dot_product_attention" in functions:
-        yield "attention is differentiated by its math kernel: the fused ones cannot be twice"
+        yield "attention uses its math kernel, since fused kernels have no second derivatives"
     if kinks := sorted(_KINKED.intersection(functions)):
         have = "have" if len(kinks) > 1 else "has"
         yield (
@@ -56,8 +55,8 @@ def check_notes(
     yield from dict.fromkeys(one.evidence.unverified for one in analyses if one.evidence.unverified)
     if any(one.evidence.scattered for one in analyses):
         yield (
-            "no float64 copy of the model can be made: errors of eigenvalues include rounding "
-            "only as far as products at points nearby show it"
+            "the model has no float64 copy: the errors of eigenvalues include rounding only as far "
+            "as products at nearby points show it"
         )
     finite = [one for one in analyses if math.isfinite(one.smallest.value)]
     if lost := len(analyses) - len(finite):

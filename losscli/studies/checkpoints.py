@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -24,12 +25,16 @@ from losscli.results.summaries import CheckpointEntry
 from losscli.settings import Settings
 from losscli.studies.model import build
 from losscli.studies.specs import SourcedSpec
+from losscli.wording import list_first
 
-__all__ = ["Checkpoints", "changed", "is_same"]
+__all__ = ["Checkpoints", "changed", "is_same", "require_distinct"]
 
 # Maximum number of checkpoints in an error whose mismatches are listed, and of tensors in a note.
 _MAX_REASONS = 5
 _MAX_TENSORS = 3
+
+# The bytes of tensors that stay mapped, so that files of small models are read once.
+_KEPT_BYTES = 64 << 20
 
 
 class Checkpoints:
@@ -54,14 +59,15 @@ class Checkpoints:
         )
         self._base = base  # of adapters
         self._objects = {str(name): name for name in names if isinstance(name, InMemoryCheckpoint)}
-        # The checkpoints without their tensors, and the stamps of their files.
+        # The checkpoints, most without their tensors, and the stamps of their files.
         self._opened: dict[str, tuple[Checkpoint, object]] = {}
+        self._spare_bytes = _KEPT_BYTES
         # The tensors that any of the checkpoints lacks. They have the model's initial values in all
-        # of them: a line from trained values to drawn ones would mean nothing.
+        # of them: a line from trained to initial values would be meaningless.
         self._missing: set[str] = set()
 
     def open(self, name: str) -> Checkpoint:
-        """Opens one, its tensors under the model's names."""
+        """Opens a checkpoint, with the model's names."""
         return self._with_initial(self._open(name))
 
     def _with_initial(self, checkpoint: Checkpoint) -> Checkpoint:
@@ -73,6 +79,8 @@ class Checkpoints:
         )
 
     def _open(self, name: str) -> Checkpoint:
+        if kept := self._kept(name):
+            return kept
         with torch.random.fork_rng(devices=[]):
             if name.startswith("init:"):
                 return _initialisation(name, self._found)
@@ -84,12 +92,31 @@ class Checkpoints:
             checkpoint = select_for(file, self._model, base, self._hooks, self._rules)
         if checkpoint.path is not None:
             stamp = checkpoint.stamp()
-            if self._opened.setdefault(name, (replace(checkpoint, weights={}), stamp))[1] != stamp:
+            if name not in self._opened:
+                size = sum(tensor.nbytes for tensor in checkpoint.weights.values())
+                stays = size <= self._spare_bytes
+                self._spare_bytes -= size if stays else 0
+                kept = checkpoint if stays else replace(checkpoint, weights={})
+                self._opened[name] = kept, stamp
+            elif self._opened[name][1] != stamp:
                 raise changed(name)
         return checkpoint
 
+    def _kept(self, name: str) -> Checkpoint | None:
+        """Returns a checkpoint that was opened before, with its tensors, if its files are there."""
+        checkpoint, stamp = self._opened.get(name, (None, None))
+        if checkpoint is None or not checkpoint.weights:
+            return None
+        try:
+            now = checkpoint.stamp()
+        except CheckpointError:
+            return None
+        if now != stamp:
+            raise changed(name)
+        return checkpoint
+
     def optimizers(self, name: str) -> Mapping[str, Any]:
-        """Reads the state dicts of optimisers in one; there are none in an initialisation."""
+        """Reads the state dicts of optimisers in a checkpoint; none for an initialisation."""
         return {} if name.startswith("init:") else read_optimizers(self._objects.get(name, name))
 
     def unchanged(self) -> None:
@@ -109,14 +136,14 @@ class Checkpoints:
                 raise changed(name)
 
     def survey(self, names: Sequence[str]) -> tuple[list[CheckpointEntry], Checkpoint, list[str]]:
-        """Opens each in turn, and reports all that do not match in one error.
+        """Opens the checkpoints one by one, and reports all mismatches in one error.
 
         Args:
-            names: Their names.
+            names: The checkpoints.
 
         Returns:
-            The entry of each in the summary, the first checkpoint, and notes on the tensors that
-            they lack or that are ignored.
+            The entries of the summary, the first checkpoint, and notes on missing and ignored
+            tensors.
 
         Raises:
             MismatchError: They do not have the model's tensors.
@@ -156,21 +183,33 @@ class Checkpoints:
                 + (f", or give {options[0]}" if options[0] else ""),
             )
         assert first is not None
-        texts = [note.format(_join(names, 2)) for note, names in notes.items()]
+        texts = [note.format(list_first(names, 2)) for note, names in notes.items()]
         return [entries[name] for name in names], self._with_initial(first), texts
 
 
 def _notes(checkpoint: Checkpoint) -> Iterator[str]:
     """Yields notes on missing and ignored tensors; ``{}`` stands for the names of checkpoints."""
     if some := checkpoint.missing:
-        yield f"missing in {{}}: {_join(some)}; the model's initial values stay, at every point"
+        tensors = list_first(some, _MAX_TENSORS)
+        yield f"missing in {{}}: {tensors}; the model's initial values stay, at every point"
     if some := checkpoint.unexpected:
-        yield f"ignored in {{}}, since the model does not have them: {_join(some)}"
+        tensors = list_first(some, _MAX_TENSORS)
+        yield f"ignored in {{}}, since the model does not have them: {tensors}"
 
 
-def _join(names: Sequence[str], most: int = _MAX_TENSORS) -> str:
-    more = f" and {len(names) - most:,} more" if len(names) > most else ""
-    return f"{', '.join(names[:most])}{more}"
+def require_distinct(names: Sequence[str], cure: str = "") -> None:
+    """Checks that each checkpoint is given once.
+
+    Args:
+        names: The checkpoints, at least one.
+        cure: An addition to how to fix it.
+
+    Raises:
+        UsageError: A checkpoint is given several times.
+    """
+    name, times = Counter(names).most_common(1)[0]
+    if times > 1:
+        raise UsageError(f"{name} is given {times} times", f"Give each checkpoint once{cure}")
 
 
 def changed(name: str) -> ChangedError:

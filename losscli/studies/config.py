@@ -114,8 +114,7 @@ def config_content(specs: Mapping[str, str | list[str]]) -> bytes:
         The content, which `read_config` reads.
 
     Raises:
-        SpecError: There are a loss and an objective, or a name of a file is not UTF-8, as TOML has
-            to be.
+        SpecError: There are a loss and an objective, or the name of a file is not UTF-8.
     """
     _require_one_loss(specs, FILE_NAME)
     try:
@@ -128,7 +127,7 @@ def config_content(specs: Mapping[str, str | list[str]]) -> bytes:
 
 
 def needs_trust(kind: str, spec: Spec, folder: Path | None) -> bool:
-    """Says whether a spec in a file is refused unless the file is trusted.
+    """Returns whether a spec in a file is refused unless the file is trusted.
 
     Args:
         kind: ``model``, ``data``, ``loss``, ``objective`` or ``metric``.

@@ -56,7 +56,7 @@ _PLANE_POINTS = 31
 
 _MOST_BENDS = 100
 
-# Weights that are moved by more leave the range of float32.
+# A larger step leaves the range of float32.
 _LARGEST_RATE = 1e30
 
 # The settings that matter for an alignment, which evaluates no loss.
@@ -65,7 +65,7 @@ _FOR_ALIGNMENT = (
     *("ignore_unexpected", "allow_missing", "rename"),
 )
 
-# The training loss is the mean over this share of the steps, the last ones.
+# The training loss is the mean over this share of the steps, at the end.
 _LAST = 0.1
 
 
@@ -112,7 +112,7 @@ def connect(
 ) -> ConnectResult:
     """Trains a path between two checkpoints (Garipov et al. 2018, arXiv 1802.10026).
 
-    φ(t) goes from A over the bends C to B, with one bend φ(t) = (1−t)² A + 2t(1−t) C + t² B. The
+    φ(t) goes from A to B with bends C, with one bend φ(t) = (1−t)² A + 2t(1−t) C + t² B. The
     bends start on the line and are trained by Adam on minibatches of the split ``train``, or of the
     only split, to minimise the mean of L(φ(t)) over t. The model is in eval mode, but BatchNorm has
     the statistics of each minibatch, and those of every evaluated point are re-estimated.
@@ -120,14 +120,14 @@ def connect(
     Args:
         a: The checkpoint at t = 0.
         b: The checkpoint at t = 1.
-        kind: ``bezier`` for a Bézier curve, ``chain`` for straight lines over the bends.
+        kind: ``bezier`` for a Bézier curve, ``chain`` for straight lines through the bends.
         bends: The number of bends.
-        steps: The number of steps of the training.
-        learning_rate: That of Adam.
+        steps: The number of training steps.
+        learning_rate: The learning rate of Adam.
         minibatch: Examples in a minibatch; all if there are fewer.
         points: Evenly spaced values of t on the curve and on the line.
         plane: Whether the plane through A, C and B is evaluated, if there is one bend.
-        align: Whether B's units are first permuted onto A's, as `align` does.
+        align: Whether B's units are first permuted to match A's, as `align` does.
         progress: True shows a bar; a function is called with the number of points done so far.
         **settings: The attributes of `losscli.settings.Settings`: ``model``, ``data``, ….
 
@@ -163,8 +163,8 @@ class Connect(Study):
         end: All tensors at t = 1; those that do not move are those of ``start``.
         kind: The kind of the path.
         bends: The number of bends.
-        training_steps: The number of steps of the training.
-        learning_rate: That of Adam.
+        training_steps: The number of training steps.
+        learning_rate: The learning rate of Adam.
         minibatch: The number of examples in a minibatch.
         ts: The points, in ascending order.
         plane: Whether the plane is evaluated.
@@ -217,8 +217,7 @@ class Connect(Study):
             )
         if settings.sampling_error is not None:
             raise UsageError(
-                "connect evaluates all examples, without --sampling-error",
-                "Leave it out, or give --limit",
+                "--sampling-error is not available with connect", "Evaluate fewer with --limit"
             )
         ts = tuple(grid(points, 0.0, 1.0, include=(0.0, 1.0)))
         aligned = None
@@ -277,7 +276,7 @@ class Connect(Study):
 
     @property
     def swept(self) -> int:
-        """How many points are evaluated by sweeps: those of the plane, too."""
+        """How many points are evaluated by sweeps, including those of the plane."""
         return super().swept + self.plane * _PLANE_POINTS**2
 
     @property
@@ -297,11 +296,11 @@ class Connect(Study):
         return FORWARD_PASSES * self.minibatch / max(1, examples)
 
     def extra_description(self, description: Description) -> Description:  # noqa: ARG002
-        """Returns the number of steps of the training."""
+        """Returns the number of training steps."""
         return {"training_steps": self.training_steps}
 
     def extra_cost(self, timings: Timings, clock: Clock, seconds: float) -> CostEstimate:  # noqa: ARG002
-        """Returns the time with that of the training, taken from forward passes."""
+        """Returns the time including the training, estimated from forward passes."""
         examples = FORWARD_PASSES * self.training_steps * self.minibatch
         return {"seconds": seconds + examples * timings.plain}
 

@@ -14,7 +14,7 @@ from losscli.studies.base import Study
 
 __all__ = ["describe", "estimate", "evaluation_seconds"]
 
-# How often a run evaluates first batches before it begins, to verify strategies.
+# Number of evaluations of first batches before a run, to verify strategies.
 _VERIFICATIONS = 16
 
 
@@ -25,10 +25,10 @@ def describe(study: Study) -> Description:
         study: What will be run.
 
     Returns:
-        The number of points, of examples and of forward passes of an example; the tensors
-        that move; the points whose weights are in memory at once, their bytes, how often the
-        data goes by, and how often the training examples of BatchNorm's statistics; the bytes
-        of data in memory, and the splits that are not there but decoded in each pass.
+        The numbers of points, examples and forward passes; the tensors that move; the points whose
+        weights are in memory at once, and their bytes; the passes over the data, and over the
+        training examples of BatchNorm's statistics; the bytes of data in memory, and the splits
+        that are decoded in each pass instead.
     """
     objective = study.problem.objective
     examples = sum(split.rows for split in objective.splits.values())
@@ -39,7 +39,7 @@ def describe(study: Study) -> Description:
     if training is not None:
         examples += training.examples
     streamed = [n for n, split in objective.splits.items() if not isinstance(split, Split)]
-    added: Description = {}  # by single studies
+    added: Description = {}  # tells type checkers which entries studies add
     description: Description = {
         **study.origin(),
         **added,
@@ -93,7 +93,7 @@ def _measure(study: Study, clock: Clock) -> Timings:
 
 
 def evaluation_seconds(study: Study, timings: Timings) -> float:
-    """Adds up what the evaluations of a run take.
+    """Estimates the time of all evaluations of a run.
 
     Args:
         study: What will be run.

@@ -60,7 +60,7 @@ class Lowest:
     Attributes:
         alpha: Where it is.
         loss: The loss there.
-        ties: How many points have that loss.
+        ties: The number of points with that loss.
         summary: The summary next to the table; None if there is none.
     """
 
@@ -78,8 +78,8 @@ def lowest(csv: Path, split: str) -> Lowest:
         split: The split to look at.
 
     Returns:
-        The point; of several as low the one of the lowest α. Losses that are not finite are
-        passed over.
+        The point; of several with this loss, the one of the lowest α. Losses that are not finite
+        are ignored.
 
     Raises:
         TableError: The table or its summary cannot be read, or there is no finite loss.
@@ -102,7 +102,7 @@ def lowest(csv: Path, split: str) -> Lowest:
     least = min(loss for loss, _ in points)
     if not all(math.isfinite(alpha) for loss, alpha in points if loss == least):
         raise TableError(
-            f"{csv}: the lowest loss on {split}, {least:.6g}, stands in a row without an alpha",
+            f"{csv}: the lowest loss on {split}, {least:.6g}, is in a row without an alpha",
             "Give the CSV as written by losscli, or choose a point with --alpha",
         )
     loss, alpha = min(points)
@@ -144,10 +144,10 @@ def export(
     """Makes the checkpoint at a point of a line, θ(α) = A + α (B − A), of a path, or an average.
 
     Floating-point tensors move, in float32 or wider, and have the wider of the types that the two
-    store them in; whole-number tensors and the extra state of modules are A's. What one alone has
-    of BatchNorm's ``num_batches_tracked`` is kept; of the old and the new names of weight_norm
-    those of A are. Between the ends the singular vectors of spectral normalisation are computed
-    from the weights.
+    store them in; integer tensors and the extra state of modules are A's. A
+    ``num_batches_tracked`` that only one of them has is kept; if one has the old and the other the
+    new names of weight_norm, those of A are written. Between the ends the singular vectors of
+    spectral normalisation are computed from the weights.
 
     Args:
         a: The checkpoint at α = 0; with ``weights`` or ``t`` all checkpoints, the first of which is
@@ -157,8 +157,8 @@ def export(
         weights: The weights of the checkpoints in an average Σ wθ, which sum to 1.
         t: The point of the path that `connect` made: from A over the bends, in order, to B.
         kind: The kind of the path.
-        summary: That of an interpolation, if the point shall be one of its: then what stayed
-            there by ``--buffers``, ``--only`` or ``--except`` stays here.
+        summary: The summary of an interpolation: tensors that stayed there by ``--buffers``,
+            ``--only`` or ``--except`` stay here too.
 
     Returns:
         The checkpoint, with A's metadata.
@@ -203,7 +203,7 @@ def export(
 
 @dataclass(frozen=True)
 class BendOf:
-    """What the metadata of a bend, under the ``key``, say of its path.
+    """The entry ``key`` in the metadata of a bend, which describes its path.
 
     Attributes:
         kind: The kind of the path.
@@ -246,10 +246,15 @@ def digest_of_end(weights: Weights, moving: Iterable[str]) -> str:
     """
     found = {}
     for name in moving:
-        fit = [n for n in weights if n == name] or [n for n in weights if n.endswith(f".{name}")]
+        fit = _names_of(name, weights)
         if len(fit) == 1:
             found[name] = weights[fit[0]]
     return digest(found)
+
+
+def _names_of(name: str, weights: Weights) -> list[str]:
+    """Finds the names of a model's tensor in a file, which may have the prefix of a wrapper."""
+    return [n for n in weights if n == name] or [n for n in weights if n.endswith(f".{name}")]
 
 
 def _point_of_path(names: Sequence[str], t: float, kind: PathKind) -> Checkpoint:
@@ -396,13 +401,12 @@ def _fixed_alphas(weights: Weights, summary: Mapping[str, Any] | None) -> dict[s
                 str(name): alpha for alpha, names in ((0.0, at_a), (1.0, at_b)) for name in names
             }
         case _:
-            raise UsageError("the summary of the table does not tell what stays where it is", cure)
-    # The model's names may lack the prefix that a wrapper put before those of the file.
+            raise UsageError("the summary of the table does not say which tensors stay", cure)
     ends = {}
     for name, alpha in stays.items():
-        fit = [n for n in weights if n == name] or [n for n in weights if n.endswith(f".{name}")]
+        fit = _names_of(name, weights)
         if len(fit) != 1:
-            raise MismatchError(f"{name} stays where it is in the table, and is not in A", cure)
+            raise MismatchError(f"{name} stays on the line of the table, and is not in A", cure)
         ends[fit[0]] = alpha
     return ends
 

@@ -50,7 +50,7 @@ class Fingerprint(NamedTuple):
 
     Attributes:
         identity: A digest of it.
-        conditions: It in words, and what may change the last digits, for `Journal.open`.
+        conditions: The same by name, and what may change the last digits, for `Journal.open`.
     """
 
     identity: str
@@ -83,10 +83,11 @@ def fingerprint_of(command: str, problem: Problem, options: Mapping[str, Any]) -
         options: The options of the command itself.
 
     Returns:
-        The fingerprint. Where it is the same, and the machine too, the numbers are the same.
+        The fingerprint. Runs with the same fingerprint on one machine have the same numbers.
 
     Raises:
-        LosscliError: The model or the loss fails on the data, or gives two answers for one point.
+        LosscliError: The model or the loss fails on the data, or gives different numbers for one
+            point.
     """
     objective, settings = problem.objective, problem.settings
     provenance: Mapping[str, Any] = problem.provenance
@@ -114,7 +115,7 @@ def fingerprint_of(command: str, problem: Problem, options: Mapping[str, Any]) -
         "the device": f"{objective.device.type} ({provenance['device_name']})",
         "the number of processes": provenance["processes"],
         "the number of threads": torch.get_num_threads(),
-        "what the model makes of a first batch": tried,
+        "the losses of a first batch": tried,
     }
     parts = [
         *(identity_of(command, problem, options), settings.batch_size, objective.device.type),
@@ -138,7 +139,7 @@ def _first_losses(problem: Problem) -> str:
             found.append(digest(values))
     objective.load(problem.origin)
     first, one, other = found
-    # Some kernels of a GPU add in any order: then the losses identify nothing.
+    # Some kernels of a GPU add in any order; then the losses are not reproducible.
     return _digest([first, one] if one == other else [])
 
 

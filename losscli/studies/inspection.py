@@ -1,4 +1,4 @@
-"""Inspection of checkpoints."""
+"""The tensors of one checkpoint, or the differences of two."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ _MOST_KEYS = 30
 def inspect(names: CheckpointLike | Iterable[CheckpointLike]) -> Result[InspectionSummary]:
     """Shows what one checkpoint holds, or how far two differ, tensor by tensor.
 
-    Of one that contains several state dicts, it shows these.
+    For a file with several state dicts, it lists these.
 
     Args:
         names: One checkpoint or two: names of files, state dicts, or modules.
@@ -121,9 +121,9 @@ def _version_notes(first: Checkpoint, second: Checkpoint) -> list[str]:
         return []
     more = f", as of {len(differ) - 1:,} more" if len(differ) > 1 else ""
     note = (
-        f"{differ[0]}{more}. A model may convert the tensors of either as it loads them, and none "
-        "is known here: to compare what they are then, load each into a model with "
-        "load_state_dict, and save that model's state_dict()"
+        f"{differ[0]}{more}. A model may convert the tensors of either as it loads them; to "
+        "compare the converted tensors, load each into a model with load_state_dict, and save "
+        "that model's state_dict()"
     )
     return [note]
 
@@ -201,7 +201,7 @@ def _open(files: Sequence[CheckpointFile]) -> list[Checkpoint]:
         try:
             checkpoints.append(file.select(checkpoints[0].weights, under))
         except (CheckpointError, MismatchError):
-            # Another model, or one that is quantised: what there is to see is still shown.
+            # Another or a quantised model, which is shown under its own names.
             checkpoints.append(file.select(None, under))
     return [
         replace(c, weights={n: _dequantised(t) for n, t in c.weights.items()}) for c in checkpoints

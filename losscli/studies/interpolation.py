@@ -37,7 +37,7 @@ from losscli.results.summaries import (
     Refined,
 )
 from losscli.settings import Progress, Settings, checked
-from losscli.studies.base import Study, count
+from losscli.studies.base import Study
 from losscli.studies.layerwise import Block, BlockCurve, moving_blocks, points_of
 from losscli.studies.line_curve import LineCurve, RefinedCurve
 from losscli.studies.notes import (
@@ -59,6 +59,7 @@ from losscli.weight_space.curve import describe
 from losscli.weight_space.refinement import uniform_points
 from losscli.weight_space.slices import Line, grid, midpoint
 from losscli.weight_space.vectors import Weights, can_move, dimension, distance, equal
+from losscli.wording import format_count, list_first
 
 __all__ = ["Interpolation", "interpolate"]
 
@@ -87,11 +88,11 @@ def interpolate(
         b: The checkpoint at α = 1.
         points: Evenly spaced values of α; 0 and 1 are added if they lie in the range.
         range: The lowest and the highest α.
-        derivatives: Whether the slope dL/dα and the curvature d²L/dα² are computed too.
-        refine: Where a number, points are added until cubics through the points are accurate to
+        derivatives: Whether the slope dL/dα and the curvature d²L/dα² are also computed.
+        refine: If a number, points are added until cubics through the points are accurate to
             this share of the curve's height, and every local minimum and maximum is located.
         context: The table of the whole line, of which this is a part, drawn next to it.
-        layerwise: Whether each block of the network is moved along the line alone, too.
+        layerwise: Whether each block of the network is also moved on its own, the others at A.
         repair: Whether each point between A and B is corrected by REPAIR (Jordan et al. 2022, arXiv
             2211.08403), with ``range=(0, 1)``: each hidden unit's preactivation gets the mean and
             the standard deviation, over training examples, that lie between those of A and B.
@@ -131,7 +132,7 @@ class Interpolation(Study):
         derivatives: Whether slopes and curvatures are computed.
         refine: The error to refine to, as a share of the curve's height, if any.
         context: The table of the whole line, if it is to be drawn.
-        blocks: The blocks that move alone, too.
+        blocks: The blocks that also move on their own.
         repair: Corrects the points between A and B; None if they stay on the line.
     """
 
@@ -175,19 +176,18 @@ class Interpolation(Study):
             )
         if derivatives and settings.buffers == "recalibrate":
             raise UsageError(
-                "--derivatives would have to go through the statistics that --buffers recalibrate "
-                "re-estimates",
+                "--derivatives is not available with --buffers recalibrate",
                 "Give one without the other",
             )
         if layerwise and (derivatives or refine is not None):
             option = "--derivatives" if derivatives else "--refine"
             raise UsageError(
-                f"{option} refines one curve, but --layerwise draws many",
+                f"{option} is for one curve, but --layerwise has many",
                 "Give it without --layerwise; --only chooses a block",
             )
         if layerwise and context is not None:
             raise UsageError(
-                "--context and --layerwise are two different figures", "Leave one of them out"
+                "--context and --layerwise have no figure together", "Leave one of them out"
             )
         if repair:
             for option, given in (
@@ -198,7 +198,7 @@ class Interpolation(Study):
             ):
                 if given:
                     raise UsageError(
-                        f"{option} is about the line, and the points of --repair are not on it",
+                        f"{option} is not available with --repair, which leaves the line",
                         "Give one without the other",
                     )
             if not 0 <= range_[0] <= range_[1] <= 1:
@@ -210,8 +210,7 @@ class Interpolation(Study):
         alphas = grid(points, *range_, include=(0.0, 1.0))
         problem = prepare((a, b), settings, ranks=ranks, training="--repair" if repair else "")
         start, end = problem.origin, problem.place(problem.last.weights)
-        # A tensor that is the same at both ends needs no moving, and if it holds infinities, as
-        # the masks of attention do, it could not.
+        # Equal tensors need not move; with infinities, such as attention masks have, they cannot.
         moving = tuple(n for n in problem.moving if not equal(start[n], end[n]))
         if derivatives:
             check_differentiable(problem, moving, "--derivatives")
@@ -232,7 +231,7 @@ class Interpolation(Study):
 
     @property
     def options(self) -> dict[str, Any]:
-        """The values of α to begin with, and what is added to them."""
+        """The initial values of α, and what is computed in addition."""
         return {
             "alphas": self.alphas,
             "range": self.range,
@@ -244,10 +243,7 @@ class Interpolation(Study):
 
     @property
     def slices(self) -> tuple[int, int]:
-        """One line, between and beyond its ends: these are evaluated plainly.
-
-        So are corrected points.
-        """
+        """One line, without its ends; corrected points are evaluated plainly."""
         inner = len(self._inner)
         return (0, 0) if self.repair else (int(inner > 0), inner)
 
@@ -263,7 +259,7 @@ class Interpolation(Study):
 
     @property
     def steps(self) -> int:
-        """What is evaluated, and the derivatives; refining adds to them."""
+        """The total of the progress, to which refinement adds."""
         return self.evaluations + (len(self.alphas) if self.derivatives else 0)
 
     def extra_description(self, description: Description) -> Description:
@@ -286,7 +282,7 @@ class Interpolation(Study):
 
     @property
     def swept(self) -> int:
-        """How many points are evaluated by sweeps: those of blocks, too."""
+        """How many points are evaluated by sweeps, including those of blocks."""
         return super().swept + len(self.blocks) * len(points_of(self.alphas))
 
     def extra_cost(self, timings: Timings, clock: Clock, seconds: float) -> CostEstimate:
@@ -340,14 +336,14 @@ class Interpolation(Study):
             split_curves = self.evaluate(partial(self._evaluate, line), execution)
             curves = {name: parts.whole for name, parts in split_curves.items()}
             beyond = execution.after(self.evaluations)
-            closer = Refiner(self.problem, self.start, line, self.derivatives, beyond)
+            refiner = Refiner(self.problem, self.start, line, self.derivatives, beyond)
             refined, exhausted = (
-                RefinedCurve(self.alphas, curves, closer.slopes(self.alphas)),
+                RefinedCurve(self.alphas, curves, refiner.slopes(self.alphas)),
                 False,
             )
             if self.refine is not None:
-                refined, exhausted = closer.refine(refined, self.refine)
-            sure, again = (refined.curves, 0) if self.repair else closer.without_rounding(refined)
+                refined, exhausted = refiner.refine(refined, self.refine)
+            sure, again = (refined.curves, 0) if self.repair else refiner.without_rounding(refined)
             seconds = self.seconds(swept)
         splits = {
             name: describe(
@@ -409,8 +405,8 @@ class Interpolation(Study):
         )
 
     def _stays(self) -> dict[str, list[str]]:
-        """Names what differs between A and B and does not move, by the end that it stays at."""
-        # With it the point at any α can be made from the two checkpoints alone.
+        """Lists the tensors that differ and do not move, by the end at which they stay."""
+        # With it, `export` makes the point at any α from the two checkpoints.
         problem, settings = self.problem, self.problem.settings
         stays: dict[str, list[str]] = {"a": [], "b": []}
         if settings.buffers == "interpolate" and not (settings.only or settings.except_):
@@ -461,14 +457,14 @@ class Interpolation(Study):
         )
 
     def _block_line(self, block: Block) -> tuple[Line, Weights]:
-        """Returns the line on which one block moves alone, and all tensors at its end."""
+        """Returns the line on which only this block moves, and all tensors at its end."""
         end = {name: self.end[name] for name in block.moving}
         line = Line(self.on_device(self.start, block.moving), self.on_device(end, block.moving))
         return line, {**self.start, **end}
 
     def _verify_block(self, block: Block) -> float:
         line, end = self._block_line(block)
-        # Three points, so that they share a first layer as those of the sweep will.
+        # Three points, so that they share a first layer as in the sweep.
         return verify_sweep(self.problem, line, [((1.0,), end)], [(0.0,), (0.5,)])
 
     def _evaluate(
@@ -512,7 +508,7 @@ class Interpolation(Study):
     ) -> dict[str, Evaluation]:
         """Evaluates a line on which one block moves."""
         line, _ = self._block_line(block)
-        # The tensors that moved along the line before are at any of its points.
+        # Tensors that moved on the previous line are at any of its points.
         self.problem.objective.load(self.start)
         return sweep(
             self.problem.objective,
@@ -536,7 +532,7 @@ class Interpolation(Study):
         notes = []
         if again:
             notes.append(
-                f"{count(again, 'point')} evaluated again in float64: rounding alone could "
+                f"{format_count(again, 'point')} evaluated again in float64: rounding alone could "
                 "create an extremum there"
             )
         if exhausted:
@@ -588,14 +584,15 @@ class Interpolation(Study):
                 rows = table.where("split", name)
                 where = places_not_finite(rows.floats("alpha"), rows.floats("loss"))
                 notes.append(
-                    f"{count(number, 'point')} of {name} {'have' if number > 1 else 'has'} a loss "
-                    f"that is not finite: {where}"
+                    f"{format_count(number, 'point')} of {name} "
+                    f"{'have' if number > 1 else 'has'} a loss that is not finite: {where}"
                 )
         for name in splits:
             wrong = [b for b, found in blocks.items() if found["splits"][name]["not_finite"]]
             if wrong:
-                more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
-                notes.append(f"moved alone, {wrong[0]}{more} has losses of {name} not finite")
+                notes.append(
+                    f"{name}: moved on its own, {list_first(wrong)} has losses that are not finite"
+                )
         return notes
 
     def _buffers_at(self, alpha: float) -> Weights:

@@ -1,4 +1,4 @@
-"""One block of a network at a time along a line, while all else stays where the line begins.
+"""Lines along which one block of a network moves while the others stay at A.
 
 After Adilova et al. 2024, arXiv 2307.06966: where two solutions have a barrier between them, the
 lines on which a single layer moves often have none.
@@ -26,10 +26,10 @@ __all__ = ["Block", "BlockCurve", "blocks_among", "moving_blocks", "points_of"]
 
 @dataclass(frozen=True)
 class Block:
-    """A part of a network that moves alone.
+    """A part of a network that moves on its own.
 
     Attributes:
-        name: What it is called.
+        name: The name of its module.
         moving: The names of its tensors that move.
     """
 
@@ -41,14 +41,14 @@ def blocks_among(objective: Objective, moving: Sequence[str]) -> tuple[Block, ..
     """Sorts tensors into the blocks of a model.
 
     Args:
-        objective: Whose model.
+        objective: The objective with the model.
         moving: The names of the tensors that move.
 
     Returns:
-        The blocks that have any, in the order of the model.
+        The blocks with such tensors, in the order of the model.
     """
     block = blocks_of(objective.model, objective.tensors)
-    # A tied tensor moves under its last name, and stands where it has its first.
+    # A tied tensor moves under its last name; its block is that of its first name.
     found: dict[str, list[str]] = {name: [] for name in block.values()}
     for name in moving:
         found[block[name]].append(name)
@@ -59,7 +59,7 @@ def moving_blocks(objective: Objective, moving: Sequence[str]) -> tuple[Block, .
     """Finds the blocks of a model that have something to move.
 
     Args:
-        objective: Whose model.
+        objective: The objective with the model.
         moving: The names of the tensors that move.
 
     Returns:
@@ -98,8 +98,8 @@ class BlockCurve:
 
     Attributes:
         losses: The losses, ``[P + 1]``.
-        changes: What they are above the loss at A, paired by examples.
-        excesses: What they are above the chord from A to α = 1, paired by examples.
+        changes: Their differences from the loss at A, paired over examples.
+        excesses: Their heights above the chord from A to α = 1, paired over examples.
     """
 
     losses: Estimate
@@ -131,7 +131,7 @@ class BlockCurve:
             metrics = {
                 name: values[row : row + 1].numpy() for name, values in source.metrics.items()
             }
-            # inf − inf is an answer here, not an accident.
+            # inf − inf is expected.
             with np.errstate(all="ignore"):
                 chord = (1 - alpha) * a + alpha * end
                 rows = losses, losses - a, losses - chord
@@ -193,7 +193,7 @@ class BlockCurve:
 
     def _barrier(self, alphas: Sequence[float]) -> Height | None:
         between = [i for i, alpha in enumerate(alphas) if 0 < alpha < 1]
-        # Where an end is not finite, nothing is above the chord by a number.
+        # Heights are not finite if the loss at an end is not.
         heights: NDArray[np.float64] = self.excesses.mean
         finite = [i for i in between if math.isfinite(heights[i])]
         if not between or not math.isfinite(self.changes.mean[len(alphas)]):

@@ -42,8 +42,8 @@ class LineCurve:
         """Puts evaluations together.
 
         Args:
-            parts: The evaluations of the split, one behind the other.
-            order: Which of their points come first, second, …: the two ends, then the P points.
+            parts: The evaluations of the split.
+            order: The indices of their points in the curve: the two ends, then the P points.
 
         Returns:
             The curve.
@@ -79,7 +79,7 @@ class LineCurve:
 
         Args:
             found: The split there.
-            order: Which of the points at hand, followed by these, come first, second, ….
+            order: The order of the present points followed by these.
 
         Returns:
             The curve of all of them.
@@ -95,7 +95,7 @@ class LineCurve:
         )
 
     def replace(self, places: Sequence[int], losses: NDArray[Any]) -> LineCurve:
-        """Puts more precise losses in the place of some.
+        """Replaces some losses by more precise ones.
 
         Args:
             places: Which rows of ``losses``.
@@ -109,10 +109,10 @@ class LineCurve:
         return replace(self, losses=precise)
 
     def extend(self, more: LineCurve) -> LineCurve:
-        """Adds the examples of another block; what is paired needs the loss of each.
+        """Adds the examples of another block of the data.
 
         Args:
-            more: The same points on these.
+            more: The same points on these examples.
 
         Returns:
             The curve of all examples.
@@ -124,7 +124,7 @@ class LineCurve:
             return LineCurve(joined, metrics, None, counts)
         weights = [np.ones(losses.shape[1]) if w is None else w for losses, w in parts]
         together = np.concatenate(weights)
-        # Each block has its losses over its own mean weight; where that is 0, they are not numbers.
+        # The losses of a block are divided by its own mean weight; if that is 0, they are NaN.
         scaled = [
             losses * losses.dtype.type(own.mean() / together.mean())
             if own.any()

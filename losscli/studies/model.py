@@ -104,7 +104,7 @@ def _materialise(model: nn.Module, shapes: CheckpointFile) -> None:
     own = {name for name, tensor in model.state_dict().items() if isinstance(tensor, Tensor)}
     for weights in shapes.model_candidates.values():
         for view in naming.views(weights):
-            # A part of a state dict may fit any shape: only the whole is taken.
+            # A part of a state dict might fit by chance, so only the whole is used.
             if view.keys() == own and len(view) == len(weights):
                 for name, tensor in lazy.items():
                     tensor.materialize(view[name].shape)
@@ -113,7 +113,7 @@ def _materialise(model: nn.Module, shapes: CheckpointFile) -> None:
 
 
 def _finish(model: nn.Module) -> None:
-    """Makes plain layers of lazy ones, as their first call does."""
+    """Converts lazy layers to plain ones, as their first call does."""
     for module in model.modules():
         if isinstance(module, LazyModuleMixin) and module.cls_to_become is not None:
             # What a linear layer takes its number of inputs from.
@@ -160,13 +160,13 @@ def check_copy(original: nn.Module, objective: Objective) -> None:
 
 
 def _require_memory(build: Callable[[], nn.Module], where: str) -> None:
-    """Refuses a model that a file names and that no memory here holds, before any is taken."""
+    """Refuses a model named by a file that is larger than the memory, before it is built."""
     with torch.device("meta"), torch.random.fork_rng(devices=[]):
         size = sum(tensor.nbytes for tensor in build().state_dict().values())
     if size > host_memory():
         raise ModelError(
-            f"{where} is of {size / 2**30:,.0f} GiB, more than there is memory",
-            "Give the one that was trained with --model",
+            f"{where} needs {size / 2**30:,.0f} GiB, more than the memory has",
+            "Give the model that was trained with --model",
         )
 
 

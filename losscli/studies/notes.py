@@ -15,9 +15,10 @@ from losscli.evaluation.losses.doubts import Doubt
 from losscli.evaluation.losses.metrics import SEED_ERROR
 from losscli.evaluation.objective import Objective
 from losscli.evaluation.ranks import Arrays
-from losscli.studies.base import Study, count
+from losscli.studies.base import Study
 from losscli.table import Table
 from losscli.weight_space.vectors import Weights, can_move, equal
+from losscli.wording import format_count, list_first
 
 __all__ = [
     "batchnorm_notes",
@@ -63,31 +64,29 @@ def general_notes(study: Study) -> list[str]:
         )
     unused = [name for name in problem.objective.unused if name in study.moving]
     if unused:
-        more = f" and {len(unused) - 1} more" if len(unused) > 1 else ""
         notes.append(
-            f"no influence on the outputs of a first batch: {unused[0]}{more}; does forward "
-            "use a value computed from it before?"
+            f"no influence on the outputs of a first batch: {list_first(unused)}; does forward use "
+            "a value that was computed from it earlier?"
         )
     if settings.stochastic is not None:
         notes.append(
-            f"every loss is the mean over {count(settings.stochastic, 'seed')}; it was not checked "
-            "that the loss of an example depends on that example alone"
+            f"every loss is the mean over {format_count(settings.stochastic, 'seed')}; it was not "
+            "checked that the loss of an example depends only on that example"
         )
     for name in sorted(problem.objective.unchecked):
         notes.append(
-            f"{name}: the model takes no other batch than the first one whole, so it could not "
-            "be checked that the loss of an example depends on that example alone"
+            f"{name}: the model accepts only the whole first batch, so it could not be checked "
+            "that the loss of an example depends only on that example"
         )
     end = {"a": "first", "b": "last"}.get(settings.buffers)
     if end and problem.buffers and len(problem.names) > 1:
         whose, but = study.kept_values(end)
         notes.append(f"floating-point buffers stay at {whose}: {but}")
     if masks := _masks(study):
-        more = f" and {len(masks) - 1} more" if len(masks) > 1 else ""
         whose, _ = study.kept_values("first")
         notes.append(
             f"buffers of 0 and 1 such as masks differ, and between the checkpoints they are "
-            f"fractions: {masks[0]}{more}; --buffers a keeps {whose}"
+            f"fractions: {list_first(masks)}; --buffers a keeps {whose}"
         )
     if _keeps_different_tensors(study):
         whose, but = study.kept_values("first")
@@ -132,27 +131,27 @@ def sampling_notes(study: Study, examples: Mapping[str, int]) -> list[str]:
         examples: Their number on each split.
 
     Returns:
-        The notes, where it was not all of them by plan.
+        The notes, with ``--sampling-error``.
     """
     if study.problem.settings.sampling_error is None:
         return []
     whole = study.problem.objective.splits
     unit = "batches" if study.problem.settings.batch_loss else "examples"
     return [
-        f"{name}: {number} of {len(whole[name])} {unit} were looked at"
+        f"{name}: {number} of {len(whole[name])} {unit} were evaluated"
         for name, number in examples.items()
     ]
 
 
 def seed_notes(study: Study, table: Table) -> list[str]:
-    """Notes on how far losses are from means over all random numbers.
+    """Notes on the standard errors of losses over seeds.
 
     Args:
         study: The study.
         table: The losses and their standard errors over seeds, by split.
 
     Returns:
-        The notes, of a model that is random on purpose.
+        The notes, with ``--stochastic``.
     """
     number = study.problem.settings.stochastic
     notes = []
@@ -165,7 +164,7 @@ def seed_notes(study: Study, table: Table) -> list[str]:
 
 
 def integer_notes(study: Study, end: Weights, last: Weights) -> list[str]:
-    """Notes on whole-number tensors, which stay at the first checkpoint's.
+    """Notes on integer tensors, which stay at the first checkpoint's.
 
     Args:
         study: The study.
@@ -190,7 +189,7 @@ def integer_notes(study: Study, end: Weights, last: Weights) -> list[str]:
     if all(torch.equal(kept[n].losses, own[n].losses) for n in batches):
         return []
     whose, but = study.kept_values("first")
-    return [f"whole-number tensors such as {next(iter(other))} stay at {whose} and matter: {but}"]
+    return [f"integer tensors such as {next(iter(other))} stay at {whose} and matter: {but}"]
 
 
 def spectral_notes(study: Study) -> list[str]:
@@ -220,7 +219,7 @@ def spectral_notes(study: Study) -> list[str]:
             differences.append((_gap(one, other), checkpoint, split, one, other))
         del weights, point  # before the next one is opened
     objective.load(study.problem.origin)
-    whose = f"of {count(len(objective.spectral), 'spectral norm')} such as {names[0]}"
+    whose = f"of {format_count(len(objective.spectral), 'spectral norm')} such as {names[0]}"
     note = f"the singular vectors {whose} are computed from the weights at every point"
     gap, checkpoint, split, one, other = max(differences, key=lambda found: found[0])
     if gap > _SPECTRAL * abs(other):
@@ -236,9 +235,8 @@ def batchnorm_notes(
 ) -> list[str]:
     """Notes on BatchNorm's statistics that move along with the parameters.
 
-    The loss of a first batch is compared with the one that the statistics of this batch
-    itself give: between the checkpoints, and at those that were trained. There it shows how
-    far off the statistics of a batch are by chance.
+    The loss of a first batch is compared with its loss under the statistics of this batch:
+    between the checkpoints, and at trained checkpoints, where the difference is due to chance.
 
     Args:
         study: The study.
@@ -282,7 +280,7 @@ def batchnorm_notes(
 
 
 def variance_notes(study: Study, extremes: Iterable[Weights]) -> list[str]:
-    """Notes on why losses beyond the checkpoints may not be finite: a variance is below 0 there.
+    """Notes on variances below 0 beyond the checkpoints, where losses are then not finite.
 
     Args:
         study: The study, some of whose losses are not finite.
@@ -324,7 +322,7 @@ def storage_notes(study: Study) -> list[str]:
 
 
 def _masks(study: Study) -> list[str]:
-    """Lists the buffers that move and hold nothing but 0 and 1 in all checkpoints."""
+    """Lists the buffers that move and have only values 0 and 1 in all checkpoints."""
     counted = set(study.counted)
     names = [name for name in study.moving if name not in counted]
     for t in range(len(study.problem.names) if names else 0):
@@ -337,7 +335,7 @@ def _masks(study: Study) -> list[str]:
 
 
 def _is_below_0(buffer: Tensor) -> bool:
-    """Whether a value is below 0; complex ones are not ordered."""
+    """Returns whether a value is below 0; complex values are not."""
     return not buffer.is_complex() and bool((buffer < 0).any())
 
 
@@ -349,7 +347,7 @@ def _task_notes(study: Study) -> list[str]:
 
 
 def _keeps_different_tensors(study: Study) -> bool:
-    """Whether a tensor stays by choice that is not the same in all checkpoints."""
+    """Returns whether a tensor that stays by choice differs between checkpoints."""
     if study.problem.independent:
         return False
     kept, first = study.problem.kept, study.problem.first.weights
@@ -374,14 +372,14 @@ def _recalibration_notes(study: Study) -> list[str]:
         names = [layer.mean.rpartition(".")[0] for layer in objective.idle]
         whose, _ = study.kept_values("first")
         notes.append(
-            f"{count(len(names), 'BatchNorm layer')} such as {names[0]} took no batch: the "
+            f"{format_count(len(names), 'BatchNorm layer')} such as {names[0]} did not run: their "
             f"statistics stay at {whose}"
         )
     return notes
 
 
 def _with_statistics(objective: Objective, weights: Weights, batch: Split) -> tuple[float, float]:
-    """The mean loss of a batch at a point: with its statistics, with those of the batch."""
+    """Returns the mean loss of a batch, with the statistics of the point and of the batch."""
     batches = {"": batch}
     moved = objective.plain(weights, batches)[""].losses
     with objective.estimating_on(batch):

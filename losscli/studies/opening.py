@@ -1,4 +1,4 @@
-"""Opens checkpoints under the names of one, without a model that would decide about names."""
+"""Opens checkpoints under the names of one of them, without a model."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ def open_pair(
     else:
         assert refused is not None
         cure = (
-            "No model is known here that would translate names: load B into a model with "
-            "load_state_dict, and save that model's state_dict()"
+            "Without a model, names are not translated: load B into a model with load_state_dict, "
+            "and save that model's state_dict()"
         )
         raise MismatchError(refused.what, refused.cure or cure)
     weights = {names[name]: t for name, t in second.weights.items()}
@@ -45,7 +45,7 @@ def open_pair(
     if differ := differing_versions(first, second):
         raise MismatchError(
             differ[0],
-            "No model is known here that would convert them: load each into a model with "
+            "Without a model, they are not converted: load each into a model with "
             "load_state_dict, and save that model's state_dict()",
         )
     return first, second
@@ -62,7 +62,7 @@ def _select_matching(
 
 
 def _alternative_names(weights: Weights) -> Iterator[dict[str, str]]:
-    """Lists the names by which a file may have the tensors of a state dict, as PyTorch takes them.
+    """Yields the names that a file may have for the tensors of a state dict, as PyTorch accepts.
 
     Yields:
         Those names and the state dict's own: the same; without the numbers of batches that
@@ -95,7 +95,7 @@ def _other_weight_norm(name: str) -> str:
 def differing_versions(first: Checkpoint, second: Checkpoint) -> list[str]:
     """Lists modules of different versions, between which the meaning of tensors may differ."""
     return [
-        f"{first.name} and {second.name} note different versions of {module or 'the model'}: "
+        f"{first.name} and {second.name} have different versions of {module or 'the model'}: "
         f"{dict(version)} and {dict(other)}"
         for module, version in first.versions.items()
         if (other := second.versions.get(module, version)) != version

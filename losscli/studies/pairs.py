@@ -52,7 +52,7 @@ def read_pairs(path: str, column: str) -> Pairs:
     """
     own = COMMANDS["barriers"].table
     if column in {*own.columns, *own.optional} or COLUMN_TYPES.get(column) in {"path", "text"}:
-        raise UsageError(f"--x {column} would head two columns", "Rename the column")
+        raise UsageError(f"--x {column} is the name of another column", "Rename the column")
     records = _read(path)
     header = records[0] if records else []
     for name in ("a", "b", column):

@@ -33,7 +33,7 @@ from losscli.results.summaries import (
     ProjectedPath,
 )
 from losscli.settings import Progress, Settings, checked
-from losscli.studies.base import Study, count
+from losscli.studies.base import Study
 from losscli.studies.notes import (
     batchnorm_notes,
     derivative_notes,
@@ -57,13 +57,13 @@ from losscli.table import Table
 from losscli.weight_space.curve import lowest
 from losscli.weight_space.slices import Slice, Span, Triangle, check_point_count, grid
 from losscli.weight_space.vectors import Weights, dimension, norm
+from losscli.wording import format_count
 
 __all__ = ["Plane", "plane"]
 
 PlaneAxes = Literal["hessian"]
 
-# Principal components with variances that differ by less than this share count as equal, and so do
-# eigenvalues.
+# Variances of principal components, or eigenvalues, that differ relatively by less count as equal.
 _EQUAL = 1e-3
 
 # The largest x and y by default of random directions, which are as long as the weights.
@@ -103,7 +103,7 @@ def plane(
             the checkpoints and a margin. Of one checkpoint without a path: −1 to 1 for random
             directions; for eigenvectors up to √(0.2 |L| / |λ|), where the curvature alone changes
             the loss L by a tenth of it, but between 0.001 ‖θ‖ and ‖θ‖.
-        surface: Whether the picture shows the surface in three dimensions too.
+        surface: Whether the figure also shows the surface in three dimensions.
         keep_order: With ``pca`` or ``path``, take the checkpoints in the order of their names as
             they are given, and all files of a folder; by default they are ordered as `trajectory`
             does.
@@ -140,7 +140,7 @@ class Plane(Study):
         kind: ``random``, ``hessian``, ``points`` or ``pca``.
         points: Values of each coordinate.
         range_: The lowest and the highest value of both coordinates, if they are given.
-        surface: Whether the picture shows the surface in three dimensions.
+        surface: Whether the figure also shows the surface in three dimensions.
         paths: The name of each path that is projected, and the number of its checkpoints.
         layout: The plane with the checkpoints and the grid; None if its axes are eigenvectors,
             which a run computes.
@@ -170,15 +170,13 @@ class Plane(Study):
         keep_order: bool = False,
         ranks: Ranks | None = None,
     ) -> Plane:
-        """Reads everything, lays the plane, evaluates nothing. See `plane` for the arguments."""
+        """Reads everything, spans the plane, evaluates nothing. See `plane` for the arguments."""
         begun = time.perf_counter()
         notes: list[str] = []
         if axes is not None and axes not in get_args(PlaneAxes):
             raise UsageError(f"--axes {axes} is not known", "Give --axes hessian")
         if keep_order and not (pca or path):
-            raise UsageError(
-                "--keep-order is about the order of a path", "Give it with --pca or --path"
-            )
+            raise UsageError("--keep-order has no effect without --pca or --path", "Leave it out")
         if axes and pca:
             raise UsageError(
                 "--axes and --pca both choose the axes of the plane", "Give one of the two options"
@@ -196,12 +194,12 @@ class Plane(Study):
             needs = "with --pca three checkpoints or more" if pca else "one checkpoint or three"
             raise UsageError(
                 f"plane needs {needs}, and got {len(names)}",
-                "Give a path's folder"
+                "Give the folder of a path"
                 if pca
                 else "For the plane of a path, give --pca; to project a path, give --path",
             )
         if points < 2:
-            raise UsageError(f"--points {points} is not a plane", "Give 2 or more")
+            raise UsageError(f"--points must be at least 2, not {points}", "Give 31")
         check_point_count("--points", points, points**2)
         if range_ is not None:
             grid(points, *range_)
@@ -250,7 +248,7 @@ class Plane(Study):
 
     @property
     def steps(self) -> int:
-        """How much progress counts: points, and the eigenvectors as one."""
+        """The total of the progress: points, and the eigenvectors as one."""
         return self.evaluations + (self._derivatives is not None)
 
     @cached_property
@@ -290,11 +288,11 @@ class Plane(Study):
             swept = time.perf_counter()
             last = problem.place(problem.last.weights)
             check(objective, problem.origin, last)
-            layout, derived = self._lay(execution)
+            layout, derived = self._find_layout(execution)
             here, points = self._on_device(layout), layout.points
             choose_strategy(objective, here, points)
             difference = self._verify(layout, here)
-            # At a corner of the grid: a model that remembers the first point it saw is found out.
+            # At a corner of the grid, to detect a model that keeps state of the first point.
             verify_fresh_model(problem, self._at(layout, points[0]))
             own = layout.places[: len(problem.spanning)]
             middle = [sum(at) / len(own) for at in list(zip(*own, strict=True))[:2]]
@@ -340,7 +338,7 @@ class Plane(Study):
         }
         return Result(table, summary, COMMANDS[self.command].draw, {"path": path})
 
-    def _lay(self, execution: Execution) -> tuple[Layout, list[Arrays]]:
+    def _find_layout(self, execution: Execution) -> tuple[Layout, list[Arrays]]:
         """Returns the plane, and the record of its eigenvectors if the axes are along them."""
         if self._derivatives is None:
             assert self.layout is not None
@@ -409,14 +407,14 @@ class Plane(Study):
         return found
 
     def _integer_notes(self) -> list[str]:
-        """Notes on whole-number tensors of the last checkpoint, and of the last of the paths."""
+        """Notes on integer tensors of the last checkpoint, and of the last of the paths."""
         ends = {len(self.problem.spanning) - 1, len(self.problem.names) - 1}
         weights = (self.weights(t) for t in sorted(ends))
         notes = (integer_notes(self, self.problem.place(end), end) for end in weights)
         return list(dict.fromkeys(itertools.chain.from_iterable(notes)))
 
     def _on_device(self, layout: Layout) -> Triangle | Span:
-        """The plane on the device."""
+        """Copies the plane to the device."""
         slice_ = layout.spanned.slice_
         a, b, c = (self.on_device(end) for end in slice_.ends)
         if isinstance(slice_, Triangle):
@@ -424,7 +422,7 @@ class Plane(Study):
         return Span(a, b, c)
 
     def _at(self, layout: Layout, point: tuple[float, float]) -> Weights:
-        """All tensors at a point of the plane."""
+        """Returns all tensors at a point of the plane."""
         wide = torch.float64 if self.problem.settings.dtype == "float64" else torch.float32
         slice_ = layout.spanned.slice_
         moved = {
@@ -519,7 +517,7 @@ class Plane(Study):
             notes += variance_notes(self, (self._at(layout, corner) for corner in corners))
         for name, split in splits.items():
             if number := split["not_finite"]:
-                notes.append(f"{name}: the loss of {count(number, 'point')} is not finite")
+                notes.append(f"{name}: the loss of {format_count(number, 'point')} is not finite")
         return notes
 
     def _eigenvector_notes(self, layout: Layout, gaps: tuple[float, float]) -> list[str]:
@@ -580,7 +578,7 @@ def _check_eigenvectors(problem: Problem, moving: Sequence[str]) -> None:
         raise UsageError("no parameter is left to differentiate", "Widen --only")
     if dimension(weights, moving) < 2:
         raise UsageError(
-            "--axes hessian needs two parameters, and one number moves", "Widen --only"
+            "--axes hessian needs at least two parameters, and only one moves", "Widen --only"
         )
     check_differentiable(problem, moving, "--axes")
     require_finite(problem.names[0], weights, moving)

@@ -29,7 +29,7 @@ __all__ = [
     "with_margin",
 ]
 
-# What is left free around the checkpoints, as a share of the box they lie in.
+# The margin around the checkpoints, as a share of their bounding box.
 _MARGIN = 0.25
 
 # Farther out, products with weights leave the range of float32.
@@ -38,10 +38,10 @@ _FAR = 1e29
 # The change of the loss by the curvature at the edge of a plane along eigenvectors, as a share.
 _CHANGE = 0.1
 
-# The least reach of a plane along eigenvectors, as a share of the norm of the parameters.
+# The smallest reach of a plane along eigenvectors, as a share of the norm of the parameters.
 _NEAREST = 1e-3
 
-# Minimum ratio of the height of that box to its width, so that no picture becomes a thin strip.
+# Minimum ratio of the height of the box to its width, so that no figure becomes a thin strip.
 _THINNEST = 0.2
 
 
@@ -255,7 +255,7 @@ def _select(weights: Weights, names: Sequence[str]) -> Weights:
 
 
 def _random(problem: Problem) -> Spanned:
-    """The plane along two random directions."""
+    """Spans the plane along two random directions."""
     still = normalisation_parameters(problem.objective.model).union(problem.buffers)
     weights = problem.first.weights
     u, v = random_directions(weights, problem.moving, still, problem.settings.seed)
@@ -265,7 +265,7 @@ def _random(problem: Problem) -> Spanned:
 
 
 def _principal(problem: Problem, moving: Sequence[str], counted: Sequence[str]) -> Spanned:
-    """The plane of the first two principal components of a path."""
+    """Spans the plane of the first two principal components of a path."""
     along = [name for name in moving if name not in counted]
     number = len(problem.spanning)
     dtype = torch.float64 if problem.settings.dtype == "float64" else torch.float32

@@ -79,7 +79,7 @@ def point_of_plane(csv: PathLike, at: tuple[float, float], **settings: Any) -> C
     for entry, now in zip(entries, problem.provenance["checkpoints"], strict=True):
         if entry.get("sha256") != now["sha256"]:
             raise MismatchError(
-                f"{entry['name']} is not what it was when {path} was written",
+                f"{entry['name']} has changed since {path} was written",
                 "Evaluate the plane again",
             )
     if problem.provenance["model"] != summary["model"]:

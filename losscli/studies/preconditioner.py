@@ -24,6 +24,7 @@ from losscli.studies.checkpoints import changed
 from losscli.studies.problem import Problem
 from losscli.weight_space.digest import digest
 from losscli.weight_space.vectors import Weights
+from losscli.wording import list_first
 
 __all__ = ["AdamPreconditioner"]
 
@@ -68,8 +69,8 @@ class AdamPreconditioner:
             digests.append(_digest(state) if state and state.steps else "")
         if not any(digests):
             raise CheckpointError(
-                f"the optimiser of {problem.names[-1]} has taken no step, so that P does not exist",
-                "Name a later checkpoint",
+                f"the optimiser of {problem.names[-1]} has taken no step, so P is not defined",
+                "Give a later checkpoint",
             )
         return cls(problem, moving, learning_rate, states, digests)
 
@@ -132,8 +133,8 @@ class AdamPreconditioner:
             s["checkpoint"] for s, key in zip(self.states, self.digests, strict=True) if not key
         ]
         if without:
-            more = f" and {len(without) - 1} more" if len(without) > 1 else ""
-            yield f"the optimiser of {without[0]}{more} has taken no step: there is no P there"
+            some = list_first(without)
+            yield f"the optimiser of {some} has taken no step: P is not defined there"
         if missed := sum(not one.converged for one in found.values()):
             yield (
                 f"the search for λ max of P⁻¹H has not converged at {missed} of "

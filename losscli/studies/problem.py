@@ -59,7 +59,7 @@ class TrainingExamples(NamedTuple):
 
     Attributes:
         name: The name of their split.
-        examples: The examples, on the device if they are evaluated, too.
+        examples: The examples; on the device if losses are evaluated on them too.
     """
 
     name: str
@@ -83,17 +83,17 @@ class Problem:
         first: The first of them, its names those of the model.
         moving: The tensors that may move, each tied tensor under one name.
         fresh: Builds the model again, or copies the module that was given.
-        buffers: Those of the model's floating-point buffers that any choice of tensors names.
-        provenance: Where all of it came from, for the summary.
-        settings: The settings that it was made from.
+        buffers: The floating-point buffers of the model that can move.
+        provenance: The origin of all of it, for the summary.
+        settings: The settings.
         read: Reads a checkpoint by its name.
         optimizers: Reads the state dicts of optimisers in a checkpoint by its name.
         unchanged: Checks that the files of the checkpoints have not changed since they were read.
-        notes: How the checkpoints were ordered, if they were.
-        projected: How many of the names, from the last, are only projected onto what the others
+        notes: Notes on the order of the checkpoints.
+        projected: The number of names at the end that are only projected onto what the others
             span; none of them is the ``last``.
-        independent: Whether checkpoints are evaluated each by itself, so that the tensors that may
-            not move are its own.
+        independent: Whether each checkpoint is evaluated on its own, with its own values of the
+            tensors that do not move.
         training: The training examples, if an option of the command needs them.
     """
 
@@ -119,7 +119,7 @@ class Problem:
         return self.names[: len(self.names) - self.projected]
 
     def open(self, t: int) -> Checkpoint:
-        """Opens a checkpoint; only the first is kept in memory.
+        """Opens a checkpoint; of large ones, only the first is kept in memory.
 
         Args:
             t: Its place among the names.
@@ -137,7 +137,7 @@ class Problem:
 
     @property
     def kept(self) -> tuple[str, ...]:
-        """The tensors that may not move by the choice of tensors alone."""
+        """The tensors that stay only because of ``--only`` or ``--except``."""
         free = replace(self.settings, only=(), except_=())
         moving = set(self.moving)
         return tuple(
@@ -178,7 +178,7 @@ class Problem:
         return {**self.first.weights, **{name: last[name] for name in self.buffers}}
 
     def model_to_trace(self) -> nn.Module:
-        """Builds a model in float32 on the CPU, in eval mode; tracing may leave its marks on it."""
+        """Builds a model in float32 on the CPU, in eval mode, which tracing may modify."""
         with torch.random.fork_rng(devices=[]):
             return self.fresh().cpu().float().eval()
 
@@ -249,16 +249,16 @@ def prepare(
     training: str = "",
     recalibrates: bool = False,
 ) -> Problem:
-    """Reads the checkpoints, builds the model, loads the data and makes sure that all fit.
+    """Reads the checkpoints, builds the model, loads the data and checks that all fit.
 
     Args:
         names: The checkpoints: files, ``init:SEED``, or objects.
         settings: The settings.
-        notes: How the checkpoints were ordered, if they were.
+        notes: Notes on the order of the checkpoints.
         ranks: The processes that share the run, if there are several.
         projected: Further checkpoints, which are only projected onto what the others span.
         planned: A losscli.toml that is taken to exist.
-        independent: Whether each checkpoint is evaluated by itself, see `Problem`.
+        independent: Whether each checkpoint is evaluated on its own, see `Problem`.
         training: The option of the command that needs training examples; empty if none does.
         recalibrates: Whether BatchNorm's statistics are re-estimated where the model has some.
 
@@ -286,6 +286,8 @@ def prepare(
                 "losscli.toml next to it or here",
                 "Give --model, for example --model mlp:784-512-10 (losscli list models)",
             )
+        if found.source == str(planned.file):  # which is not written yet
+            found = replace(found, source="--model")
         if specs.objective is not None:
             # It may imply --batch-loss.
             settings = replace(settings, objective=specs.objective.value)
@@ -368,7 +370,7 @@ def prepare(
 def _compare_extra_states(
     objective: Objective, checkpoints: Checkpoints, names: Sequence[str]
 ) -> list[str]:
-    """Compares the extra state of checkpoints, between which no point lies: the first one's stays.
+    """Compares the extra state of checkpoints; it cannot move, so that of the first one stays.
 
     Args:
         objective: What is evaluated, with the extra state of the first checkpoint.
@@ -467,8 +469,7 @@ def _check(settings: Settings) -> None:
     if settings.stochastic is not None:
         if not 1 <= settings.stochastic <= _MAX_SEEDS:
             raise UsageError(
-                f"--stochastic {settings.stochastic} is not a number of seeds from 1 to "
-                f"{_MAX_SEEDS:,}",
+                f"--stochastic must be between 1 and {_MAX_SEEDS:,}, not {settings.stochastic}",
                 "Give 8",
             )
         if settings.sampling_error is not None:
@@ -504,12 +505,12 @@ def _check(settings: Settings) -> None:
 
 
 def counted(objective: Objective, numbers: Mapping[str, int], seed: int = 0) -> Counts:
-    """Counts what a loss is the mean of.
+    """Counts the examples, and the batches, that a loss is the mean over.
 
     Args:
         objective: What is evaluated.
-        numbers: How many numbers the mean of each split has.
-        seed: The seed of the order in which they were drawn, if they are not all.
+        numbers: The number of terms of the mean of each split.
+        seed: The seed of the order in which they were drawn, if not all are used.
 
     Returns:
         The ``examples`` of each split; and the ``batches``, where the loss is one number per batch.
@@ -529,10 +530,10 @@ def _floating_buffers(objective: Objective) -> tuple[str, ...]:
     """Lists the buffers that ``--buffers`` is about.
 
     Args:
-        objective: Whose model.
+        objective: The objective with the model.
 
     Returns:
-        The names of its floating-point buffers, but for the singular vectors of spectral
+        The names of its floating-point buffers, except for the singular vectors of spectral
         normalisation: they are functions of the parameters.
     """
     computed = {id(objective.tensors[n]) for layer in objective.spectral for n in layer.names}
@@ -549,12 +550,12 @@ def _moving_names(
     """Chooses the tensors that may move.
 
     Args:
-        objective: Whose model.
+        objective: The objective with the model.
         buffers: Its floating-point buffers.
-        settings: Say which of them move with the parameters, and which tensors are left out.
+        settings: The settings, which say whether buffers move and which tensors are chosen.
 
     Returns:
-        Their names, of each tied tensor the one that counts.
+        Their names; of a tied tensor the last one, which load_state_dict uses.
 
     Raises:
         ModelError: The model has no parameters.
@@ -586,7 +587,7 @@ def _moving_names(
 
 
 def differing_tensors(problem: Problem) -> tuple[str, ...]:
-    """Finds the tensors that differ between checkpoints that span, one checkpoint at a time.
+    """Finds the tensors that differ between the spanning checkpoints, opening one at a time.
 
     Args:
         problem: The checkpoints.

@@ -96,7 +96,7 @@ def _unused(config: Config, settings: Settings, first: CheckpointFile | None) ->
     found = {
         "model": specs.model,
         "data": specs.data,
-        # Either is in the place of the other.
+        # A loss and an objective exclude each other.
         "loss": specs.loss or specs.objective,
         "objective": specs.objective or specs.loss,
         "metric": next(iter(specs.metrics), None),

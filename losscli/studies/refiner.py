@@ -1,4 +1,4 @@
-"""Looking closer at a line: its derivatives, points where it bends, extrema beyond rounding."""
+"""Derivatives on a line, points where it bends, and losses without rounding at extrema."""
 
 from __future__ import annotations
 
@@ -64,10 +64,10 @@ class Refiner:
     def refine(self, refined: RefinedCurve, tolerance: float) -> tuple[RefinedCurve, bool]:
         """Adds points until none is proposed.
 
-        A search for an extremum ends at the vertex of a parabola, whose place is as little known
-        as the losses are. So what changes their last digits, such as another device or the chunks
-        that a GPU takes, also moves these points, in float32 by some 1e-4 of the range. On a CPU
-        the number of processes changes none, where their points fit into memory at once.
+        A search for an extremum ends at the vertex of a parabola, so that the last digits of the
+        losses determine its place: another device, or other chunks on a GPU, move these points, in
+        float32 by about 1e-4 of the range. On a CPU the number of processes does not, if all points
+        fit into memory at once.
 
         Args:
             refined: The line so far.

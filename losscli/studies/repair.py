@@ -26,7 +26,7 @@ class RepairedLines:
         problem: The checkpoints, with training examples.
 
     Raises:
-        UsageError: Another option does not go with it.
+        UsageError: Another option excludes it.
         ModelError: The model cannot be traced, or a layer cannot be corrected.
     """
 
@@ -41,7 +41,7 @@ class RepairedLines:
         ):
             if given:
                 raise UsageError(
-                    f"--repair passes over all training examples, which does not go with {option}",
+                    f"--repair is not available with {option}",
                     "Give one without the other",
                 )
         if some := [name for name, tensor in objective.tensors.items() if tensor.is_complex()]:
@@ -56,11 +56,11 @@ class RepairedLines:
         self._skipped = 0
 
     def passes(self, checkpoints: int, points: int) -> int:
-        """Counts the passes over the training examples: one a checkpoint, one a layer and point."""
+        """Counts the passes over training examples: one per checkpoint, and per layer and point."""
         return checkpoints + points * len(self._repair.layers)
 
     def seconds(self, timings: Timings, checkpoints: int, points: int) -> float:
-        """Estimates what they take, each as long as a pass for losses."""
+        """Estimates the time of these passes, each as long as a pass for losses."""
         passes = self.passes(checkpoints, points)
         return passes * len(self._training.examples) * timings.plain
 

@@ -40,6 +40,7 @@ from losscli.results.result import Result
 from losscli.results.summaries import CostEstimate, Description, SharpnessPoint, SharpnessSummary
 from losscli.settings import Progress, Settings, checked
 from losscli.studies.base import Study
+from losscli.studies.checkpoints import require_distinct
 from losscli.studies.notes import general_notes, spectral_notes, storage_notes
 from losscli.studies.problem import Problem, counted, prepare
 from losscli.studies.verification import (
@@ -51,6 +52,7 @@ from losscli.table import Cell, Table
 from losscli.weight_space.curve import standard_error
 from losscli.weight_space.slices import Line, Slice, check_point_count
 from losscli.weight_space.vectors import Weights
+from losscli.wording import list_first
 
 __all__ = ["Sharpness", "sharpness"]
 
@@ -61,7 +63,7 @@ _SAMPLES = 20
 # points of a few ρ do not.
 _PROOF = [(0.25,), (0.5,), (0.75,), (1.0,)]
 
-# What a gradient takes, in forward passes.
+# The cost of a gradient, in forward passes.
 _PASSES = 3
 
 # The keys of a learning rate in the metadata of a checkpoint.
@@ -112,7 +114,7 @@ class _Measured:
 
     @property
     def values(self) -> list[float]:
-        """The rises of the loss of all measures, but those that are not defined."""
+        """The rises of the loss of all measures, except those that are not defined."""
         sam = [value for value, _ in self.gradient.sam]
         return [*(mean for mean, _ in self.means), *(value for value, *_ in self.worst), *sam]
 
@@ -125,7 +127,7 @@ class _Measured:
         return any(abs(value) <= self.gradient.rounding for value in self.values)
 
     def summary(self, checkpoint: str) -> SharpnessPoint:
-        """Returns what a table has no column for."""
+        """Returns the entries that the table has no columns for."""
         found = self.gradient
         return {
             "checkpoint": checkpoint,
@@ -227,9 +229,7 @@ class Sharpness(Study):
         names, notes = order_path(names, keep_order=keep_order)
         if not names:
             raise UsageError("sharpness needs a checkpoint", "Give one or more")
-        name, times = Counter(names).most_common(1)[0]
-        if times > 1:
-            raise UsageError(f"{name} is given {times} times", "Give each checkpoint once")
+        require_distinct(names)
         _check_options(rho, samples, settings)
         check_point_count("--samples", samples, samples * len(rho) * len(names))
         problem = prepare(names, settings, notes, ranks, independent=True)
@@ -274,12 +274,12 @@ class Sharpness(Study):
 
     @property
     def _along(self) -> int:
-        """About what SAM and critical sharpness of a checkpoint take, in points."""
+        """The approximate cost of SAM and critical sharpness of a checkpoint, in points."""
         return len(self.rho) + MAX_SCANNED + 2 * _PASSES
 
     @property
     def _ascent(self) -> int:
-        """About what worst-case sharpness of a checkpoint takes for one ρ, in points."""
+        """The approximate cost of worst-case sharpness of a checkpoint for one ρ, in points."""
         return _PASSES * (MAX_GRADIENTS + 1)
 
     @property
@@ -292,7 +292,7 @@ class Sharpness(Study):
         return SharpnessTest(self.problem.objective, self.moving, self.adaptive, seed)
 
     def sample(self, number: int) -> tuple[Slice, Sequence[Sequence[float]]]:
-        """Returns a line along a random perturbation, and so many points of it."""
+        """Returns a line along a random perturbation, and ``number`` points of it."""
         return self._line(self.problem.origin, 0), self._coordinates[:number]
 
     def extra_description(self, description: Description) -> Description:  # noqa: ARG002
@@ -322,7 +322,7 @@ class Sharpness(Study):
                 curvature.gradient()
 
         with objective.frozen_statistics():
-            differentiate()  # once, so that what is set up is set up
+            differentiate()  # a first time, for what is set up once
             took = timed(objective, differentiate, clock)
         examples = len(self.problem.names) * sum(map(len, objective.splits.values()))
         gradients = 1 + len(self.rho) * (MAX_GRADIENTS + 1)
@@ -337,6 +337,8 @@ class Sharpness(Study):
             swept = time.perf_counter()
             last = self.problem.place(self.problem.last.weights)
             check_objective(objective, self.problem.origin, last)
+            # No table has a column for them.
+            objective.metrics = {}
             verify_fresh_model_near(self.problem, last, self.moving)
             del last
             statistics = [self._statistics(t) for t, _ in enumerate(names)]
@@ -446,7 +448,7 @@ class Sharpness(Study):
 
         def line(t: int, number: int) -> Line:
             weights = point(t)
-            # What moved on the line before is anywhere on it.
+            # Tensors that moved on the previous line are at any of its points.
             objective.load(weights)
             return self._line(weights, number)
 
@@ -559,8 +561,7 @@ class Sharpness(Study):
     def _note(self, split: str, steps: Sequence[int], text: str) -> Iterator[str]:
         """Yields a note on some checkpoints, if there are any."""
         if steps:
-            more = f" and {len(steps) - 1} more" if len(steps) > 1 else ""
-            yield f"{split}, {self.problem.names[steps[0]]}{more}: {text}"
+            yield f"{split}, {list_first([self.problem.names[t] for t in steps])}: {text}"
 
 
 _REASONS: Mapping[Reason, str] = {
@@ -577,14 +578,12 @@ def _check_options(rho: Sequence[float], samples: int, settings: Settings) -> No
         raise UsageError("sharpness needs a radius", f"Give --rho {_RHO:g}")
     for radius in rho:
         if not 0 < radius < math.inf:
-            raise UsageError(f"--rho {radius:g} is not a radius above 0", f"Give {_RHO:g}")
+            raise UsageError(f"--rho must be above 0 and finite, not {radius:g}", f"Give {_RHO:g}")
     radius, times = Counter(rho).most_common(1)[0]
     if times > 1:
         raise UsageError(f"--rho {radius:g} is given {times} times", "Give each radius once")
     if samples < 1:
-        raise UsageError(
-            f"--samples {samples} is not a number of perturbations", f"Give {_SAMPLES}"
-        )
+        raise UsageError(f"--samples must be at least 1, not {samples}", f"Give {_SAMPLES}")
     if settings.sampling_error is not None:
         raise UsageError(
             "--sampling-error is not available for sharpness, which needs the gradient over all "

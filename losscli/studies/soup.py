@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -17,6 +16,7 @@ from numpy.typing import NDArray
 from losscli.checkpoint import Checkpoint, CheckpointLike, expand_folders, name_checkpoints
 from losscli.errors import LossError, OutputError, UsageError
 from losscli.evaluation.device import float32_precision
+from losscli.evaluation.losses.metrics import is_higher_better
 from losscli.evaluation.objective import Evaluation, recalibrated
 from losscli.evaluation.spectral import normalise_stored
 from losscli.evaluation.sweep import check, sweep_plain
@@ -27,6 +27,7 @@ from losscli.results.result import Result, check_writable, stem_of
 from losscli.results.summaries import SoupSplit, SoupSummary
 from losscli.settings import PathLike, Progress, Settings, checked
 from losscli.studies.base import Study
+from losscli.studies.checkpoints import require_distinct
 from losscli.studies.export import average_checkpoints
 from losscli.studies.notes import general_notes, integer_notes, storage_notes
 from losscli.studies.problem import Problem, counted, prepare
@@ -97,14 +98,15 @@ def soup(
 ) -> Checkpoint | SoupResult:
     """Averages checkpoints (Wortsman et al. 2022, arXiv 2203.05482).
 
-    Sums are in float64 and converted once, a group of numbers at a time. Whole-number tensors, the
+    Sums are in float64 and converted once, a group of numbers at a time. Integer tensors, the
     extra state of modules and the metadata are those of the first checkpoint.
 
     Args:
         names: Two or more checkpoints, each once: files, ``FILE#KEY``, or a folder of them.
         greedy: A split. The checkpoints are added to the average in the order of their scores on
             it, and kept if the score of the average does not fall. The score is the first
-            ``metric``, of which more is better, else −loss; of a perplexity it is −log.
+            ``metric``, of which more is better unless its ``higher_is_better`` is False, else
+            −loss; of a perplexity it is −log.
         progress: True shows a bar; a function is called with the number of points done so far.
         **settings: The attributes of `losscli.settings.Settings`: ``model``, ``data``, …. Without
             ``greedy`` and any of them, no model is needed.
@@ -265,7 +267,8 @@ class Soup(Study):
     def _scores(self, evaluation: Evaluation) -> NDArray[np.float64]:
         """Returns the score of each example, ``[N]``; with weights, times w over the mean of w."""
         values: NDArray[np.float64] = evaluation.losses[0].double().numpy()
-        return values if self.metric and self.metric != "perplexity" else -values
+        higher = bool(self.metric) and is_higher_better(self.problem.objective.loss)
+        return values if higher else -values
 
 
 def _expand(names: Sequence[str]) -> list[str]:
@@ -276,12 +279,7 @@ def _expand(names: Sequence[str]) -> list[str]:
             f"soup needs two checkpoints or more, and got {len(names)}",
             "Give a folder of them, or their names",
         )
-    name, times = Counter(names).most_common(1)[0]
-    if times > 1:
-        raise UsageError(
-            f"{name} is named {times} times",
-            "Give each checkpoint once; losscli export --weights gives them different weights",
-        )
+    require_distinct(names, "; losscli export --weights gives them different weights")
     return names
 
 
@@ -300,7 +298,7 @@ def _checkpoint(problem: Problem, kept: Sequence[int]) -> Checkpoint:
 
 
 def _batchnorm_notes(problem: Problem) -> list[str]:
-    """A note on averaged statistics of BatchNorm."""
+    """Returns a note on averaged statistics of BatchNorm."""
     if not problem.objective.batchnorm or problem.settings.buffers != "interpolate":
         return []
     return ["BatchNorm's statistics are averages; --buffers recalibrate re-estimates them"]

@@ -48,7 +48,7 @@ class SourcedSpec:
         source: str = "",
         cure: str = "",
     ) -> SourcedSpec:
-        """Takes what was named: where that is a TOML file, what the file says."""
+        """Creates a spec; the name of a TOML file is replaced by the spec in the file."""
         if not isinstance(value, str):
             return cls(value, trusted, folder, source)
         text, may_name_code, place = expand_toml(value, trusted=trusted, folder=folder)
@@ -58,7 +58,7 @@ class SourcedSpec:
 
     @property
     def text(self) -> str:
-        """What it is, for people: the spec, or the name of the object."""
+        """The spec, or the name of the object, for messages and the summary."""
         if isinstance(self.value, str):
             return self.value
         if isinstance(self.value, nn.Module):
@@ -108,7 +108,7 @@ def find_specs(
                 break
         return []
 
-    # Either is in the place of the other.
+    # A loss and an objective exclude each other.
     loss, objective = settings.loss, settings.objective
     return Specs(
         find("model", model),
@@ -127,7 +127,7 @@ class _Source(NamedTuple):
 
 
 def _sources(first: CheckpointFile | None, planned: Config, *, trust: bool) -> Iterator[_Source]:
-    """Yields the sources of specs other than options, the first before others."""
+    """Yields the sources of specs other than options, in their order of precedence."""
     here = Path.cwd()
     places, own = [here], None
     if first is not None:

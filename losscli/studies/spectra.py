@@ -1,4 +1,4 @@
-"""The spectral density, the trace and the curvature of blocks, beside the verdicts of a check."""
+"""The spectral density, the trace and the curvature of blocks, in addition to verdicts."""
 
 from __future__ import annotations
 
@@ -39,17 +39,17 @@ _OPERATORS: Mapping[str, type[Curvature]] = {"hessian": Curvature, "ggn": GaussN
 _PROBES = 10
 _STEPS = 90
 
-# The most of either: Lanczos' tridiagonal matrix is decomposed as a whole.
+# Maximum of both: Lanczos' tridiagonal matrix is decomposed as a whole.
 _MOST = 10_000
 
 
 @dataclass(frozen=True)
 class SpectraOptions:
-    """What is computed beside the verdicts.
+    """What is computed in addition to the verdicts.
 
     Attributes:
-        density: Whether the spectral density is.
-        blocks: Whether the curvature of each block is.
+        density: Whether to estimate the spectral density.
+        blocks: Whether to compute the curvature of each block.
         probes: The number of random vectors.
         steps: The most Lanczos steps with each of them.
         operator: The matrix: ``hessian`` or ``ggn``.

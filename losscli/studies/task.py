@@ -72,13 +72,13 @@ def data_of(
     Args:
         settings: The settings.
         found: The spec of the data.
-        training: Whether training examples are needed, which no loss may be evaluated on.
+        training: Whether training examples are needed, also if ``--split`` leaves them out.
 
     Returns:
-        The data set and what it is called; all its splits if training examples are needed.
+        The data set and its name; all its splits if training examples are needed.
 
     Raises:
-        UsageError: Nobody names any.
+        UsageError: No data set is given.
     """
     if found is None:
         raise UsageError(
@@ -157,7 +157,7 @@ def training_split(
     if name != "train" and len(whole.splits) > 1:
         raise UsageError(
             f"{option} takes the split train, and the data's splits are {', '.join(whole.splits)}",
-            "Give data with a split train, or with no other split than that to take",
+            "Give data with a split train, or with only one split",
         )
     split = data.splits.get(name)
     if split is None:
@@ -173,15 +173,15 @@ def training_split(
 def loss_of(
     found: SourcedSpec | None, data: DataSet, model: nn.Module
 ) -> tuple[PerExample, str, str]:
-    """Finds the loss: the one that is named, or the one of the data's task.
+    """Finds the loss: the given one, or the default for the task of the data.
 
     Args:
         found: The spec of the loss; None for the default.
-        data: What it is evaluated on.
-        model: The model, whose scores decide where the data are sequences of tokens.
+        data: The data.
+        model: The model; for sequences of tokens the default depends on what it scores.
 
     Returns:
-        The per-example loss, what it is called, and where it came from.
+        The per-example loss, its name, and its source.
     """
     if found is None:
         _require_tensors(data)
@@ -200,7 +200,7 @@ def objective_of(found: SourcedSpec) -> tuple[ObjectiveFunction, str, str]:
         found: The spec of the objective.
 
     Returns:
-        The function, what it is called, and where it came from.
+        The function, its name, and its source.
     """
     if isinstance(found.value, str) and found.value == MODEL:
         return MODEL, found.text, found.source
@@ -222,7 +222,7 @@ def _require_tensors(data: DataSet) -> None:
 
 
 def _language_loss(data: DataSet, model: nn.Module) -> str:
-    """Chooses the loss of a label for each token, by what the model's scores are those of."""
+    """Chooses the loss for data with a label for each token, by which tokens the model scores."""
     scores = score_kind(model)
     if scores == "next":
         return "causal_lm"
@@ -234,7 +234,7 @@ def _language_loss(data: DataSet, model: nn.Module) -> str:
     if is_headless(model):
         raise LossError(f"{kind} has no scores for tokens", HEADLESS)
     raise LossError(
-        f"the data have a label for each token, and what {kind} scores is not known",
+        f"the data have a label for each token, and it is not known which tokens {kind} scores",
         "Give --loss: causal_lm, token_cross_entropy, or path/to/file.py:callable",
     )
 
@@ -242,17 +242,16 @@ def _language_loss(data: DataSet, model: nn.Module) -> str:
 def metrics_of(
     specs: Specs, data: DataSet, loss: PerExample, model: nn.Module
 ) -> tuple[dict[str, PerExample], list[str], str]:
-    """Finds the metrics: those that are named, or that of the data's task.
+    """Finds the metrics: the given ones, or the default for the task of the data.
 
     Args:
         specs: The specs of the run; no metrics for the default.
-        data: What they are evaluated on.
+        data: The data.
         loss: The loss.
         model: The model.
 
     Returns:
-        The per-example metrics by the names of their columns, what they are called, and where
-        they came from.
+        The per-example metrics by the names of their columns, their names, and their source.
 
     Raises:
         UsageError: Two columns would have one name.
@@ -260,7 +259,7 @@ def metrics_of(
     found = specs.metrics
     if specs.objective is not None and not found:
         return {}, [], "default for --objective"
-    # Whoever asks for causal_lm means tokens, whatever the data's form.
+    # causal_lm implies tokens, whatever the form of the data.
     function = function_of(loss)
     default = _METRIC_OF_TASK["language" if function is causal_lm else data.task]
     source = f"default for {_TARGETS_OF_TASK[data.task]}"
@@ -276,7 +275,7 @@ def metrics_of(
             continue
         name = _column(each.value)
         if name in metrics or name in RESERVED_COLUMNS:
-            raise UsageError(f"the name {name!r} would head two columns", "Rename the metric")
+            raise UsageError(f"the name {name!r} is that of another column", "Rename the metric")
         metric, text = _per_example(each, METRICS, "metric")
         metrics[name] = like_loss(loss, metric)
         texts.append(text)
@@ -306,7 +305,7 @@ def _column(metric: Any) -> str:
 def _per_example(
     found: SourcedSpec, registry: Mapping[str, PerExample], kind: str
 ) -> tuple[PerExample, str]:
-    """Makes the function that is named, and says what it is called."""
+    """Returns the function that a spec names, and its name for the summary."""
     where = f"{kind} {found.text!r}"
     if not isinstance(found.value, str):
         if is_of_torch(found.value):
@@ -341,7 +340,7 @@ def _per_example(
 
 
 def _checked(function: PerExample, where: str) -> PerExample:
-    """Makes sure that the options of a function of losscli's own are such as it takes."""
+    """Checks the options of a built-in function."""
     if not is_registered(function):
         return function
     parameters = inspect.signature(function_of(function)).parameters.values()

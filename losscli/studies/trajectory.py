@@ -25,7 +25,7 @@ from losscli.registry import COMMANDS
 from losscli.results.result import Result
 from losscli.results.summaries import PathLengths, RandomWalks, TrajectorySplit, TrajectorySummary
 from losscli.settings import Progress, Settings, checked
-from losscli.studies.base import Study, count
+from losscli.studies.base import Study
 from losscli.studies.notes import (
     batchnorm_notes,
     general_notes,
@@ -43,6 +43,7 @@ from losscli.weight_space.curve import lowest
 from losscli.weight_space.slices import Line, check_point_count, grid, midpoint
 from losscli.weight_space.trajectory import Path, measure, random_walks, ribbon
 from losscli.weight_space.vectors import dimension
+from losscli.wording import format_count
 
 __all__ = ["Trajectory", "trajectory"]
 
@@ -385,18 +386,14 @@ class Trajectory(Study):
                 self, (self._ribbon(t).b for t, _ in enumerate(self.problem.names))
             )
         for name, split in splits.items():
-            for where, number in (
-                ("checkpoint", split["not_finite"]),
-                ("point of the surface", split.get("surface_not_finite", 0)),
+            for noun, where, number in (
+                ("checkpoint", "", split["not_finite"]),
+                ("point", " of the surface", split.get("surface_not_finite", 0)),
             ):
                 if number:
-                    notes.append(f"{name}: the loss of {_count(number, where)} is not finite")
+                    points = f"{format_count(number, noun)}{where}"
+                    notes.append(f"{name}: the loss of {points} is not finite")
         return notes
-
-
-def _count(number: int, where: str) -> str:
-    thing, _, of = where.partition(" ")
-    return f"{count(number, thing)}{' ' if of else ''}{of}"
 
 
 def _walk_summary(walks: Sequence[Path]) -> RandomWalks | None:

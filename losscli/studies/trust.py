@@ -1,7 +1,8 @@
 """Which ``losscli.toml`` may name code: those that the user trusts.
 
-A ``losscli.toml`` is found in the folder of a checkpoint or above it, where others may write, so
-that its code is run only with ``--trust``, or in a folder that the user's own configuration lists.
+Other users may write to the folder of a checkpoint or to those above it. Code that a
+``losscli.toml`` there names is run only with ``--trust``, or in a folder that the user's own
+configuration lists.
 """
 
 from __future__ import annotations

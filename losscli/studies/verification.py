@@ -18,6 +18,7 @@ from losscli.settings import Settings
 from losscli.studies.problem import Problem
 from losscli.weight_space.slices import Slice
 from losscli.weight_space.vectors import Weights
+from losscli.wording import list_first
 
 __all__ = [
     "FRESH_BYTES",
@@ -34,15 +35,14 @@ __all__ = [
 FRESH_BYTES = 64 << 20
 """Up to this size a second model is built, to compare the first with."""
 
-# How far the mean of a first batch may lie from that of the checkpoint loaded plainly, as a share.
-# Of a small cross-entropy rounding takes as large a share as the scores are off: kernels of another
-# layout made 1e-6 of it in a small network. By the precision of the forward pass: factors in TF32
-# are rounded as in float16.
+# The largest relative difference from the mean loss of a first batch of the plainly loaded
+# checkpoint, by the precision of the forward pass. The relative error of a small cross-entropy is
+# the absolute error of the scores, for which kernels of another layout gave 1e-6 in a small
+# network. Factors in TF32 are rounded as in float16.
 _TOLERANCE = {"float64": 1e-12, "float32": 1e-4, "tf32": 2e-3, "bfloat16": 2e-2, "float16": 2e-3}
 
-# The same where BatchNorm's statistics are estimated at the point: these are rounded with every
-# layer before them, and a small cross-entropy moves by as large a share of itself as the scores
-# move, so by some thousand units of rounding in a deep network.
+# The same if BatchNorm's statistics are estimated at the point: rounding in every layer before
+# changes them, in a deep network by some thousand units of rounding.
 _TOLERANCE_OF_ESTIMATES = {
     "float64": 1e-9,
     "float32": 1e-3,
@@ -122,18 +122,18 @@ def _difference(
                 return math.inf
             if there.isfinite():
                 worst = max(worst, float((here - there).abs() / there.abs().clamp(min=1e-12)))
-    # A negated comparison, since a difference may be no number.
+    # A negated comparison, since a difference may be NaN.
     if not worst <= tolerance:
         raise ModelError(
-            "the sweep does not reproduce the checkpoints: at an end its loss differs from that of "
-            f"the loaded checkpoint by {worst:.1e}, relative to it",
+            "the sweep does not reproduce the checkpoints: at an end its loss has a relative "
+            f"difference of {worst:.1e} from that of the loaded checkpoint",
             "The model may keep state from one forward pass to the next",
         )
     return worst
 
 
 def verify_fresh_model(problem: Problem, weights: Weights) -> None:
-    """Makes sure that a newly built model has the same loss at a point.
+    """Checks that a newly built model has the same loss at a point.
 
     Args:
         problem: What is evaluated.
@@ -166,7 +166,7 @@ def verify_fresh_model(problem: Problem, weights: Weights) -> None:
 
 
 def verify_fresh_model_near(problem: Problem, weights: Weights, moving: Iterable[str]) -> None:
-    """Makes sure that a newly built model has the same loss near a point.
+    """Checks that a newly built model has the same loss near a point.
 
     A model that keeps what it computed from the point itself has another loss there.
 
@@ -236,9 +236,8 @@ def check_differentiable(problem: Problem, moving: Iterable[str], option: str) -
         )
     found = [n for layer in problem.objective.spectral for n in layer.sources if n in names]
     if found:
-        more = f" and {len(found) - 1} more" if len(found) > 1 else ""
         raise UsageError(
-            f"{option} cannot differentiate {found[0]}{more} twice: autograd takes the singular "
+            f"{option} cannot differentiate {list_first(found)} twice: autograd takes the singular "
             "vectors of a spectral norm for constants",
             f"Leave such weights out with --except {found[0]!r}",
         )

@@ -417,7 +417,7 @@ def test_export_says_that_no_model_is_known(losscli: Losscli, folder: Path) -> N
     done = losscli("export", "old.pt", "new.pt", "--alpha", 0.5, "-o", "e.safetensors")
     assert done.status == 1
     assert done.stderr.startswith("losscli: new.pt does not fit old.pt: missing fc1.weight")
-    assert "No model is known here that would translate names: load B into a model" in done.stderr
+    assert "Without a model, names are not translated: load B into a model" in done.stderr
     assert done.stderr.count("\n") == 1
     assert not Path("e.safetensors").exists()
     torch.save({"model": a, "ema": a}, "two.pt")
@@ -733,7 +733,7 @@ def test_versions_and_extra_state_are_found_at_any_key(kind: str, tmp_path: Path
 @pytest.mark.parametrize(
     ("kind", "alpha", "version", "key"),
     in_turn(
-        # Whole-number tensors are A's.
+        # Integer tensors are A's.
         [(kind, x) for kind in HOOKED for x in (0.0, 1.0) if (kind, x) != ("type", 1.0)],
         *itertools.product([1, 3, None], [None, "state_dict"]),
     ),
@@ -760,7 +760,7 @@ def test_export_refuses_what_it_cannot_write_for_a_model_it_does_not_know(
     names = written("version", tmp_path, (1, 3))
     done = losscli("export", *names, "--alpha", 0.5, "-o", tmp_path / "e.pt")
     assert (done.status, done.stdout) == (1, "")
-    assert "note different versions of the model: {'version': 1} and {'version': 3}" in done.stderr
+    assert "have different versions of the model: {'version': 1} and {'version': 3}" in done.stderr
     for kind, what in (("version", "version 3 of the model"), ("extra state", "second._extra")):
         names = written(kind, tmp_path, (3, 3))
         done = losscli("export", *names, "--alpha", 0.5, "-o", tmp_path / "e.safetensors")

@@ -409,7 +409,7 @@ def test_a_plane_without_a_path_has_no_order_to_keep(losscli: Losscli, folder: P
     done = losscli("plane", "a.pt", "--keep-order", "--points", 3, "-o", "out")
     assert (done.status, done.stdout) == (2, "")
     assert done.stderr == (
-        "losscli: --keep-order is about the order of a path. Give it with --pca or --path\n"
+        "losscli: --keep-order has no effect without --pca or --path. Leave it out\n"
     )
     assert not list(folder.glob("out*"))
 

@@ -182,7 +182,10 @@ FAILING = {
     "": (2, "init has nothing to write: no model and no data are given. Give --model and --data"),
     "-m mine.py:net": (2, "no data set given"),
     "-d mine.py:data": (2, "no model given"),
-    "runs/step-0.pt -m mine.py:net,width=4 -d mine.py:data": (1, "runs/step-0.pt does not fit"),
+    "runs/step-0.pt -m mine.py:net,width=4 -d mine.py:data": (
+        1,
+        "The model is mine.py:net,width=4; choose with -m",
+    ),
     "more.pt -m mine.py:net -d mine.py:data": (1, "or give --ignore-unexpected"),
     "runs/step-0.pt -m mine.py:net -d mine.py:data --rename x=y": (2, "no tensor of runs/step-0.p"),
     "none.pt -m mine.py:net -d mine.py:data": (1, "none.pt"),

@@ -844,7 +844,7 @@ def test_the_command_gives_the_same_table_streamed_and_from_memory(
 def test_a_dry_run_reports_what_is_streamed_and_how_often(losscli: Losscli, code: Path) -> None:
     done = interpolate(losscli, "plain", "--dry-run")
     assert "passes       3 over the data" in done.stdout
-    assert "in memory    0.0 MiB of data, not train: decoded again in each pass" in done.stdout
+    assert "in memory    0.0 MiB of data, without train, decoded again in each pass" in done.stdout
     told = json.loads(interpolate(losscli, "plain", "--dry-run", "--json", "--derivatives").stdout)
     assert told["streamed"] is True
     assert told["streamed_splits"] == ["train"]

@@ -228,7 +228,7 @@ def test_what_cannot_be_done_is_refused_in_one_line(tmp_path: Path) -> None:
         "--dtype float16 has no complex numbers": lambda: losscli.plane(
             files[:1], **given | {"dtype": "float16"}
         ),
-        "weight is complex, and align permutes real weights": lambda: losscli.align(
+        "align permutes only real weights, and weight is complex": lambda: losscli.align(
             *files, model=Spectral, data=given["data"], loss="mse"
         ),
     }

@@ -108,7 +108,7 @@ def test_every_example_at_every_point_has_the_loss_of_a_plain_float64_loop(case:
         np.testing.assert_allclose(row, expected, rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", sample(CASES, 0, 2), ids=str)
 def test_float32_agrees_with_a_plain_float32_loop(case: Case) -> None:
     objective = objective_of(case, dtype=torch.float32)
     a, line = line_of(case)
@@ -124,7 +124,7 @@ def test_float32_agrees_with_a_plain_float32_loop(case: Case) -> None:
     np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", sample(CASES, 1, 2), ids=str)
 def test_swapping_the_ends_mirrors_the_curve(case: Case) -> None:
     back = curve(case, [1 - x for x in reversed(ALPHAS)], seeds=(2, 1))
     torch.testing.assert_close(back.flip(0), whole(case), rtol=1e-12, atol=1e-14, equal_nan=True)
@@ -217,7 +217,7 @@ REFUSED = {"attention-tied", "lstm", "folding", "differentiating", "threaded"}
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", sample(CASES, 2), ids=str)
 def test_all_points_at_once_give_the_numbers_of_points_in_turn(
     case: Case, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -21,6 +21,7 @@ from losscli.evaluation.losses.metrics import accuracy
 from losscli.evaluation.objective import Objective
 from losscli.evaluation.strategies.base import Strategy
 from losscli.evaluation.task_checks import check_task
+from tests.cases import sample
 from tests.conftest import Losscli
 
 N = 13
@@ -123,7 +124,7 @@ def right(inputs: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> Tensor
 
 
 @pytest.mark.parametrize("paired", [False, True], ids=["one mapping", "a pair"])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", sample(MODELS, 0, 2))
 def test_a_mapping_goes_to_the_model_as_its_forward_takes_it(
     name: str, paired: bool, tmp_path: Path
 ) -> None:
@@ -367,10 +368,10 @@ def test_classes_stored_as_floating_point_numbers_name_the_cure(
 def test_other_targets_are_not_taken_for_classes(data: str, losscli: Losscli, code: Path) -> None:
     done = run(losscli, "-m", "mine.py:Wrapped", "-d", f"mine.py:{data}")
     assert done.status == 1
-    assert done.stderr.endswith("Choose another --loss, or a model with one output a target\n")
+    assert done.stderr.endswith("Choose another --loss, or a model with one output per target\n")
 
 
-@pytest.mark.parametrize("loss", ["mse", "bce", "mine.py:unmasked"])
+@pytest.mark.parametrize("loss", sample(["mse", "bce", "mine.py:unmasked"], 0))
 @pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
 def test_a_target_that_is_not_finite_is_named(
     value: str, loss: str, losscli: Losscli, code: Path
@@ -382,7 +383,7 @@ def test_a_target_that_is_not_finite_is_named(
         assert done.stdout == ""
         assert done.stderr == (
             f"losscli: the split 'train': the target of example {place} (counted from 0) is "
-            f"{value}. Leave the example out, or give a --loss of your own that does\n"
+            f"{value}. Leave the example out, or give your own --loss that skips it\n"
         )
         assert not list(code.glob("c*"))
     done = run(losscli, *words, "-d", f"mine.py:spoiled,value={value}", "--split", "test")

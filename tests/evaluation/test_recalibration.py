@@ -32,7 +32,7 @@ from losscli.settings import Settings
 from losscli.studies.problem import prepare
 from losscli.weight_space.slices import Line
 from tests import oracle
-from tests.cases import CASES, Case
+from tests.cases import CASES, Case, sample
 from tests.conftest import Losscli
 
 ALPHAS = [-0.5, 0.0, 0.15, 1.0, 2.0]
@@ -251,7 +251,7 @@ BOTH = [
 ]
 
 
-@pytest.mark.parametrize(("case", "way"), BOTH, ids=str)
+@pytest.mark.parametrize(("case", "way"), sample(BOTH, 0), ids=str)
 def test_every_way_gives_the_same_numbers(case: Case, way: Strategy) -> None:
     threads = torch.get_num_threads()
     torch.set_num_threads(3)
@@ -262,7 +262,7 @@ def test_every_way_gives_the_same_numbers(case: Case, way: Strategy) -> None:
     torch.testing.assert_close(found, loaded(case), rtol=1e-9, atol=1e-11)
 
 
-@pytest.mark.parametrize("case", OWN, ids=str)
+@pytest.mark.parametrize("case", sample(OWN, 0, 2), ids=str)
 @pytest.mark.parametrize(("chunk", "batch_size"), [(1, 7), (2, 1000)])
 def test_any_chunk_and_batch_give_the_same_numbers(case: Case, chunk: int, batch_size: int) -> None:
     parts = curve(case, ALPHAS, chunk=chunk, batch_size=batch_size)
@@ -438,7 +438,7 @@ def test_a_layer_that_is_never_run_keeps_its_statistics_and_is_reported(tmp_path
 
     case = images("aside", Aside)
     result = study("interpolate", case, tmp_path, points=2, range=(0.0, 1.0))
-    assert any("1 BatchNorm layer such as aside took no batch" in n for n in notes(result))
+    assert any("1 BatchNorm layer such as aside did not run" in n for n in notes(result))
 
 
 def notes(result: losscli.Result) -> list[str]:
@@ -463,7 +463,7 @@ def study(name: str, case: Case, folder: Path, *, seeds: int = 2, **more: Any) -
     return function(*files, **given) if name == "interpolate" else function(files, **given)
 
 
-@pytest.mark.parametrize("case", OWN, ids=str)
+@pytest.mark.parametrize("case", sample(OWN, 1, 4), ids=str)
 def test_a_line_has_them_at_its_ends_too(case: Case, tmp_path: Path) -> None:
     result = study("interpolate", case, tmp_path, points=6)
     states = case.state(1), case.state(2)
@@ -653,7 +653,7 @@ def test_what_cannot_be_re_estimated_is_refused(folder: Path, losscli: Losscli) 
     assert "takes the split train, and the data's splits are valid, test" in told
     save_digits(folder)
     told = refused(folder, losscli, "interpolate", "c.pt", "d.pt", *TOLD, "--derivatives")
-    assert "--derivatives would have to go through the statistics" in told
+    assert "--derivatives is not available with --buffers recalibrate" in told
     told = refused(folder, losscli, "plane", "c.pt", *TOLD, "--limit", 1)
     assert "no more than one example of train, which has no variance. Give more with --" in told
     save_digits(folder, ("single",))
@@ -727,7 +727,7 @@ WHERE = {
 }
 
 
-@pytest.mark.parametrize(("name", "number", "more"), STUDIES)
+@pytest.mark.parametrize(("name", "number", "more"), sample(STUDIES, 0, 2))
 def test_where_statistics_matter_the_cure_is_named_once(
     name: str, number: int, more: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -740,7 +740,7 @@ def test_where_statistics_matter_the_cure_is_named_once(
     assert not hints(name, states, tmp_path, **more, except_=("*running*",))
 
 
-@pytest.mark.parametrize(("name", "number", "more"), STUDIES)
+@pytest.mark.parametrize(("name", "number", "more"), sample(STUDIES, 1, 2))
 def test_neighbouring_points_get_no_hint(
     name: str, number: int, more: dict[str, Any], tmp_path: Path
 ) -> None:

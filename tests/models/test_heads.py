@@ -174,7 +174,7 @@ def test_labels_that_the_loss_cannot_use_are_reported(losscli: Losscli) -> None:
 def test_another_head_asks_for_a_loss(losscli: Losscli) -> None:
     save("BertForQuestionAnswering")
     told = refused(losscli, "-d", "mine.py:data")
-    assert "what BertForQuestionAnswering scores is not known. Give --loss" in told
+    assert "it is not known which tokens BertForQuestionAnswering scores. Give --loss" in told
     options = ("-d", "mine.py:data", "--loss", "mine.py:own", "--points", 2, "-o", "-")
     done = losscli("interpolate", "a", "b", *options)
     assert done.status == 0, done.stderr

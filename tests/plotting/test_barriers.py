@@ -297,7 +297,7 @@ def test_the_label_names_a_logarithmic_scale() -> None:
 
 
 def test_two_matrices_cannot_be_laid_over_each_other() -> None:
-    with pytest.raises(UsageError, match="cannot be laid over another"):
+    with pytest.raises(UsageError, match="cannot be overlaid"):
         draw([run(seeds(3))] * 2)
     assert panels(draw([run(seeds(3))]))
 

@@ -721,7 +721,7 @@ def test_draw_draws_one_check_and_refuses_two() -> None:
     assert render(draw([one], Drawing(log=True)), ".png") == render(
         draw_check(one, Drawing(log=True)), ".png"
     )
-    with pytest.raises(UsageError, match="one check cannot be laid over another"):
+    with pytest.raises(UsageError, match="checks cannot be overlaid"):
         draw([one, one])
 
 

@@ -144,8 +144,8 @@ def test_gaps() -> None:
     assert {left, right} <= drawn
     assert not drawn & set(range(left + (right - left) // 4, left + 3 * (right - left) // 4))
     assert lines[-2:] == [
-        "train: 2 points are not finite, not drawn",
-        "train: 1 point is not above 0, not drawn",
+        "train: 2 points not drawn: the loss is not finite",
+        "train: 1 point not drawn: the loss is not above 0",
     ]
     assert "logarithmic axis" in lines
 
@@ -179,6 +179,21 @@ def test_runs_have_marks() -> None:
     lines = draw(curves, width=60, height=20, colour=False, ascii=True).splitlines()
     assert lines[-1].startswith("* one   + two   o run 3   ")
     assert {"*", "+", "o"} <= set("".join(line[6:] for line in lines[1:-3]))
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_labels_keep_their_beginning_and_pairs_their_end(plain: bool) -> None:
+    label, pair = "WideResNet28-10" * 9, "runs/with/a/long/name/init.pt → runs/again/final.pt"
+    curves = [(label, falling()), (pair, falling())]
+    picture = draw(curves, width=30, height=20, colour=False, ascii=plain)
+    dots, arrow = ("...", "->") if plain else ("…", "→")
+    shown = [line.split(" ", 1)[1] for line in picture.splitlines() if dots in line]
+    assert len(shown) == 2
+    assert shown[0].startswith("WideResNet28-10Wide")
+    assert shown[0].endswith(dots)
+    assert shown[1].startswith(dots)
+    assert shown[1].endswith(f"{arrow} runs/again/final.pt")
+    assert all(cell_len(line) <= 30 for line in picture.splitlines())
 
 
 def test_names_cannot_steer_the_terminal() -> None:

@@ -112,7 +112,7 @@ def log(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("kills", [1, pytest.param(8, marks=pytest.mark.stress)])
-@pytest.mark.parametrize("name", sample(COMMANDS, 0, 2))
+@pytest.mark.parametrize("name", sample(COMMANDS, 0))
 def test_kill_9_at_any_instant_and_the_same_bytes(
     name: str, kills: int, folder: Path, log: Path, losscli: Losscli
 ) -> None:
@@ -145,10 +145,10 @@ def test_a_signal_keeps_what_was_finished_and_says_where(
     whole = truth(LINE, folder, losscli)
     assert ended(child(LINE, log, dies(2, number))) == status
     assert log.read_text().splitlines()[-1] == (
-        f"losscli: {how}; what was finished is in out.journal: the same command resumes from there"
+        f"losscli: {how}; finished work is in out.journal: the same command resumes from there"
     )
     assert [path.name for path in folder.glob("*out*")] == ["out.journal"]
-    assert "goes on where out.journal ends\n" in said(LINE, losscli)
+    assert "resuming from out.journal\n" in said(LINE, losscli)
     assert results(folder) == whole
 
 
@@ -221,11 +221,11 @@ def changed(what: str, folder: Path) -> list[str]:
 @pytest.mark.parametrize(
     ("what", "told"),
     [
-        ("checkpoint", "the checkpoint b.pt was changed since"),
-        ("option", "--limit was not given and is 9"),
-        ("data", "the examples of test was changed since"),
-        ("code", "code_of_mine.py was changed since"),
-        ("imported late", "helper_of_mine.py was changed since"),
+        ("checkpoint", "the checkpoint b.pt changed"),
+        pytest.param("option", "--limit was not given and is 9", marks=pytest.mark.stress),
+        ("data", "the examples of test changed"),
+        pytest.param("code", "code_of_mine.py changed", marks=pytest.mark.stress),
+        ("imported late", "helper_of_mine.py changed"),
         ("metric", '--metric was ["code_of_mine.py:most,k=1"] and is ["code_of_mine.py:most,k=2"]'),
     ],
 )
@@ -258,7 +258,7 @@ def test_two_runs_on_one_stem_at_a_time(folder: Path, losscli: Losscli) -> None:
     with Journal.open(folder / "out", "another", {}):
         done = losscli(*LINE)
     assert done.status == 1
-    assert done.stderr.startswith("losscli: out.journal is held by another run (this process)")
+    assert done.stderr.startswith("losscli: out.journal is in use by another run (this process)")
     assert done.stderr.count("\n") == 1
     assert not list(folder.glob("out*"))
     assert losscli(*LINE).status == 0
@@ -351,7 +351,9 @@ def test_recalled_points_do_not_count_in_the_rate(monkeypatch: pytest.MonkeyPatc
     assert stderr.getvalue() == "90/100 points, 0:00:20 left\n"
 
 
-@pytest.mark.parametrize("name", ["interpolate", "trajectory", "plane", "barriers", "around"])
+@pytest.mark.parametrize(
+    "name", sample(["interpolate", "trajectory", "plane", "barriers", "around"], 1, 2)
+)
 def test_what_a_journal_holds_is_skipped(
     name: str, folder: Path, log: Path, losscli: Losscli, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -113,49 +114,61 @@ def same(found: Sequence[Evaluation], truth: Sequence[Evaluation]) -> bool:
     )
 
 
-def broken_anywhere(
+def resume_each(
     stem: Path,
     run: Callable[[Any], Any],
     resumed: Callable[[Any], Any],
+    most: int,
     *,
     first: int = 0,
-    coarse: int = 1000,
     steady: bool = True,
-) -> list[Any]:
-    """Breaks a run off at every record in turn, of many at some; returns what is found after.
+) -> dict[int, Any]:
+    """Stops a run at each of its records, or at so many of them, and resumes it.
 
-    Where both runs are of one kind, no more is recorded than by a run that was not broken off.
+    Where both runs are of one kind, no more is recorded than by a run that was not stopped.
+
+    Returns:
+        The result of the resumed run, by the number of records at the stop.
     """
-    found: list[Any] = []
-    recorded: set[int] = set()
-    records = first
-    while True:
+    with Journal.open(stem, "i", {}) as journal:
+        run(journal)
+        whole = len(journal)
+        journal.finish()
+    stops = range(first, whole)
+    if whole - first > most:
+        stops = sorted(random.Random(0).sample(stops, most))
+    found: dict[int, Any] = {}
+    for records in stops:
         with Journal.open(stem, "i", {}) as journal:
-            try:
+            with pytest.raises(_BrokenError):
                 run(_Breaking(journal, records))
-            except _BrokenError:
-                assert len(journal) == records
-            else:
-                assert not steady or recorded == {len(journal)}
-                return found
+            assert len(journal) == records
         with Journal.open(stem, "i", {}) as journal:
-            found.append(resumed(journal))
-            recorded.add(len(journal))
+            found[records] = resumed(journal)
+            assert not steady or len(journal) == whole
             journal.finish()
-        records += 1 + records // coarse
+    return found
 
 
+EVERY = pytest.param(999, marks=pytest.mark.stress)
+"""All stops, not a few."""
+
+
+@pytest.mark.parametrize("most", [3, EVERY])
 @pytest.mark.parametrize("case", TRIED, ids=str)
-def test_a_walk_that_was_broken_off_ends_with_the_same_bits(case: Case, tmp_path: Path) -> None:
+def test_a_walk_that_was_stopped_ends_with_the_same_bits(
+    case: Case, most: int, tmp_path: Path
+) -> None:
     truth = walk(case, None)
-    found = broken_anywhere(tmp_path / "run", partial(walk, case), partial(walk, case))
-    assert len(found) == 1 + 4 + 1
-    assert all(same(one, truth) for one in found)
+    found = resume_each(tmp_path / "run", partial(walk, case), partial(walk, case), most)
+    assert len(found) == min(most, 1 + 4 + 1)
+    assert all(same(one, truth) for one in found.values())
 
 
+@pytest.mark.parametrize("most", [2, EVERY])
 @pytest.mark.parametrize("statistics", ["moved", "left"])
 def test_estimated_statistics_are_those_of_an_unbroken_run(
-    statistics: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    statistics: str, most: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     case = next(case for case in TRIED if str(case) == "cnn-batchnorm")
     if statistics == "left":
@@ -165,9 +178,9 @@ def test_estimated_statistics_are_those_of_an_unbroken_run(
         monkeypatch.setattr(f"{__name__}.line", lambda case: (a, part))
     run = partial(walk, case, recalibrate=True)
     truth = run(None)
-    found = broken_anywhere(tmp_path / "run", run, run)
-    assert len(found) == 1 + 4 + 1
-    assert all(same(one, truth) for one in found)
+    found = resume_each(tmp_path / "run", run, run, most)
+    assert len(found) == min(most, 1 + 4 + 1)
+    assert all(same(one, truth) for one in found.values())
     assert not same(walk(case, None), truth)
 
 
@@ -212,16 +225,25 @@ def _tight(monkeypatch: pytest.MonkeyPatch, points: int, batch: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("points", "batch", "lasting"),
+    ("points", "batch", "lasting", "most"),
     [
-        (2, 16, True),
-        (1, 5, True),
-        (2, 16, False),
-        pytest.param(1, 5, False, marks=pytest.mark.stress),
+        (2, 16, True, 3),
+        (1, 5, True, 3),
+        (2, 16, False, 4),
+        *(
+            pytest.param(*sizes, lasting, 999, marks=pytest.mark.stress)
+            for sizes in ((2, 16), (1, 5))
+            for lasting in (True, False)
+        ),
     ],
 )
 def test_chunks_and_batches_that_memory_halved_stay_halved(
-    points: int, batch: int, lasting: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    points: int,
+    batch: int,
+    lasting: bool,
+    most: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     case = TRIED[0]
 
@@ -232,11 +254,11 @@ def test_chunks_and_batches_that_memory_halved_stay_halved(
 
     truth = tight(None)
     resumed = tight if lasting else partial(walk, case, chunk=None)
-    found = broken_anywhere(tmp_path / "run", tight, resumed, steady=lasting)
-    assert len(found) > 4
+    found = resume_each(tmp_path / "run", tight, resumed, most, steady=lasting)
+    assert len(found) >= min(most, 5)
     # Where memory was tight once and no chunk of a sweep had been finished, the next run has
     # nothing to go by, as if it had never been tight.
-    for records, one in enumerate(found):
+    for records, one in found.items():
         if lasting or records >= 2:
             assert same(one[:2], truth[:2])
         if lasting:
@@ -289,7 +311,8 @@ def test_another_point_slice_type_or_loaded_tensor_is_not_recalled(tmp_path: Pat
             assert same([found["all"]], [sweep(fresh, slice_, points)["all"]])
 
 
-def test_blocks_of_a_sample_are_told_apart(tmp_path: Path) -> None:
+@pytest.mark.parametrize("most", [3, EVERY])
+def test_blocks_of_a_sample_are_distinguished(most: int, tmp_path: Path) -> None:
     case = Case("many", lambda: MLP("4-3"), torch.rand(1200, 4), torch.arange(1200) % 3)
 
     def run(journal: Any) -> list[float]:
@@ -306,9 +329,9 @@ def test_blocks_of_a_sample_are_told_apart(tmp_path: Path) -> None:
         return [*found.mean.tolist(), *found.squares.tolist()]
 
     truth = run(None)
-    found = broken_anywhere(tmp_path / "run", run, run)
-    assert len(found) == 3 * 3
-    assert all(one == truth for one in found)
+    found = resume_each(tmp_path / "run", run, run, most)
+    assert len(found) == min(most, 3 * 3)
+    assert all(one == truth for one in found.values())
 
 
 def _interpolate(**more: Any) -> Callable[[], Study]:
@@ -337,6 +360,7 @@ def _check(tolerance: float, *names: str, **more: Any) -> Callable[[], Study]:
 
 
 @pytest.mark.usefixtures("folder")
+@pytest.mark.parametrize("most", [2, pytest.param(12, marks=pytest.mark.stress)])
 @pytest.mark.parametrize(
     "plan",
     [
@@ -349,20 +373,21 @@ def _check(tolerance: float, *names: str, **more: Any) -> Callable[[], Study]:
         _plane("a.pt", "b.pt", "init:3"),
         _plane("a.pt", axes="hessian", path=["b.pt"]),
         _check(10, "a.pt", split="test"),
-        _check(1e-3, "a.pt", split="test", density=True, blocks=True, probes=2, lanczos=5),
+        _check(10, "a.pt", split="test", density=True, blocks=True, probes=2, lanczos=5),
         _check(1e-3, "adam.pt", split="test", optimizer="adam"),
         *(
             pytest.param(check, marks=pytest.mark.stress)
             for check in (
                 _check(1e-3, "b.pt", split="test"),
+                _check(1e-3, "a.pt", split="test", density=True, blocks=True, probes=2, lanczos=5),
                 _check(1e-3, "a.pt", "b.pt"),
                 _check(10, "a.pt", "b.pt"),
             )
         ),
     ],
 )
-def test_a_study_that_was_broken_off_gives_the_same_tables_and_summary(
-    plan: Callable[[], Study], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_study_that_was_stopped_gives_the_same_tables_and_summary(
+    plan: Callable[[], Study], most: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     generator = np.random.default_rng(0)
     np.savez(
@@ -380,9 +405,9 @@ def test_a_study_that_was_broken_off_gives_the_same_tables_and_summary(
         return [to_json(summary), *(table.to_csv() for table in tables)]
 
     truth = told(None)
-    found = broken_anywhere(tmp_path / "run", told, told, first=1, coarse=1)
+    found = resume_each(tmp_path / "run", told, told, most, first=1)
     assert len(found) > 1
-    assert all(one == truth for one in found)
+    assert all(one == truth for one in found.values())
 
 
 @pytest.mark.usefixtures("folder")

@@ -175,7 +175,7 @@ def test_a_path_has_thresholds_and_an_empty_cell_before_the_first_step(losscli: 
     assert "of the threshold 380 = (2 + 2 · 0.9) / ((1 − 0.9) · 0.1)" in done.stdout
     assert "full-batch training with Adam" in done.stdout
     assert "the threshold of full-batch training with Adam" in done.stderr
-    assert "run/step-0.pt and 1 more has taken no step: there is no P there" in done.stderr
+    assert "run/step-0.pt and 1 more has taken no step: P is not defined there" in done.stderr
     # The learning rate of the user is taken for that of training.
     given = ("--optimizer", "adam", "--learning-rate", "0.2", "--split", "train", "-o", "other")
     assert losscli("check", "run/step-5.pt", *given).status == 0

@@ -363,7 +363,7 @@ def test_a_loss_not_above_0_has_no_multiple_for_a_threshold(tmp_path: Path) -> N
     assert point["loss"] < 0
     assert (point["threshold"], point["radii"]) == (None, {})
     (note,) = (note for note in result.summary["notes"] if "no basin radius" in note)
-    assert "is not above 0, so 2 times the loss is no threshold; give --basin-loss" in note
+    assert "is not above 0, so 2 times the loss is not a threshold; give --basin-loss" in note
     assert "not defined" in COMMANDS["around"].as_text(result)
     (point,) = losscli.around(file, **given, basin_loss=-5.0).summary["splits"]["all"]["points"]
     assert point["threshold"] == -5
@@ -584,16 +584,16 @@ ERRORS = [
     ("a.pt a.pt", 2, "a.pt is given 2 times. Give each checkpoint once"),
     ("missing.pt", 1, "there is no checkpoint missing.pt"),
     ("a.pt other.pt", 1, "other.pt does not fit the model"),
-    ("a.pt --directions 0", 2, "--directions 0 is not a number of directions"),
+    ("a.pt --directions 0", 2, "--directions must be at least 1, not 0"),
     ("a.pt --along gradient --directions 5", 2, "--directions is the number of random directions"),
     ("a.pt --along gradient --sampling-error 0.1", 2, "--sampling-error is not available with"),
     ("a.pt --along hessian --only *.x", 2, "the pattern '*.x' matches none"),
     ("a.pt --only *.bias", 2, "a.pt has no random direction: filter-normalised directions are"),
-    ("a.pt --basin 1", 2, "--basin 1 is not a multiple above 1 of the loss. Give 2"),
-    ("a.pt --basin nan", 2, "--basin nan is not a multiple"),
+    ("a.pt --basin 1", 2, "--basin must be above 1, not 1. Give 2"),
+    ("a.pt --basin nan", 2, "--basin must be above 1, not nan"),
     ("a.pt --basin-loss inf", 2, "--basin-loss inf is not finite"),
     ("a.pt --basin 2 --basin-loss 1", 2, "--basin and --basin-loss are both thresholds"),
-    ("a.pt --points 1", 2, "--points 1 leaves no point beside the checkpoint"),
+    ("a.pt --points 1", 2, "--points must be at least 2, not 1"),
     ("a.pt --range 0.5 1", 2, "--range 0.5 1 does not include 0, where the checkpoint is"),
     ("a.pt --range 1 0", 2, "--range 1.0 0.0 is reversed"),
 ]

@@ -512,14 +512,14 @@ def test_plot_draws_the_same_bytes_again(several: Path, losscli: Losscli) -> Non
 
 ERRORS = [
     (("barriers", "a.pt"), 2, "needs two checkpoints or more, and got 1"),
-    (("barriers", "a.pt", "b.pt", "a.pt"), 2, "a.pt is named 2 times"),
+    (("barriers", "a.pt", "b.pt", "a.pt"), 2, "a.pt is given 2 times"),
     (("barriers", "a.pt", "b.pt", "--points", 2), 2, "--points 2 leaves no point between"),
     (("barriers", "a.pt", "missing.pt"), 1, "there is no checkpoint missing.pt"),
     (("barriers", "a.pt", "other.pt"), 1, "other.pt does not fit the model"),
-    (("barriers", "a.pt", "b.pt", "--metric", "metrics.py:a"), 2, "would head two columns"),
+    (("barriers", "a.pt", "b.pt", "--metric", "metrics.py:a"), 2, "is that of another column"),
     (("plot", "out.curves.csv"), 1, "is not a table that losscli can draw"),
-    (("plot", "out.csv", "out.csv"), 2, "one matrix cannot be laid over another"),
-    (("plot", "out.csv", "--terminal"), 2, "a terminal shows the lines of interpolate alone"),
+    (("plot", "out.csv", "out.csv"), 2, "matrices cannot be overlaid"),
+    (("plot", "out.csv", "--terminal"), 2, "--terminal draws only tables of interpolate"),
 ]
 
 

@@ -327,7 +327,7 @@ def test_batches_are_drawn_until_the_error_over_them_is_small(
         assert row["examples"] == size
     assert result.summary["batches"] == {"all": size}
     assert result.summary["examples"] == {"all": 2 * size - (149 in order[:size])}
-    assert "all: 128 of 150 batches were looked at" in result.summary["notes"]
+    assert "all: 128 of 150 batches were evaluated" in result.summary["notes"]
 
 
 def test_statistics_are_those_of_the_batches_of_the_data(tmp_path: Path) -> None:

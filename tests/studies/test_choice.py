@@ -205,7 +205,7 @@ def test_a_check_differentiates_by_the_chosen_tensors_alone(
     assert len(spectrum) == 2 * sum(base[name].numel() for name in CHOSEN)
     assert counted(result)
     assert result.summary["notes"] == [
-        "gradient and Hessian are those of 2 tensors, and the verdict is about these alone",
+        "gradient, Hessian and verdict are those of 2 tensors only",
     ]
 
 

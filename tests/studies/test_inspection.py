@@ -123,7 +123,7 @@ def test_the_best_point_is_the_lowest_of_the_table(losscli: Losscli, folder: Pat
         done = losscli(*BEST, "--best", split, "--force")
         assert (done.status, done.stdout) == (0, "best.safetensors\n")
         assert done.stderr == (
-            f"note: α = {alpha}, of the lowest loss on {split} in x.csv: {loss:.6g}\n"
+            f"note: α = {alpha} has the lowest loss on {split} in x.csv: {loss:.6g}\n"
         )
         point = load_file("best.safetensors")
         for name, tensor in oracle.blend(state("a.pt"), state("b.pt"), alpha).items():
@@ -148,7 +148,7 @@ def test_of_equal_losses_the_first_counts_and_those_not_finite_do_not(
     done = losscli(*BEST, "--best", "t")
     assert done.status == 0
     first, second = done.stderr.splitlines()
-    assert first.startswith("note: α = 0.25, ")
+    assert first.startswith("note: α = 0.25 has ")
     assert second.startswith(
         "note: x.csv has no summary next to it: A and B are not compared with it"
     )
@@ -159,7 +159,7 @@ ERRORS = {
     "neither": (
         "",
         2,
-        "no point is given by any of --alpha, --best, --weights, --t, --plane. Give",
+        "no point is given. Give one of --alpha, --best, --weights, --t, --plane",
     ),
     "both": (
         "--alpha 1 --best train --csv x.csv",
@@ -279,7 +279,7 @@ def test_buffers_count_in_no_norm_of_the_whole(tmp_path: Path, losscli: Losscli)
     assert told["distance"] == pytest.approx(math.hypot(*far), rel=1e-12)
     assert told["buffers"] == ["norms.0.running_mean", "norms.0.running_var"]
     shown = losscli("inspect", tmp_path / "1.pt").stdout
-    assert "buffers count in neither norm nor distance: norms.0.running_mean and 1 more" in shown
+    assert "norms and distances are without buffers: norms.0.running_mean and 1 more" in shown
 
 
 def spoilt_batchnorm(folder: Path, prefix: str = "") -> None:
@@ -374,9 +374,9 @@ def test_a_point_that_the_two_files_do_not_make_is_refused(losscli: Losscli, fol
         assert not Path("best.safetensors").exists()
 
     refused("--buffers recalibrate, which needs model and data", buffers="recalibrate")
-    refused("does not tell what stays where it is", stays=None)
-    refused("absent.weight stays where it is", stays={"a": ["absent.weight"], "b": []})
-    refused("weight stays where it is", stays={"a": [], "b": ["weight"]})
+    refused("does not say which tensors stay", stays=None)
+    refused("absent.weight stays on the line", stays={"a": ["absent.weight"], "b": []})
+    refused("weight stays on the line", stays={"a": [], "b": ["weight"]})
 
 
 # --- export, to the bit --------------------------------------------------------------------------
@@ -522,7 +522,7 @@ def test_several_state_dicts_are_listed_with_their_keys(
     text = losscli("inspect", name).stdout.splitlines()
     assert text[0].endswith(f"in {len(parts)} state dicts")
     assert [line.split()[0] for line in text if "opt.state" in line] == list(parts)[2:]
-    assert text[-1].startswith(f"look into one of them with its key: losscli inspect {name}#")
+    assert text[-1].startswith(f"to inspect one of them, add its key: losscli inspect {name}#")
 
 
 def test_very_many_state_dicts_are_listed_by_the_beginnings_of_their_keys(
@@ -699,4 +699,4 @@ def test_versions_by_which_a_model_would_convert_are_noted_and_not_exported(
     )
     exported = losscli("export", "a.pt", "b.pt", "--alpha", 0.5, "-o", "x.pt")
     assert exported.status == bool(told)
-    assert "note different versions" in exported.stderr or not told
+    assert "have different versions" in exported.stderr or not told

@@ -397,7 +397,7 @@ def block(outputs: Tensor, targets: Tensor) -> Tensor:
 
 
 def test_a_metric_may_not_be_called_as_the_column_of_blocks(folder: Path) -> None:
-    with pytest.raises(UsageError, match="'block' would head two columns"):
+    with pytest.raises(UsageError, match="the name 'block' is that of another column"):
         library.interpolate("a.pt", "b.pt", metric=(block,), layerwise=True)
 
 
@@ -409,7 +409,7 @@ def test_the_command_writes_and_prints_each_block(losscli: Losscli, folder: Path
     done = losscli(*LAYERWISE, "--figure", "x.png", "--figure", "x.svg")
     assert done.status == 0
     assert "x.blocks.csv" in done.stderr
-    assert "each block alone, the others at A" in done.stdout
+    assert "each block on its own, the others at A" in done.stdout
     found = Table.read(Path("x.blocks.csv"))
     assert found.columns == ("block", "alpha", "split", "loss", "loss_stderr", "accuracy")
     assert command_of(found.columns) is None
@@ -447,9 +447,9 @@ def test_a_dry_run_counts_the_blocks(losscli: Losscli, folder: Path) -> None:
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--refine", "0.01"], "--refine refines one curve"),
-        (["--derivatives"], "--derivatives refines one curve"),
-        (["--context", "whole.csv"], "two different figures. Leave one of them out"),
+        (["--refine", "0.01"], "--refine is for one curve"),
+        (["--derivatives"], "--derivatives is for one curve"),
+        (["--context", "whole.csv"], "have no figure together. Leave one of them out"),
         (["--only", "layers.0.*"], "one block to move, layers.0, and compares blocks"),
         (["--only", "layers.1.weight"], "one block to move, layers.1, and"),
     ],

@@ -512,7 +512,7 @@ BAD = {
     "complex": (f"{LINE} --objective mine.py:imaginary", "the objective gives complex numbers"),
     "random": (f"{LINE} --objective mine.py:collocation", "draws random numbers.*--stochastic N"),
     "unknown": (f"{LINE} --objective residue", "unknown objective 'residue'"),
-    "missing": (f"{LINE} --objective mine.py:residue", "there is no 'residue' in it"),
+    "missing": (f"{LINE} --objective mine.py:residue", "the module has no 'residue'"),
     "with a loss": (f"{LINE} --objective mine.py:residual --loss mse", "--loss has no effect"),
     "no own loss": (
         f"{LINE} --objective model --batch-size 6",

@@ -209,6 +209,31 @@ def test_barriers_of_pairs_are_those_of_interpolate(spawned: Path, data: Any) ->
         assert at_10["values"][name]["stderr"] == pytest.approx(error, rel=1e-12)
 
 
+def margin(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    return outputs.gather(1, targets[:, None])[:, 0]
+
+
+def error(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    return -margin(outputs, targets)
+
+
+def test_the_barrier_of_a_metric_is_a_fall_or_a_rise(spawned: Path, data: Any) -> None:
+    error.higher_is_better = False  # type: ignore[attr-defined]
+    given: dict[str, Any] = {"data": data, "dtype": "float64", "points": 5}
+    metric = [margin, error, accuracy]
+    result = losscli.barriers(pairs="runs/pairs.csv", x="step", metric=metric, **given)
+    fall, rise = (result.table.floats(f"{name}_barrier") for name in ("margin", "error"))
+    assert max(fall) > 0
+    assert rise == pytest.approx(fall, rel=1e-13)
+    said = [note for note in result.summary["notes"] if "counts as better" in note]
+    assert said == [
+        (
+            "more of margin counts as better, so its barrier is a fall below the straight line; if "
+            "less is better, set margin.higher_is_better = False in your code"
+        )
+    ]
+
+
 @pytest.mark.usefixtures("unlaid")
 def test_files_text_and_figure_of_pairs(folder: Path, losscli: Losscli) -> None:
     Path("runs").mkdir()
@@ -250,9 +275,9 @@ ERRORS = [
     (("--pairs", "header.csv", "--x", "step"), "header.csv has no pairs"),
     (("--pairs", "columns.csv", "--x", "step"), "needs one column 'a', and has first, b, step"),
     (("--pairs", "good.csv", "--x", "epoch"), "needs one column 'epoch', and has a, b, step"),
-    (("--pairs", "good.csv", "--x", "split"), "--x split would head two columns"),
-    (("--pairs", "good.csv", "--x", "checkpoint"), "--x checkpoint would head two columns"),
-    (("--pairs", "clash.csv", "--x", "accuracy_barrier"), "would head two columns"),
+    (("--pairs", "good.csv", "--x", "split"), "--x split is the name of another column"),
+    (("--pairs", "good.csv", "--x", "checkpoint"), "--x checkpoint is the name of another column"),
+    (("--pairs", "clash.csv", "--x", "accuracy_barrier"), "is the name of another column"),
     (("--pairs", "missing.csv", "--x", "step"), "there is no checkpoint none.pt"),
     (("--pairs", "text.csv", "--x", "epoch"), "'early' under 'epoch' is not a finite number"),
     (("--pairs", "infinite.csv", "--x", "epoch"), "'inf' under 'epoch' is not a finite number"),
@@ -263,7 +288,7 @@ ERRORS = [
     (("--pairs", "blank.csv", "--x", "step"), "record 2 lacks a checkpoint"),
     (("--pairs", "good.csv"), "--pairs needs the name of its column"),
     (("a.pt", "--pairs", "good.csv", "--x", "step"), "and 1 checkpoint is given too"),
-    (("a.pt", "b.pt", "--x", "step"), "--x is a column of --pairs, which is missing"),
+    (("a.pt", "b.pt", "--x", "step"), "--x has no effect without --pairs"),
     ((), "needs two checkpoints or more, and got 0"),
     (("a.pt", "b.pt", "-d", "own.py:floats", "--disagreement"), "compares predicted classes"),
     (("a.pt", "b.pt", "--objective", "own.py:own", "--cka"), "the model gives only losses"),

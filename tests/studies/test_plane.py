@@ -309,7 +309,7 @@ def test_two_equal_checkpoints_and_three_on_a_line_span_no_plane(tmp_path: Path)
 def test_a_single_value_per_coordinate_does_not_make_a_plane(tmp_path: Path) -> None:
     case = next(c for c in CASES if c.name == "mlp-relu")
     (file,) = save(case, tmp_path, 1)
-    with pytest.raises(UsageError, match="--points 1 is not a plane"):
+    with pytest.raises(UsageError, match="--points must be at least 2, not 1"):
         losscli.plane([file], points=1, **options(case))
 
 

@@ -149,7 +149,7 @@ def test_equal_eigenvalues_are_noted(curvatures: Sequence[float], ends: Sequence
 def test_no_curvature_and_one_number_span_no_plane() -> None:
     with pytest.raises(ModelError, match=r"Hessian at .* is zero within rounding.*--axes"):
         losscli.plane(**bowl(0.0, 0.0))
-    with pytest.raises(UsageError, match="two parameters, and one number moves"):
+    with pytest.raises(UsageError, match="at least two parameters, and only one moves"):
         losscli.plane(**bowl(1.0))
     broken = bowl(1.0, 2.0)
     broken["names"]["weight"][:] = math.nan
@@ -346,7 +346,7 @@ ERRORS = [
     ("plane a.pt b.pt c.pt --axes hessian", 2, "needs one checkpoint, and got 3. Give the others"),
     (f"{AXES} --sampling-error 0.1", 2, "--sampling-error is not available with --axes"),
     (f"{AXES} --only *.x", 2, "the pattern '*.x' matches none"),
-    (f"{AXES} --keep-order", 2, "Give it with --pca or --path"),
+    (f"{AXES} --keep-order", 2, "--keep-order has no effect without --pca"),
     (f"{AXES} --range 1 0", 2, "--range 1.0 0.0 is reversed"),
     ("plane a.pt b.pt", 2, "to project a path, give --path"),
     ("plane a.pt --path other.pt", 1, "other.pt does not fit the model"),

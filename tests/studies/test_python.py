@@ -514,7 +514,7 @@ def test_every_misuse_of_an_argument_is_one_line(function: str, share: int) -> N
         ({"only": [b"x"]}, "only must be a string, not b'x'"),
         ({"metric": [3]}, "metric must be a string or a function, not 3"),
         ({"metric": {"accuracy": 1}}, "metric must be a string or a list of them, not a dict"),
-        ({"model": 3}, "model must be a string or a function, not 3. Give the name of a model"),
+        ({"model": 3}, "model must be a string or a function, not 3. Give a spec of the model"),
         ({"model": {"w": 1}}, "model must be a string or a function, not a dict"),
         ({"loss": nn.Linear}, "the loss fails"),
         ({"dtype": "float8"}, "--dtype float8 is not known"),

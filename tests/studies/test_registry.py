@@ -177,7 +177,7 @@ COMMANDS["ridge"] = Command(
     drawing="ridge:draw",
     summary="ridge:Summary",
     table=TableFormat(("height", "width"), grid=("height", "width")),
-    not_overlaid=("one ridge cannot be laid over another", "Give one"),
+    not_overlaid=("ridges cannot be overlaid", "Give one"),
 )
 # losscli itself was imported first, to get there.
 for name in [name for name in sys.modules if name == "losscli"]:
@@ -208,5 +208,5 @@ def test_a_new_command_takes_its_modules_and_one_entry(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "a ridge of 2 points" in done.stdout
     assert "Follow a ridge." in done.stdout
-    assert "one ridge cannot be laid over another" in done.stderr
+    assert "ridges cannot be overlaid" in done.stderr
     assert (tmp_path / "x.png").read_bytes()[:4] == b"\x89PNG"

@@ -242,7 +242,7 @@ def test_a_unit_without_variance_is_skipped() -> None:
     note = "the data have no split train: statistics are those of only, the only one"
     assert note in result.summary["notes"]
     assert np.isfinite(result.table["loss"]).all()
-    assert "at a point at most 1 unit had no variance, left as before\n" in report(result)
+    assert "at most 1 unit at a point had no variance and stayed unchanged\n" in report(result)
 
 
 def test_a_run_that_was_broken_off_ends_with_the_same_bytes(tmp_path: Path) -> None:
@@ -298,15 +298,15 @@ def test_the_command_line(losscli: Losscli, folder: Path) -> None:
     [
         ([], "--repair corrects points between A and B, and --range -0.5 2 goes beyond"),
         (["--range", "0", "1.5"], "--range 0 1.5 goes beyond"),
-        (["--derivatives"], "--derivatives is about the line, and the points of --repair are not"),
-        (["--refine", "0.1"], "--refine is about the line"),
-        (["--layerwise"], "--layerwise is about the line"),
-        (["--context", "whole.csv"], "--context is about the line"),
-        (["--range", "0", "1", "--sampling-error", "0.1"], "does not go with --sampling-error"),
-        (["--range", "0", "1", "--stochastic", "2"], "does not go with --stochastic"),
+        (["--derivatives"], "--derivatives is not available with --repair"),
+        (["--refine", "0.1"], "--refine is not available with --repair"),
+        (["--layerwise"], "--layerwise is not available with --repair"),
+        (["--context", "whole.csv"], "--context is not available with --repair"),
+        (["--range", "0", "1", "--sampling-error", "0.1"], "not available with --sampling-error"),
+        (["--range", "0", "1", "--stochastic", "2"], "not available with --stochastic"),
         (
             ["--range", "0", "1", "--batch-loss", "--batch-size", "5"],
-            "does not go with --batch-loss",
+            "not available with --batch-loss",
         ),
         (["--range", "0", "1", "--limit", "1"], "--repair has no more than one example of train"),
     ],
@@ -328,7 +328,7 @@ def test_an_objective_is_refused() -> None:
         return F.cross_entropy(model(batch[0]), batch[1], reduction="none")
 
     given: dict[str, Any] = {"model": "mlp:6-8-7-3", "data": data_of("mlp"), "repair": True}
-    with pytest.raises(LosscliError, match="does not go with --objective"):
+    with pytest.raises(LosscliError, match="not available with --objective"):
         library.interpolate(*states_of("mlp"), range=(0, 1), objective=objective, **given)
 
 
@@ -400,7 +400,7 @@ class Branch(nn.Module):
             "is a transposed convolution with groups",
         ),
         (lambda: Widths(Branch), "the model cannot be traced"),
-        (lambda: nn.Linear(6, 3), "the model has none that are known"),
+        (lambda: nn.Linear(6, 3), "none were found in the model"),
     ],
     ids=[
         "no bias",
@@ -435,7 +435,7 @@ def test_a_preactivation_that_is_not_finite_is_refused() -> None:
 
 
 REFUSED = {
-    "no-hidden": "the model has none",
+    "no-hidden": "none were found in the model",
     "views": "spread has no bias",
     "tied": "first shares first.weight",
     "shared": "q has no bias",

@@ -164,7 +164,7 @@ def test_a_file_that_changes_is_refused(three: list[str], monkeypatch: pytest.Mo
 
 REFUSED = {
     "one": ("soup a.pt", 2, "soup needs two checkpoints or more, and got 1"),
-    "twice": ("soup a.pt b.pt a.pt", 2, "a.pt is named 2 times. Give each checkpoint once"),
+    "twice": ("soup a.pt b.pt a.pt", 2, "a.pt is given 2 times. Give each checkpoint once"),
     "absent": ("soup a.pt absent.pt", 1, "absent.pt"),
     "another model": ("soup a.pt other.pt", 1, "other.pt does not fit a.pt"),
     "a folder": ("soup a.pt b.pt -o .", 2, "--out '.' is a folder"),
@@ -345,6 +345,21 @@ def test_a_greedy_soup_is_that_of_a_plain_loop(
     assert Path("again.png").read_bytes() == Path("s.png").read_bytes()
 
 
+def wrong(outputs: Tensor, targets: Tensor) -> Tensor:
+    return (outputs.argmax(1) != targets).float()
+
+
+def test_a_metric_of_which_less_is_better_is_the_negative_score(relatives: list[str]) -> None:
+    wrong.higher_is_better = False  # type: ignore[attr-defined]
+    found, expected = (
+        library.soup(relatives, greedy="test", metric=metric) for metric in (wrong, "accuracy")
+    )
+    assert found.table["kept"] == expected.table["kept"]
+    assert found.table.floats("score") == pytest.approx(
+        [score - 1 for score in expected.table.floats("score")], rel=1e-12
+    )
+
+
 def test_a_result_saves_what_the_command_line_writes(
     losscli: Losscli, relatives: list[str]
 ) -> None:
@@ -477,7 +492,7 @@ def test_a_killed_search_goes_on(
     assert not Path("s.csv").exists()
     done = losscli(*line, "s.safetensors")
     assert done.status == 0
-    assert "goes on where s.journal ends" in done.stderr
+    assert "resuming from s.journal" in done.stderr
     for suffix in (".csv", ".safetensors", ".png"):
         assert Path(f"s{suffix}").read_bytes() == Path(f"whole{suffix}").read_bytes()
 
@@ -599,7 +614,7 @@ OFF_PLANE = {
         "p.csv is of the model mlp:6-5-3, not of mlp:6-5-3,activation=tanh. Give --model mlp:6-5-3",
     ),
     "eigenvectors": ("--plane h.csv --at 0 0", 2, "the axes of h.csv are eigenvectors"),
-    "changed": ("--plane p.csv --at 0 0", 1, "b.pt is not what it was when p.csv was written"),
+    "changed": ("--plane p.csv --at 0 0", 1, "b.pt has changed since p.csv was written"),
 }
 
 

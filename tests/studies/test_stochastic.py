@@ -270,8 +270,11 @@ def mine(folder: Path) -> Path:
 
 LINE = "interpolate a.pt b.pt --points 3 -q --no-figure"
 BAD = {
-    "no number": (f"{LINE} --stochastic 0", "--stochastic 0 is not a number of seeds"),
-    "too many": (f"{LINE} --stochastic 10001", "--stochastic 10001 is not a number of seeds"),
+    "no number": (f"{LINE} --stochastic 0", "--stochastic must be between 1 and 10,000, not 0"),
+    "too many": (
+        f"{LINE} --stochastic 10001",
+        "--stochastic must be between 1 and 10,000, not 10001",
+    ),
     "sampled": (f"{LINE} --stochastic 2 --sampling-error 0.1", "--sampling-error is not available"),
     "not random": (
         f"{LINE} --stochastic 2",
@@ -279,7 +282,7 @@ BAD = {
     ),
     "own generator": (
         f"{LINE} -m mine.py:Hidden --stochastic 2",
-        "two answers for the same weights.*Draw random numbers from the global generators",
+        "different results for the same weights.*Draw random numbers from the global generators",
     ),
     "without it": (f"{LINE} -m mine.py:Noisy", "draws random numbers.*give --stochastic N"),
     "gauss-newton": (

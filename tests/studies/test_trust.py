@@ -263,7 +263,9 @@ def test_modules_of_one_name_are_not_mixed_up(project: Path) -> None:
     for name in "ab":
         shutil.copy(project / f"runs/{name}.pt", f"other/{name}.pt")
     losscli.interpolate("other/a.pt", "other/b.pt", points=3, trust=True)
-    with pytest.raises(SpecError, match=r"Python keeps one module of a name: .*other.*project"):
+    with pytest.raises(
+        SpecError, match=r"Python loads only one module of each name: .*other.*project"
+    ):
         losscli.interpolate("project/runs/a.pt", "project/runs/b.pt", points=3, trust=True)
 
 

@@ -248,4 +248,4 @@ def test_a_context_of_another_run_is_reported(losscli: Losscli, folder: Path) ->
     assert "is it of the same checkpoints, data and --limit?" in done.stderr
     done = losscli(*zoom, "--context", "other.csv", "-o", "other", "--force")
     assert done.status == 2
-    assert "would overwrite --context" in done.stderr
+    assert "other.csv is an input of this command, which would overwrite it." in done.stderr

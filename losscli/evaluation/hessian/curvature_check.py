@@ -20,18 +20,26 @@ from losscli.evaluation.finite_differences import (
     are_verified,
     finer,
     rules,
+    sample_size,
     unverified,
 )
 from losscli.evaluation.hessian.curvature import Curvature
 from losscli.evaluation.objective import Objective
 from losscli.evaluation.perturbation import displaced, random_step
-from losscli.evaluation.precision import narrowest_type
+from losscli.evaluation.precision import in_float64, narrowest_type
 from losscli.weight_space.vectors import Weights, norm
 
-__all__ = ["check_derivatives"]
+__all__ = ["check_derivatives", "float64_copy"]
 
 # Distance from the point at which derivatives are compared, as a share of its norm.
 _OFFSET = 0.01
+
+
+def float64_copy(objective: Objective) -> Objective | None:
+    """Returns an objective in float64 with its loaded weights; None if there is none."""
+    split = next(iter(objective.splits.values()))
+    sample, _ = split.spread(sample_size(objective))
+    return in_float64(objective, sample.to(objective.device), inside=True)
 
 
 def check_derivatives(
@@ -48,8 +56,8 @@ def check_derivatives(
 
     The comparison is made near the point, 1 % of the norm of the weights away in a random
     direction, because at special points, such as zero weights, a network has kinks. It is made
-    along the given directions and along four random ones: an eigenvector of a wrong Hessian may be
-    orthogonal to the error.
+    along the given directions and along random ones, four in all. At least two are random: an
+    eigenvector of a wrong Hessian may be orthogonal to the error.
 
     Args:
         objective: The model, the loss and the data, in float64 where possible.
@@ -92,9 +100,7 @@ def check_derivatives(
             at = Curvature(objective, base, names, sample)
             product, gradients = at.product(flat), at.gradient()
             size = max(float(gradients.norm()), abs(at.loss) / length)
-            comparison = second_rule.compare(
-                product, size, gradients.unsqueeze(0), _along(gradient, base, step)
-            )
+            comparison = second_rule.compare(product, size, _along(gradient, base, step))
             products.append(comparison)
             if comparison.limit is not None:
                 computed, limit = (float(x @ flat) / length**2 for x in (product, comparison.limit))
@@ -116,7 +122,7 @@ def check_derivatives(
     if len(wrong_products) >= NEEDED:
         raise ModelError(
             f"the second derivative is wrong: curvature along {wrong_products[0]}",
-            "Write operators with a backward of their own in elementary ones",
+            "Write operators with a custom backward in elementary operations",
         )
     if not verified:
         return unverified("gradient and Hessian" if twice else "gradient", "loss")
@@ -133,7 +139,7 @@ def _compare_slopes(
     """Compares gradients with differences of the loss along as many directions as needed.
 
     Returns:
-        The comparisons; and a phrase on each wrong slope, by the name of its direction.
+        The comparisons, and a description of each wrong slope by the name of its direction.
     """
     objective, sample = curvature.objective, curvature.split
     length = norm(point) or 1.0
@@ -146,7 +152,7 @@ def _compare_slopes(
     for name, step, base, flat in _bases(curvature, point, steps, generator):
         at = Curvature(objective, base, curvature.names, sample)
         slope, size = at.gradient() @ flat, abs(at.loss)
-        comparison = rule.compare(slope.cpu(), size, losses(base), _along(losses, base, step))
+        comparison = rule.compare(slope.cpu(), size, _along(losses, base, step))
         slopes.append(comparison)
         if comparison.limit is not None:
             computed, limit = (float(x) / length for x in (slope, comparison.limit))
@@ -177,8 +183,9 @@ def _steps(
         for name, v in directions.items()
         if bool(v.isfinite().all())
     }
+    number = max(NEEDED, POINTS - len(steps))
     return steps | {
-        f"random direction {k + 1}": random_step(point, generator) for k in range(POINTS)
+        f"random direction {k + 1}": random_step(point, generator) for k in range(number)
     }
 
 

@@ -22,6 +22,7 @@ __all__ = [
     "accuracy",
     "counted_in_accuracy",
     "disagreement",
+    "is_higher_better",
     "of_mean",
     "perplexity",
 ]
@@ -160,21 +161,27 @@ def perplexity(outputs: Tensor, targets: Tensor, *, ignore_index: int | None = N
 
 
 def of_mean(metric: PerExample, mean: float) -> float:
-    """Computes a metric from its mean over examples.
-
-    Args:
-        metric: The metric.
-        mean: Its mean over all examples.
-
-    Returns:
-        The mean itself, except for perplexity.
-    """
+    """Computes a metric from its mean over examples: the mean itself, except for perplexity."""
     if function_of(metric) is not perplexity:
         return mean
     try:
         return math.exp(mean)
     except OverflowError:
         return math.inf
+
+
+def is_higher_better(metric: PerExample) -> bool:
+    """Returns whether more of a metric is better.
+
+    Args:
+        metric: The metric.
+
+    Returns:
+        False for perplexity, and for code with the attribute ``higher_is_better = False``, as
+        torchmetrics has it; else True.
+    """
+    function = function_of(metric)
+    return function is not perplexity and getattr(function, "higher_is_better", True) is not False
 
 
 def loss_seed_stderr(outputs: Tensor, targets: Tensor) -> Tensor:

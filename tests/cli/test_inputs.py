@@ -1,0 +1,87 @@
+"""No command overwrites a file that it reads, also with ``--force``."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import losscli as library
+from tests.conftest import Losscli
+
+OVERWRITING = {
+    "a soup of its first": ("soup a.pt b.pt -o a.pt", "a.pt"),
+    "a greedy soup of its last": ("soup a.pt b.pt --greedy test -o b.pt", "b.pt"),
+    "a point of a line": ("export a.pt b.pt --alpha 0.5 -o b.pt", "b.pt"),
+    "an average": ("export a.pt b.pt --weights 1/2-1/2 -o a.pt", "a.pt"),
+    "a key of a file": ("export a.pt#state_dict b.pt --alpha 0.5 -o a.pt", "a.pt"),
+    "a link": ("export link.pt b.pt --alpha 0.5 -o link.pt", "link.pt"),
+    "a point of a plane": ("export --plane plane.csv --at 0 0 -o a.pt", "a.pt"),
+    "an alignment": ("align a.pt b.pt -o b.pt", "b.pt"),
+    "alignments in their folder": ("align a.pt runs -o runs", "runs/c.safetensors"),
+    "a part of a model": (
+        "export net=b.pt+other=a.pt net=a.pt+other=b.pt --alpha 1 -o b.pt",
+        "b.pt",
+    ),
+    "the bend of a path": (
+        "connect x.bend-1.safetensors b.pt -o x --steps 1",
+        "x.bend-1.safetensors",
+    ),
+    "the table of the whole line": (
+        "interpolate a.pt b.pt --context line.csv -o line --range 0 1",
+        "line.csv",
+    ),
+    "the pairs": ("barriers --pairs pairs.csv --x step -o pairs", "pairs.csv"),
+    "the data": ("interpolate a.pt b.pt -d text:words.json,context=6 -o words", "words.json"),
+    "the data by a TOML file": ("interpolate a.pt b.pt -d data.toml -o words", "words.json"),
+    "an image of the data": (
+        (
+            "interpolate init:0 init:1 -m mlp:12-2 -d imagefolder:images,size=2,flatten=true "
+            "--figure images/x/0.png -o x"
+        ),
+        "images/x/0.png",
+    ),
+    "a figure over a table": ("plot line.svg --figure line.svg", "line.svg"),
+    "a figure over a checkpoint": ("inspect a.svg --figure a.svg", "a.svg"),
+}
+
+
+@pytest.mark.usefixtures("unseen")
+def test_no_command_overwrites_a_file_that_it_reads(losscli: Losscli, folder: Path) -> None:
+    Path("link.pt").symlink_to("a.pt")
+    Path("runs").mkdir()
+    for name in ("runs/c.safetensors", "x.bend-1.safetensors"):
+        library.export("a.pt", "b.pt", 0.25).save(name)
+    shutil.copy("a.pt", "a.svg")
+    Path("pairs.csv").write_text("a,b,step\na.pt,b.pt,0\n")
+    Path("words.json").write_text("abcdefghijkl" * 8)
+    Path("data.toml").write_text('name = "text:words.json"\ncontext = 6\n')
+    for k in range(4):
+        image = Path("images", "xy"[k % 2], f"{k // 2}.png")
+        image.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((2, 2, 3), 60 * k, np.uint8)).save(image)
+    done = losscli("interpolate", "a.pt", "b.pt", "-o", "line", "--points", 3, "--no-figure")
+    assert done.status == 0, done.stderr
+    shutil.copy("line.csv", "line.svg")
+    done = losscli("plane", "a.pt", "-o", "plane", "--points", 2, "--no-figure")
+    assert done.status == 0, done.stderr
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    for case, (command, file) in OVERWRITING.items():
+        done = losscli(*command.split(), "--force", "-q")
+        words = f"losscli: {file} is an input of this command, which would overwrite it. Choose "
+        assert done.stderr == f"{words}another --out or --figure\n", case
+        assert done.status == 2, case
+        assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()} == before, case
+
+
+@pytest.mark.usefixtures("unseen")
+def test_results_next_to_their_inputs_are_overwritten(losscli: Losscli, folder: Path) -> None:
+    command = ("interpolate", "a.pt", "b.pt", "-o", "a", "--points", 3, "--force")
+    for _ in range(2):
+        done = losscli(*command, "--figure", "b.svg")
+        assert done.status == 0, done.stderr
+    assert json.loads(Path("a.json").read_text())["command"] == "interpolate"
