@@ -138,7 +138,7 @@ def test_each_frame_shows_one_more_checkpoint(case: str, monkeypatch: pytest.Mon
 
 
 @pytest.mark.usefixtures("laid_out")
-@pytest.mark.parametrize("case", sample(CASES, 1, 2))
+@pytest.mark.parametrize("case", sample(CASES, 3, 4))
 def test_a_gif_has_the_frames_and_holds_the_last(case: str) -> None:
     make, sizes = CASES[case]
     animated = with_layout(case)
@@ -211,7 +211,7 @@ def test_options_of_figures_hold_for_animations() -> None:
 
 @pytest.mark.parametrize(
     ("values", "log"),
-    sample(itertools.product([math.nan, math.inf, 0.0, -1.0], [False, True]), 1, 2),
+    sample(itertools.product([math.nan, math.inf, 0.0, -1.0], [False, True]), 1, 4),
 )
 def test_odd_losses_are_animated(values: float, log: bool) -> None:
     odd = test_plane.run("pca", test_plane.WINDING[::5], lambda x, y: values if x > -5 else 1.0)

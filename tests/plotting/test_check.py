@@ -211,12 +211,12 @@ def bars(axes: Axes) -> list[tuple[float, float, float]]:
 
 
 @pytest.mark.usefixtures("laid_out")
-@pytest.mark.parametrize("name", sample(PICTURES, 0, 2))
+@pytest.mark.parametrize("name", sample(PICTURES, 0, 4))
 def test_golden(name: str) -> None:
     check_golden(name, picture(name))
 
 
-@pytest.mark.parametrize("checkpoints", [1, 3])
+@pytest.mark.parametrize("checkpoints", [1, pytest.param(3, marks=pytest.mark.stress)])
 def test_picture_from_the_csv_is_the_same(checkpoints: int) -> None:
     def read(table: Table) -> Table:
         return Table.from_csv(io.StringIO(table.to_csv(), newline=""), "x")
@@ -676,7 +676,7 @@ LOG = ("nan", "one, nan", "all zero", "huge", "tiny", "no rows")
 @pytest.mark.parametrize(
     ("case", "log"),
     [
-        *sample(((case, case in LOG) for case in ODD), 1),
+        *sample(((case, case in LOG) for case in ODD), 3, 4),
         *(pytest.param(case, case not in LOG, marks=pytest.mark.stress) for case in ODD),
     ],
 )

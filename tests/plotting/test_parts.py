@@ -116,8 +116,8 @@ PICTURES: dict[str, Callable[[], Figure]] = {
         layered(layers(41)), Drawing(title="Forty-one blocks")
     ),
     "moved": lambda: draw_inspection(moved(transformer(2), wrong=1, whole_numbers=2)),
-    "moved-far": lambda: draw_inspection(moved(transformer(12))),
     "held": lambda: draw_inspection(held([(n, v, x) for n, v, x, _ in transformer(2)])),
+    "moved-far": lambda: draw_inspection(moved(transformer(12))),
 }
 
 
@@ -408,7 +408,7 @@ def test_one_inspection_cannot_be_laid_over_another() -> None:
     assert {"How far it went", "A  runs/init.safetensors      B  runs/final.safetensors"} <= set(
         texts(titled)
     )
-    with pytest.raises(UsageError, match="one inspection"):
+    with pytest.raises(UsageError, match="inspections cannot be overlaid"):
         draw([run, run])
 
 
