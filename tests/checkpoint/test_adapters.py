@@ -23,6 +23,7 @@ from losscli.checkpoint.peft_adapters import TYPES
 from losscli.errors import CheckpointError, MismatchError
 from losscli.models import MLP
 from tests import oracle
+from tests.cases import in_turn
 from tests.checkpoint.test_files import refusal, same, state, write
 from tests.checkpoint.test_folders import tiny
 from tests.conftest import Losscli
@@ -112,8 +113,7 @@ CASES: dict[str, tuple[Any, dict[str, Any]]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("suffix", [".safetensors", ".bin"])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(("case", "suffix"), in_turn(CASES, ".safetensors", ".bin"))
 def test_an_adapter_changes_its_base_as_peft_does(case: str, suffix: str, tmp_path: Path) -> None:
     build, config = CASES[case]
     base = {n: t.clone() for n, t in build().double().state_dict().items()}
