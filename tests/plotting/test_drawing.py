@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable
 from dataclasses import replace
@@ -49,6 +50,12 @@ RUNS: dict[str, Callable[[], Run[Any]]] = {
     "connect": lambda: test_connect.run(BOTH),
     "inspect": lambda: test_parts.moved(test_parts.transformer(1)),
 }
+
+
+@functools.cache
+def full(name: str) -> Figure:
+    """A figure with the default options and without its layout."""
+    return draw([RUNS[name]()])
 
 
 SHORT_NAMES = {"runs", "final", "init", ".pt", ".safetensors", "n = "}
@@ -105,13 +112,13 @@ def test_compact_figures_have_no_notes_and_no_names_of_files(
 
 
 def test_full_figures_have_notes_where_compact_ones_have_none() -> None:
-    run = RUNS["check"]()
-    full, compact = (
-        [box.get_title().get_text() for box in draw([run], Drawing(size=size)).legends]
-        for size in ("full", "paper")
+    compact = draw([RUNS["check"]()], Drawing(size="paper"))
+    notes, none = (
+        [box.get_title().get_text() for box in figure.legends]
+        for figure in (full("check"), compact)
     )
-    assert "Verdicts:" in full[0]
-    assert compact == [""]
+    assert "Verdicts:" in notes[0]
+    assert none == [""]
 
 
 @pytest.mark.parametrize(
@@ -222,7 +229,7 @@ def test_limits_that_show_no_curve_say_so(name: str, size: str) -> None:
 )
 def test_limits_are_those_of_the_colours_of_the_loss(name: str) -> None:
     run = RUNS[name]()
-    free = draw([run])
+    free = full(name)
     limited = draw([run], Drawing(ylim=(0.25, 0.5)))
     bar = limited.axes[-1] if name != "trajectory" else limited.axes[4]
     shown = [float(label.get_text()) for label in bar.get_yticklabels() if label.get_text()]
@@ -247,7 +254,7 @@ def marks(figure: Figure) -> int:
 @pytest.mark.parametrize("name", ["interpolate", "layerwise", "trajectory", "around"])
 def test_figures_without_markers(name: str) -> None:
     run = RUNS[name]()
-    assert marks(draw([run])) > 0
+    assert marks(full(name)) > 0
     bare = draw([run], Drawing(no_markers=True))
     assert marks(bare) == 0
     assert not [

@@ -230,8 +230,9 @@ def test_distances_are_equal_on_both_axes() -> None:
     long = (-30.0, 30.0, -1.0, 1.0)
     assert draw_plane(run("points", box=long)).axes[0].get_aspect() == 1
     assert draw_plane(run("points")).axes[0].get_aspect() == 1
-    assert draw_plane(run("pca", WINDING)).axes[0].get_aspect() == 1
-    assert "scales" not in note(draw_plane(run("pca", WINDING)))
+    figure = draw_plane(run("pca", WINDING))
+    assert figure.axes[0].get_aspect() == 1
+    assert "scales" not in note(figure)
     stretched = draw_plane(run("pca", WINDING, box=long))
     assert stretched.axes[0].get_aspect() == "auto"
     said = "The scales of the axes differ: y is stretched 30 times relative to x."
