@@ -547,7 +547,7 @@ def test_other_kinds_of_lora_are_refused(config: dict[str, Any], told: str, tmp_
 def test_a_config_cannot_name_a_module_to_import(tmp_path: Path) -> None:
     adapt(mlp(), tmp_path, r=2, target_modules=["layers.0"], use_dora=True)
     change(tmp_path, megatron_config={"x": 1}, megatron_core="antigravity")
-    assert "Megatron is not read. Merge it with peft" in refusal(tmp_path)
+    assert "Megatron is not supported. Merge it with peft" in refusal(tmp_path)
 
 
 def test_lora_of_multi_head_attention_is_refused(tmp_path: Path) -> None:
@@ -558,7 +558,9 @@ def test_lora_of_multi_head_attention_is_refused(tmp_path: Path) -> None:
 
     adapt(Attending(), tmp_path, r=2, target_modules=["attention"])
     expected = dict(Attending().state_dict())
-    with pytest.raises(CheckpointError, match=r"here attention, is not read\. Merge it with peft"):
+    with pytest.raises(
+        CheckpointError, match=r"here attention, is not supported\. Merge it with peft"
+    ):
         opened(expected, tmp_path, expected)
 
 
