@@ -331,7 +331,9 @@ class CheckpointFile:
             for part in find_parts(candidate, expected, aliases, optional)
         ]
         matches = [
-            (f"{label}.{part.prefix}".strip("."), part) for label, part in labelled if part.holds
+            (f"{label}.{part.prefix}".strip(".") if part.prefix else label, part)
+            for label, part in labelled
+            if part.holds
         ]
         if optional:
             # Of the parts that lack allowed tensors, those with the most of the model's.

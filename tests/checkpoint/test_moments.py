@@ -273,7 +273,7 @@ REFUSED: dict[str, tuple[str, Callable[[nn.Module], Any]]] = {
         "betas, eps or amsgrad",
         lambda model: train(model, lambda m: first_apart(m, {"betas": (0.5, 0.9)})).state_dict(),
     ),
-    "a beta of 1": ("as an option or as the step of Adam", lambda model: edited(model, betas=(1.0, 0.9))),
+    "a beta of 1": ("as an option or", lambda model: edited(model, betas=(1.0, 0.9))),
     "three betas": ("another form", lambda model: edited(model, betas=(0.9, 0.9, 0.9))),
     "lr": ("as an option or as the step of Adam", lambda model: edited(model, lr="high")),
     "no list": ("another form", lambda model: edited(model, params=3)),
