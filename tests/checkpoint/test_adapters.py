@@ -153,7 +153,7 @@ def test_a_square_weight_whose_layout_is_not_known_is_refused(tmp_path: Path) ->
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     config["fan_in_fan_out"] = False
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
-    with pytest.raises(CheckpointError, match=r"attn\.c_proj\.weight is square: its layout is unknown"):
+    with pytest.raises(CheckpointError, match=r"attn\.c_proj\.weight is square: its layout is"):
         opened(base, tmp_path, tiny(0).state_dict())
 
 
@@ -573,7 +573,7 @@ def test_other_kinds_of_adapters_are_refused(losscli: Losscli, tmp_path: Path) -
         peft.get_peft_model(mlp(), config).save_pretrained(folder)
         done = losscli("interpolate", tmp_path / "base.pt", folder, "-m", "mlp:4-3-2", "-o", "-")
         assert (done.status, done.stdout, done.stderr.count("\n")) == (1, "", 1)
-        assert "is of an adapter of the type" in done.stderr
+        assert "describes an adapter of type" in done.stderr
         assert "Merge it with peft (merge_and_unload) and save the whole model" in done.stderr
 
 
