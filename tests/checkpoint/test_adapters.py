@@ -592,7 +592,7 @@ def change(folder: Path, **values: Any) -> None:
         ({"lora_alpha": None}, "lora_alpha is None, which is not a factor"),
         ({"lora_alpha": float("nan")}, "lora_alpha is nan, which is not a factor"),
         ({"alpha_pattern": {"(": 1}}, "'(' is not a regular expression"),
-        ({"peft_type": None}, "an adapter of the type None"),
+        ({"peft_type": None}, "an adapter of type None"),
         ({"peft_type": ["LORA"]}, "an adapter of the type ['LORA']"),
     ],
     ids=str,
