@@ -593,7 +593,7 @@ def change(folder: Path, **values: Any) -> None:
         ({"lora_alpha": float("nan")}, "lora_alpha is nan, which is not a factor"),
         ({"alpha_pattern": {"(": 1}}, "'(' is not a regular expression"),
         ({"peft_type": None}, "an adapter of type None"),
-        ({"peft_type": ["LORA"]}, "an adapter of the type ['LORA']"),
+        ({"peft_type": ["LORA"]}, "an adapter of type ['LORA']"),
     ],
     ids=str,
 )
