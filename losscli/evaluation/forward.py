@@ -36,6 +36,7 @@ from losscli.evaluation.losses.built_in import (
     PerExample,
     function_of,
     nll,
+    on_device,
     per_example_mean,
 )
 from losscli.evaluation.losses.example_weights import weights_of
@@ -123,7 +124,7 @@ class ScoredModel(LoadableModel):
         self.function = function
         self.seeds = tuple(seeds)
         self.draws = False
-        self.loss = loss if function is None else returned_losses
+        self.loss = on_device(loss, device) if function is None else returned_losses
         self.metrics = dict(metrics)
         self.batch_loss = batch_loss
         self.copies_inputs = False
@@ -246,23 +247,22 @@ class ScoredModel(LoadableModel):
         Returns:
             A context for a forward pass. Its outputs must be used before the weights change.
         """
+        if self._head is None:
+            return contextlib.nullcontext()
         functions = {function_of(self.loss), *map(function_of, self.metrics.values())}
         # An accuracy would compute the scores once more.
-        if self._head is None or not functions <= {*TOKEN_LOSSES, perplexity}:
+        if not functions <= {*TOKEN_LOSSES, perplexity}:
             return contextlib.nullcontext()
         return DeferredHead(self._head)
 
-    @contextlib.contextmanager
-    def computing(self) -> Iterator[None]:
+    def computing(self) -> AbstractContextManager[None]:
         """Ensures that everything computes in the type of the forward pass.
 
-        Allocations that fail raise ``torch.OutOfMemoryError``.
-
-        Yields:
-            Nothing; for all computations with the model, such as a backward pass.
+        Returns:
+            A context for all computations with the model, such as a backward pass. Allocations
+            that fail in it raise ``torch.OutOfMemoryError``.
         """
-        with allocations(), widened() if self.widens else contextlib.nullcontext():
-            yield
+        return _widened_allocations() if self.widens else allocations()
 
     def _gradients(self) -> AbstractContextManager[Any]:
         """Enables gradients if the model or the loss differentiates."""
@@ -427,6 +427,12 @@ class ScoredModel(LoadableModel):
             return 1.0
         weights = weights_of(self.loss, scores_in(outputs), realise(targets))
         return float(length(targets) if weights is None else weights.sum())
+
+
+@contextlib.contextmanager
+def _widened_allocations() -> Iterator[None]:
+    with allocations(), widened():
+        yield
 
 
 def mean_over_seeds(values: Tensor, dim: int = 0) -> Tensor:

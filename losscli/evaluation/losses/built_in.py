@@ -43,6 +43,7 @@ __all__ = [
     "function_of",
     "mse",
     "nll",
+    "on_device",
     "options_of",
     "per_example_mean",
     "token_cross_entropy",
@@ -315,12 +316,14 @@ def _in_float64(
     # MPS has no float64.
     narrow = outputs.device.type == "mps"
     wide = torch.promote_types(outputs.dtype, torch.float32 if narrow else torch.float64)
-    step = max(1, _CHUNK // max(1, outputs[0].numel()))
+    step = max(1, _CHUNK // max(1, math.prod(outputs.shape[1:])))
+    if len(outputs) <= step:
+        return per_example_mean(loss(outputs.to(wide), targets))
     parts = [
         per_example_mean(loss(some.to(wide), own))
         for some, own in zip(torch.split(outputs, step), torch.split(targets, step), strict=True)
     ]
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+    return torch.cat(parts)
 
 
 def _negative_log_softmax(
@@ -412,6 +415,25 @@ def per_example_mean(values: Tensor) -> Tensor:
     return values.flatten(1).mean(1) if values.ndim > 1 else values
 
 
+def on_device(function: PerExample, device: torch.device) -> PerExample:
+    """Moves the weights in the options of a loss to a device, once instead of for every batch.
+
+    Args:
+        function: A loss or a metric.
+        device: The device.
+
+    Returns:
+        The same function, with the weights as tensors in float64, on MPS in float32.
+    """
+    wide = torch.float32 if device.type == "mps" else torch.float64
+    own = {
+        key: torch.as_tensor(value, dtype=wide, device=device)
+        for key, value in options_of(function).items()
+        if key in _WEIGHTS and value is not None
+    }
+    return partial(function, **own) if own and function_of(function) in _WEIGHTED else function
+
+
 def function_of(function: PerExample) -> PerExample:
     """Returns a loss or metric without its options, which a `functools.partial` holds."""
     return function.func if isinstance(function, partial) else function
@@ -432,3 +454,7 @@ LOSSES: dict[str, PerExample] = {
 
 TOKEN_LOSSES = frozenset({causal_lm, token_cross_entropy})
 """The losses of tokens: a target for each, and scores in the last dimension."""
+
+_WEIGHTS = frozenset({"weight", "pos_weight"})
+
+_WEIGHTED = frozenset({cross_entropy, nll, bce, token_cross_entropy})
