@@ -13,66 +13,6 @@ import types
 from functools import cache
 from typing import Any, NotRequired, TypedDict, get_args, get_origin, get_type_hints, is_typeddict
 
-__all__ = [
-    "AlignmentSummary",
-    "AroundPoint",
-    "AroundSplit",
-    "AroundSummary",
-    "BarriersSplit",
-    "BarriersSummary",
-    "BasinRadius",
-    "BlockSplit",
-    "BlockSummary",
-    "CheckSummary",
-    "CheckedPoint",
-    "CheckpointEntry",
-    "ConnectPlane",
-    "ConnectSplit",
-    "ConnectSummary",
-    "CostEstimate",
-    "Counts",
-    "Density",
-    "Derivative",
-    "Description",
-    "Escape",
-    "Extremum",
-    "FirstBatch",
-    "Height",
-    "InspectionSummary",
-    "LineSplit",
-    "LineSummary",
-    "LowestOnLine",
-    "LowestOnPath",
-    "MatchedActivations",
-    "Moving",
-    "Origin",
-    "PairBarrier",
-    "PathLengths",
-    "PlaneAxis",
-    "PlaneSplit",
-    "PlaneSummary",
-    "Preconditioner",
-    "Predicted",
-    "ProjectSummary",
-    "ProjectedPath",
-    "Provenance",
-    "RandomWalks",
-    "Refined",
-    "Rise",
-    "Seconds",
-    "SharpnessPoint",
-    "SharpnessSplit",
-    "SharpnessSummary",
-    "Slope",
-    "SoupSplit",
-    "SoupSummary",
-    "Step",
-    "Summary",
-    "TrajectorySplit",
-    "TrajectorySummary",
-    "from_json",
-]
-
 
 class CheckpointEntry(TypedDict, total=False):
     """A checkpoint: its name as given, its file, and the SHA-256 of its content."""
@@ -158,8 +98,8 @@ class StrategyChoice(TypedDict):
 
     ``difference`` is ‖l − t‖ / ‖t‖ with the losses l of the strategy and t of loaded points on a
     part of a batch; None if it was not measured, as a second copy of a large model would be needed.
-    ``graph`` is ``used`` if batches are evaluated as CUDA graphs, or the reason why not; missing
-    where there are none.
+    ``graph`` is ``used`` if batches are evaluated as CUDA graphs where there are enough of them, or
+    the reason why not; missing where there are no graphs.
     """
 
     name: str
