@@ -30,12 +30,12 @@ from losscli.studies.base import Study
 from losscli.studies.checkpoints import require_distinct
 from losscli.studies.export import average_checkpoints
 from losscli.studies.notes import general_notes, integer_notes, storage_notes
-from losscli.studies.problem import Problem, counted, prepare
+from losscli.studies.problem import Problem, counted, prepare, unequal_names
 from losscli.studies.verification import made_checkpoint, verify_fresh_model
 from losscli.table import Table
 from losscli.weight_space.averages import average
 from losscli.weight_space.curve import standard_error
-from losscli.weight_space.vectors import Weights, equal
+from losscli.weight_space.vectors import Weights
 
 __all__ = ["Soup", "SoupResult", "soup"]
 
@@ -171,12 +171,8 @@ class Soup(Study):
             # Paired standard errors need the score of every example, which losses have.
             objective.loss = objective.metrics[metric]
         objective.metrics = {}
-        first, *others = (problem.open(t).weights for t, _ in enumerate(names))
-        moving = tuple(
-            name
-            for name in problem.moving
-            if not all(equal(first[name], other[name]) for other in others)
-        )
+        states = (problem.open(t).weights for t, _ in enumerate(names))
+        moving = unequal_names(problem.moving, states)
         return cls(problem, moving, begun, greedy, metric)
 
     @property
