@@ -27,9 +27,16 @@ GALLERY = ROOT / "sample_checkpoints" / "gallery"
 MEASURED = ROOT / "tests" / "benchmarks" / "results" / "cpu.json"
 
 _SPEED = re.compile(r"(<!-- speed -->\n).*?(<!-- end -->\n)", re.DOTALL)
-_ALL_POINTS = re.compile(r"^losscli (interpolate|plane|around|barriers)(?!.*--points)")
+_ALL_POINTS = re.compile(r"^losscli (interpolate|plane|around|barriers|connect)(?!.*--points)")
 _STUDY = re.compile(r"^losscli (interpolate|trajectory|plane|around|barriers|check|sharpness)")
 _TRAINING = re.compile(r"^losscli connect")
+_LESS = {
+    "points": "5",
+    "refine": "0.1",
+    "samples": "1",
+    "probes": "1",
+    "lanczos": "9",
+}
 _WHOLE_PATH = re.compile(r"^(losscli (?:check|sharpness) )(\S+)/path")
 _CODE = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
 _FOLDED = re.compile(r"(<details.*?</summary>).*?</details>", re.DOTALL)
@@ -74,9 +81,9 @@ def commands(text: str) -> list[str]:
 def sample(commands: list[str]) -> list[str]:
     """Commands that show each command and option of losscli, and those that write what they read.
 
-    Every line that is none of losscli itself is among them. They do less: studies take few
-    examples, what does not say how many points it takes, takes a few, a curve is trained for few
-    steps, and of a path only its end is checked.
+    Every line that does not run losscli is among them. They do less: studies take few examples,
+    points, samples and probes, a curve is trained for few steps, and of a path only its end is
+    checked.
     """
     kept: list[str] = []
     shown: set[str] = set()
@@ -85,7 +92,9 @@ def sample(commands: list[str]) -> list[str]:
         shows = set(re.findall(r"losscli \w+|(?<= )--?[a-z][\w-]*", command)) or {command}
         writes = set(re.findall(r" -o ([\w-]+)", command))
         if shows - shown or writes & read:
-            shorter = _ALL_POINTS.sub(r"\g<0> --points 9", command)
+            shorter = _ALL_POINTS.sub(r"\g<0> --points 5", command)
+            for option, value in _LESS.items():
+                shorter = re.sub(rf"--{option} [\d.]+", f"--{option} {value}", shorter)
             shorter = _WHOLE_PATH.sub(_with_end, shorter)
             shorter = _TRAINING.sub(r"\g<0> --limit 99 --steps 9", shorter)
             kept.insert(0, _STUDY.sub(r"\g<0> --limit 99", shorter))

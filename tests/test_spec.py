@@ -20,10 +20,12 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from losscli.data import objects
 from losscli.errors import SpecError, UntrustedCodeError
 from losscli.models import MODELS
 from losscli.spec import Spec, Value, call, expand_toml, look_up, user_code_digests
 from tests.conftest import ROOT, Losscli
+from tests.forks import child, ended
 
 KEYS = st.from_regex(r"[A-Za-z_][A-Za-z0-9_]*", fullmatch=True)
 TEXTS = st.one_of(
@@ -240,7 +242,17 @@ def test_code_is_found_in_a_package_and_in_the_current_folder(
 
 # Installed libraries, the standard library, and losscli itself; those of the first two are not yet
 # imported when the user's code is.
-INSTALLED = ("matplotlib", "sqlite3", "wave", "torch", "numpy", "json", "losscli")
+INSTALLED = (
+    "safetensors",
+    "rich",
+    "matplotlib",
+    "sqlite3",
+    "wave",
+    "torch",
+    "numpy",
+    "json",
+    "losscli",
+)
 
 
 @pytest.fixture
@@ -253,10 +265,10 @@ def shadowed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "space").mkdir()
     (tmp_path / "space" / "inner.py").write_text("SIZE = 5\n")
     (tmp_path / "net.py").write_text(
-        "import json, numpy, helper\n"
+        "import json, safetensors, helper\n"
         "def build():\n"
-        "    import sqlite3, wave, matplotlib.figure, late, space.inner\n"
-        "    modules = (sqlite3, wave, matplotlib, json, numpy)\n"
+        "    import sqlite3, wave, rich, late, space.inner\n"
+        "    modules = (sqlite3, wave, rich, json, safetensors)\n"
         "    return [m.__file__ for m in modules], helper.SIZE, late.SIZE, space.inner.SIZE\n"
     )
     monkeypatch.chdir(tmp_path)
@@ -365,6 +377,7 @@ def test_a_library_that_losscli_misses_is_not_looked_for_in_a_folder_of_own_code
         del sys.modules["specs_library"]
 
 
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded")
 @pytest.mark.parametrize(
     ("start", "kinds"),
     [
@@ -373,13 +386,15 @@ def test_a_library_that_losscli_misses_is_not_looked_for_in_a_folder_of_own_code
         pytest.param("spawn", ["rows", "coming"], marks=pytest.mark.stress),
     ],
 )
-def test_workers_find_the_modules_of_own_code(start: str, kinds: list[str], shadowed: Path) -> None:
+def test_workers_find_the_modules_of_own_code(
+    start: str, kinds: list[str], shadowed: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     (shadowed / "rows.py").write_text(
         "import torch\nfrom torch.utils.data import DataLoader, Dataset, IterableDataset\n"
         "class Rows(Dataset):\n"
         "    def __len__(self): return 9\n"
         "    def __getitem__(self, i):\n"
-        "        import late, matplotlib.figure\n"
+        "        import late, sqlite3, wave\n"
         "        return torch.full((3,), late.SIZE + i / 9), i % 2\n"
         "class Coming(IterableDataset):\n"
         "    def __iter__(self): return (Rows()[i] for i in range(9))\n"
@@ -388,18 +403,20 @@ def test_workers_find_the_modules_of_own_code(start: str, kinds: list[str], shad
         f"def coming(): return {{'s': DataLoader(Coming(), 3, num_workers=1,\n"
         f"    multiprocessing_context={start!r})}}\n"
     )
-    (shadowed / "run.py").write_text(
-        "import losscli.data.objects as objects\n"
-        "objects.host_budget = lambda: 200\n"  # too little to be kept in memory
-        "from losscli.cli import run\n"
-        "from losscli.cli.console import Console\n"
-        "line = 'interpolate init:0 init:1 -m mlp:3-2 --range 0 1 --points 2 --no-figure -q'\n"
-        "if __name__ == '__main__':\n"
-        f"    for data in {kinds}:\n"
-        "        assert run([*line.split(), '-d', f'rows:{data}', '-o', data], Console()) == 0\n"
-    )
-    done = own_process("run.py", cwd=shadowed)
-    assert (done.returncode, done.stderr) == (0, ""), done.stderr
+    logs = tmp_path_factory.mktemp("logs")
+
+    def before() -> None:
+        objects.host_budget = lambda: 200  # too little to be kept in memory
+        os.dup2(os.open(logs / "stderr of workers", os.O_WRONLY | os.O_CREAT), 2)
+
+    line = "interpolate init:0 init:1 -m mlp:3-2 --range 0 1 --points 2 --no-figure -q"
+    for kind in kinds:
+        pid = child([*line.split(), "-d", f"rows:{kind}", "-o", kind], logs / "stderr", before)
+        assert ended(pid) == 0
+        assert {path.name: path.read_text() for path in logs.iterdir()} == {
+            "stderr": "",
+            "stderr of workers": "",
+        }
     assert len({(shadowed / f"{kind}.csv").read_text() for kind in kinds}) == 1
 
 

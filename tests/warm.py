@@ -1,8 +1,8 @@
 """A losscli that has imported everything before it is called, for what calls it many times.
 
-``python warm.py SOCKET`` waits there. A script by the name of losscli stands in for the command: it
-hands over its arguments, folder, environment and three streams, and a fork does the work in its
-stead, as a process that had only just begun would.
+``python warm.py SOCKET`` waits there. Scripts by the names of losscli and python stand in for the
+commands: they hand over their arguments, folder, environment and three streams, and a fork does the
+work, as a process that had only just begun would. ``python`` takes the name of a file.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import runpy
 import signal
 import socket
 import subprocess
@@ -25,7 +26,7 @@ _SCRIPT = """#!{python} -IS
 import json, os, socket, sys
 with socket.socket(socket.AF_UNIX) as server:
     server.connect({place!r})
-    told = json.dumps([sys.argv[1:], os.getcwd(), dict(os.environ)]).encode()
+    told = json.dumps([sys.argv, os.getcwd(), dict(os.environ)]).encode()
     socket.send_fds(server, [len(told).to_bytes(8, "big")], [0, 1, 2])
     server.sendall(told)
     status = server.recv(1)
@@ -43,9 +44,11 @@ def serving(folder: Path) -> Iterator[Path]:
     Yields:
         The folder to begin PATH with.
     """
-    script, place = folder / "losscli", folder / "socket"
-    script.write_text(_SCRIPT.format(python=sys.executable, place=str(place)), encoding="utf-8")
-    script.chmod(0o755)
+    place = folder / "socket"
+    for name in ("losscli", "python"):
+        script = folder / name
+        script.write_text(_SCRIPT.format(python=sys.executable, place=str(place)), encoding="utf-8")
+        script.chmod(0o755)
     with subprocess.Popen(
         [sys.executable, str(Path(__file__)), str(place)], stdout=subprocess.PIPE
     ) as server:
@@ -59,6 +62,9 @@ def serving(folder: Path) -> Iterator[Path]:
 
 def _serve(place: str) -> None:
     # What any command may need, but nothing that begins a thread.
+    from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+
     from losscli.cli.app import make_app
     from losscli.plotting import style, surface
     from losscli.registry import COMMANDS, load
@@ -69,9 +75,10 @@ def _serve(place: str) -> None:
         load(command.function)
         load(command.drawing)
 
-    # Pictures have the layout of others, with fewer pixels and facets: most of the time of drawing.
+    # Pictures have no layout and fewer pixels and facets: most of the time of drawing.
     style._STYLE["savefig.dpi"] = 40
     surface._FACETS = 6
+    ConstrainedLayoutEngine.execute = Figure.draw_without_rendering = lambda *_: None  # type: ignore[method-assign]
 
     with tempfile.TemporaryDirectory() as folder:
         _begin(Path(folder))
@@ -115,7 +122,7 @@ def _answer(caller: socket.socket) -> None:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         size, streams, *_ = socket.recv_fds(caller, 8, 3)
         with caller.makefile("rb") as file:
-            arguments, folder, environment = json.loads(file.read(int.from_bytes(size, "big")))
+            words, folder, environment = json.loads(file.read(int.from_bytes(size, "big")))
         for own, stream in enumerate(streams):
             os.dup2(stream, own)
             os.close(stream)
@@ -123,7 +130,13 @@ def _answer(caller: socket.socket) -> None:
         os.environ.clear()
         os.environ.update(environment)
         try:
-            main(arguments)
+            script, *arguments = words
+            if Path(script).name == "python":
+                sys.argv = arguments
+                sys.path[0] = str(Path(arguments[0]).parent)
+                runpy.run_path(arguments[0], run_name="__main__")
+            else:
+                main(arguments)
             status = 0
         except SystemExit as ended:
             status = int(ended.code or 0)
