@@ -369,7 +369,7 @@ def test_losses_that_are_not_finite_are_reported_per_block(tmp_path: Path) -> No
     rows = result.more["blocks"].where("block", "norms.0").floats("loss")
     assert said["norms.0"]["not_finite"] == sum(not math.isfinite(loss) for loss in rows) > 0
     assert said["head"]["not_finite"] == 0
-    assert any("moved alone, norms.0 and 1 more has" in n for n in result.summary["notes"])
+    assert any("moved on its own, norms.0 and 1 more has" in n for n in result.summary["notes"])
     nothing = swept(
         case, tmp_path, data={"all": (torch.full((5, 2, 6, 6), math.nan), case.targets[:5])}
     )
@@ -484,7 +484,7 @@ def test_a_table_of_blocks_is_not_that_of_a_line(losscli: Losscli, folder: Path)
     before = sorted(folder.iterdir())
     alone = losscli("plot", "x.blocks.csv", "-o", "y")
     assert (alone.status, alone.stdout) == (1, "")
-    assert "Name the CSV of the line" in alone.stderr
+    assert "Give the CSV of the line" in alone.stderr
     context = losscli("interpolate", "a.pt", "b.pt", "--context", "x.blocks.csv", "-o", "y")
     assert context.status == 2
     assert "is not a table of interpolate" in context.stderr
