@@ -38,6 +38,7 @@ from losscli.plotting import style_sheet
 from losscli.results.drawing import FULL, Drawing
 from losscli.results.result import Run
 from losscli.results.summaries import InspectionSummary, Summary
+from losscli.wording import format_count, list_first
 
 __all__ = [
     "DASHES",
@@ -60,6 +61,7 @@ __all__ = [
     "drawable",
     "end_names",
     "error_label",
+    "evenly_spaced",
     "examples_notes",
     "extent",
     "format_number",
@@ -520,6 +522,12 @@ def title_panel(figure: Figure, axes: Axes, text: str, width: float = 250.0) -> 
     axes.set_title(shorten(figure, text, narrow(figure, width), text_size()), loc="left")
 
 
+def evenly_spaced(number: int, most: int) -> list[int]:
+    """Returns up to ``most`` evenly spaced indices below ``number``, both ends among them."""
+    indices = np.linspace(0, number - 1, min(number, most)).round()
+    return [int(index) for index in indices]
+
+
 def extent(values: NDArray[np.float64]) -> tuple[float, float]:
     """Returns the range of values; for constant values, an interval around them."""
     low, high = float(values.min()), float(values.max())
@@ -565,7 +573,9 @@ def scale_y(
     if values.size and (values.max() < low or values.min() > high):
         side = "lower" if values.max() < low else "higher"
         text = f"no value between {format_number(low)} and {format_number(high)}: all are {side}"
-        axes.text(0.5, 0.5, text, ha="center", color=PALE, transform=axes.transAxes)
+        look: dict[str, Any] = {"color": PALE, "fontsize": small_size()}
+        look["bbox"] = {"fc": "white", "ec": "none", "pad": 2}
+        axes.text(0.5, 0.5, text, ha="center", transform=axes.transAxes, zorder=4, **look)
     if not log:
         if fraction:
             low, high = max(low, 0.0), min(high, 1.0)
@@ -815,8 +825,8 @@ def drawable(values: NDArray[np.float64], *, log: bool) -> NDArray[np.bool_]:
 def count_points(counts: Sequence[tuple[int, str]]) -> str:
     """Returns the beginning of a note, such as ``3 points of train and 1 point of test``."""
     if len(counts) > 4:
-        return f"{sum(number for number, _ in counts)} points of {len(counts)} curves"
-    parts = [f"{number} point{'s' * (number > 1)} of {name}" for number, name in counts]
+        return f"{sum(number for number, _ in counts):,} points of {len(counts)} curves"
+    parts = [f"{format_count(number, 'point')} of {name}" for number, name in counts]
     return " and ".join([", ".join(parts[:-1]), parts[-1]] if parts[1:] else parts)
 
 
@@ -855,7 +865,6 @@ def examples_notes(runs: Sequence[Run[Summary]], splits: Sequence[str]) -> list[
         numbers = [number for run in runs if (number := _number_of_examples(run, split))]
         if len(set(numbers)) > 1:
             shown = numbers if len(numbers) <= _MOST_NUMBERS else list(dict.fromkeys(numbers))
-            more = len(shown) - _MOST_NUMBERS
-            listed = ", ".join(shown[:_MOST_NUMBERS]) + (f" and {more} more" if more > 0 else "")
+            listed = list_first(shown, _MOST_NUMBERS)
             notes.append(f"Numbers of examples of {plain(split)} differ: {listed}.")
     return notes

@@ -38,7 +38,7 @@ from losscli.studies.task import (
     recalibration_of,
     training_split,
 )
-from losscli.weight_space.vectors import Weights, can_move, equal, select_names
+from losscli.weight_space.vectors import Weights, can_move, select_names
 
 __all__ = [
     "Points",
@@ -570,7 +570,7 @@ def unequal_names(names: Iterable[str], points: Iterable[Weights]) -> tuple[str,
         The names, in their order.
     """
     first, *others = points
-    return tuple(n for n in names if not all(equal(first[n], other[n]) for other in others))
+    return tuple(n for n in names if not all(torch.equal(first[n], other[n]) for other in others))
 
 
 def differing_tensors(problem: Problem) -> tuple[str, ...]:
@@ -590,7 +590,7 @@ def differing_tensors(problem: Problem) -> tuple[str, ...]:
     still = set(problem.moving)
     for t in range(1, len(problem.spanning)):
         weights = problem.open(t).weights
-        still = {name for name in still if equal(first[name], weights[name])}
+        still = {name for name in still if torch.equal(first[name], weights[name])}
         require_finite(problem.names[t], weights, set(problem.moving) - still)
         del weights  # before the next one is opened
     moving = tuple(name for name in problem.moving if name not in still)
