@@ -208,7 +208,8 @@ def export(
         from losscli.studies.inputs import protect_inputs
         from losscli.studies.plane_point import point_of_plane
 
-    protect_inputs([out], checkpoints or _checkpoints_of(plane), settings)
+    names = checkpoints or _checkpoints_of(plane)
+    protect_inputs([out], names, None if plane is None else settings)
     summary = None
     if plane is not None and at is not None:
         with console.guard_stdout():

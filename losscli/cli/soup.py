@@ -79,9 +79,10 @@ def soup(
     with importing("torch"):
         from losscli.checkpoint import expand_folders
         from losscli.studies.inputs import protect_inputs
+        from losscli.studies.soup import needs_model
         from losscli.studies.soup import soup as study
 
-    protect_inputs([out], expand_folders(checkpoints), settings)
+    protect_inputs([out], expand_folders(checkpoints), settings if needs_model(settings) else None)
     with console.guard_stdout():
         checkpoint = study(checkpoints, **asdict(settings))
     checkpoint.save(out, force=True)

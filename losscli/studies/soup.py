@@ -37,7 +37,7 @@ from losscli.weight_space.averages import average
 from losscli.weight_space.curve import standard_error
 from losscli.weight_space.vectors import Weights
 
-__all__ = ["Soup", "SoupResult", "soup"]
+__all__ = ["Soup", "SoupResult", "needs_model", "soup"]
 
 
 @dataclass(frozen=True, repr=False)
@@ -123,12 +123,17 @@ def soup(
         plan = Soup.plan(named, chosen, greedy=greedy)
         with report_to(progress, plan.steps, plan.unit) as report:
             return plan.run(Execution(report))
-    # The environment may name a device, which needs no model.
-    if replace(chosen, device="auto") == Settings():
+    if not needs_model(chosen):
         return average_checkpoints(_expand(named))
     problem = prepare(_expand(named), chosen)
     with float32_precision(tf32=chosen.tf32):
         return _checkpoint(problem, range(len(problem.names)))
+
+
+def needs_model(settings: Settings) -> bool:
+    """Returns whether a plain average needs a model and data, for an option about them."""
+    # The environment may name a device, which needs no model.
+    return replace(settings, device="auto") != Settings()
 
 
 @dataclass(frozen=True)
