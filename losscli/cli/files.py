@@ -116,8 +116,8 @@ def export(
         typer.Option(
             "--csv",
             metavar="CSV",
-            help="A table of interpolate. Tensors that stayed there (--buffers, --only, --except) "
-            "stay.",
+            help="A table of interpolate. Tensors that did not move there (--buffers, --only, "
+            "--except) do not move.",
             show_default=False,
         ),
     ] = None,
