@@ -476,7 +476,7 @@ def test_no_part_that_torch_reads_is_larger_than_its_file(losscli: Losscli, tmp_
                     if program:
                         archive.writestr("archive/constants.pkl", b"")
                 told = refused(losscli, tmp_path / "a.pt", out.getvalue())
-                assert f"'archive/{spelled}' is compressed, as torch writes none" in told
+                assert f"'archive/{spelled}' is compressed, which torch never does" in told
 
 
 def test_what_only_looks_like_a_program_is_checked(losscli: Losscli, tmp_path: Path) -> None:
@@ -667,7 +667,7 @@ def test_an_archive_that_unpacks_to_more_than_it_can_is_refused(
             archive.writestr(name, content)
     done = losscli("inspect", tmp_path / "b.pt")
     assert done.status == 1
-    assert "is compressed, as torch writes none" in done.stderr
+    assert "is compressed, which torch never does" in done.stderr
 
 
 def test_a_model_that_no_memory_holds_is_refused_where_a_file_names_it(
