@@ -56,7 +56,7 @@ def test_plot_draws_the_same_bytes_with_the_stored_options(
 
 
 @pytest.mark.usefixtures("unseen")
-def test_options_that_all_csvs_share_are_taken(losscli: Losscli, folder: Path) -> None:
+def test_options_that_all_csvs_share_are_used(losscli: Losscli, folder: Path) -> None:
     run = STUDIES["interpolate"]
     for stem, more in (("x", ("--log",)), ("y", ("--label=one", "--label=two"))):
         losscli(*run, "--size", "paper", *more, "-o", stem, "--no-figure")

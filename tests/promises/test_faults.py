@@ -226,7 +226,7 @@ def test_a_full_disk_leaves_whole_files_or_none(
 
 @pytest.mark.usefixtures("unseen")
 @pytest.mark.parametrize("name", sample([*STUDIES, "picture"], 1, 2))
-def test_a_folder_that_has_the_name_of_a_result_is_in_the_way_of_all(
+def test_a_folder_with_the_name_of_a_result_prevents_all_results(
     name: str, folder: Path, losscli: Losscli
 ) -> None:
     assert losscli(*WRITING[name]).status == 0
@@ -446,7 +446,7 @@ def test_a_clock_that_jumps_changes_no_number(
     assert done.status == 0, done.stderr
 
 
-def test_a_locale_without_utf_8_a_foreign_path_and_a_backend_that_is_not_there(
+def test_a_locale_without_utf_8_a_foreign_path_and_a_missing_backend(
     folder: Path,
 ) -> None:
     """The whole command with α and Δ to write, in an encoding that has neither."""
@@ -523,7 +523,7 @@ def test_a_broken_pipe_in_a_shell_is_reported_in_one_line(folder: Path, at_hand:
     assert done.stderr == "losscli: stdout was closed before the result was written to it\n"
 
 
-def test_a_current_folder_that_is_gone_is_one_line(folder: Path) -> None:
+def test_a_removed_current_folder_is_one_line(folder: Path) -> None:
     done = in_a_shell("mkdir gone && cd gone && rmdir ../gone && {losscli}", "inspect", "a.pt")
     assert done.returncode == 2
     # What the shell itself says comes before.

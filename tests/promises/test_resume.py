@@ -184,7 +184,7 @@ def test_estimated_statistics_are_those_of_an_unbroken_run(
     assert not same(walk(case, None), truth)
 
 
-def test_what_was_finished_is_not_evaluated_again(
+def test_finished_points_are_not_evaluated_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real, seen, told = Objective.at, [], []
@@ -411,7 +411,7 @@ def test_a_study_that_was_stopped_gives_the_same_tables_and_summary(
 
 
 @pytest.mark.usefixtures("folder")
-def test_derivatives_and_eigenvalues_are_recalled_and_not_found_again(
+def test_derivatives_and_eigenvalues_are_recalled_and_not_computed_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for plan, what in (
@@ -437,7 +437,9 @@ def test_derivatives_and_eigenvalues_are_recalled_and_not_found_again(
             journal.finish()
 
 
-def test_a_way_whose_proof_ran_out_of_memory_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_strategy_with_a_check_that_runs_out_of_memory_is_not_chosen(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     objective, (a, there) = build(TRIED[0]), line(TRIED[0])
     check_task(objective, a)
 
@@ -454,7 +456,7 @@ def test_a_way_whose_proof_ran_out_of_memory_is_not_taken(monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize("change", ["in place", "loaded", "type", "name"])
-def test_a_digest_is_that_of_what_is_there_now(change: str) -> None:
+def test_a_digest_is_that_of_the_present_values(change: str) -> None:
     one = torch.arange(6.0)
     before = digest({"a": one})
     assert digest({"a": one.clone()}) == before
@@ -468,14 +470,14 @@ def test_a_digest_is_that_of_what_is_there_now(change: str) -> None:
     one.copy_(torch.arange(6.0).view(one.dtype))
 
 
-def test_large_tensors_are_digested_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_tensors_have_the_same_digests(monkeypatch: pytest.MonkeyPatch) -> None:
     tensors = {f"{i}": torch.full((1000,), float(i)) for i in range(5)}
     before = digest({name: tensor.clone() for name, tensor in tensors.items()})
     monkeypatch.setattr("losscli.weight_space.digest._PARALLEL_BYTES", 0)
     assert digest(tensors) == before
 
 
-def test_every_form_of_examples_has_a_digest_that_tells_a_change() -> None:
+def test_the_digest_of_every_form_of_examples_shows_a_change() -> None:
     inputs, targets = torch.rand(40, 3), torch.arange(40) % 3
     other = inputs.clone()
     other[39, 2] += 1
