@@ -54,10 +54,10 @@ class Traces:
         self._traces: dict[tuple[str, ...], tuple[TracedModel, HiddenUnits]] = {}
 
     def of(self, inputs: Nest) -> tuple[TracedModel, HiddenUnits]:
-        """Returns the graph for inputs of the same shapes as a batch, and its hidden units.
+        """Returns the graph for inputs of the shapes of a prepared batch, and its hidden units.
 
         Args:
-            inputs: The batch, prepared.
+            inputs: The inputs of the batch.
 
         Returns:
             Both.
@@ -136,16 +136,7 @@ def correlate(
 
 
 def tensors_at(objective: Objective, weights: Weights, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Loads weights and returns all tensors of the model, after its hooks converted them.
-
-    Args:
-        objective: The objective; its weights are overwritten.
-        weights: All tensors of the model.
-        dtype: The type to convert floating-point tensors to.
-
-    Returns:
-        Copies.
-    """
+    """Loads weights, and returns copies of all tensors of the model in another type."""
     with objective.as_stored():
         objective.load(weights)
     return {

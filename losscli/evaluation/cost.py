@@ -22,7 +22,7 @@ __all__ = ["Clock", "Timings", "measure", "timed"]
 Clock = Callable[[], float]
 """Returns the time in seconds from an arbitrary start."""
 
-# Repetitions of a timed call, and the seconds after which there are no more.
+# The most repetitions of a timed call, and the seconds after which no more are made.
 _REPETITIONS = 3
 _ENOUGH = 0.3
 
@@ -135,22 +135,13 @@ def _time_points(
             timed(objective, partial(objective.at, slice_, points, parts), clock)
             for parts in ({name: part}, {name: part, "again": part})
         )
-    # The difference is one batch, and the rest computing the weights; bounded against noise.
+    # The difference is one batch, the rest the computation of the weights; bounded against noise.
     one = min(max(twice - once, twice / 8), twice / 2)
     return one / len(points) / len(part), max(0.0, twice - 2 * one) / len(points)
 
 
 def timed(objective: Objective, work: Callable[[], object], clock: Clock) -> float:
-    """Times a function.
-
-    Args:
-        objective: The objective, for its device.
-        work: The function.
-        clock: The clock.
-
-    Returns:
-        The seconds; for a short function the minimum of a few calls.
-    """
+    """Times a function on the objective's device: a short one by the minimum of a few calls."""
     best, spent = math.inf, 0.0
     for _ in range(_REPETITIONS):
         _synchronise(objective.device)

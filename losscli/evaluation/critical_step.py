@@ -33,12 +33,12 @@ class _NotFiniteError(ArithmeticError):
 
 @dataclass(frozen=True)
 class Crossing:
-    """Where the loss rises above that of the point.
+    """The distance at which the loss rises above that of the point.
 
     Attributes:
-        distance: The distance; nan if there is none, or it is not known.
+        distance: The distance; nan if there is no crossing, or it is not known.
         error: How far rounding may move it.
-        reason: Why there is none.
+        reason: Why there is no crossing.
     """
 
     distance: float = math.nan

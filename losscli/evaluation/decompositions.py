@@ -8,12 +8,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
+
+from losscli.evaluation.function_mode import FunctionMode
 
 __all__ = ["Decomposed"]
 
 
-class Decomposed(TorchFunctionMode):
+class Decomposed(FunctionMode):
     """Replaces operators with missing or wrong derivatives in PyTorch by decompositions.
 
     These are: BatchNorm with respect to its running statistics; layer norm, differentiated twice in
@@ -21,15 +22,12 @@ class Decomposed(TorchFunctionMode):
     to its padding row, which is part of θ although PyTorch masks its gradient.
     """
 
-    def __torch_function__(
-        self,
-        function: Callable[..., Any],
-        types: Sequence[type],
-        args: Sequence[Any] = (),
-        kwargs: Mapping[str, Any] | None = None,
+    def intercept(
+        self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> Any:
+        """Calls the decomposition of a function, if it has one."""
         call: Callable[..., Any] = _DECOMPOSITIONS.get(function, function)
-        return call(*args, **(kwargs or {}))
+        return call(*args, **kwargs)
 
 
 def _layer_norm(

@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
 from losscli.errors import DeviceError, one_line
+from losscli.evaluation.function_mode import FunctionMode
 
 __all__ = [
     "Narrowest",
@@ -34,7 +34,7 @@ __all__ = [
 _PRODUCT_SIZE = 256
 _PRODUCTS = 5
 
-# A type is slower if its products take so many times as long.
+# A type is slower if its products take this many times as long.
 _SLOWER = 1.25
 
 
@@ -45,8 +45,7 @@ def choose_device(name: str, dtype: str, local: int | None = None) -> torch.devi
         name: ``auto``, ``cpu``, ``cuda``, ``cuda:I`` or ``mps``.
         dtype: The type of the forward pass, which not every device supports.
         local: The local rank of this process, None for a single process. ``cuda`` is the GPU of
-            this number, modulo the number of GPUs that the process sees: where each process sees a
-            GPU of its own, each takes that one.
+            this number, modulo the number of GPUs that the process sees, which may be only one.
 
     Returns:
         The device. A GPU with a number becomes the current one, for code that asks for ``cuda``.
@@ -82,28 +81,14 @@ def choose_device(name: str, dtype: str, local: int | None = None) -> torch.devi
 
 
 def describe_device(device: torch.device) -> str:
-    """Names the hardware.
-
-    Args:
-        device: The device.
-
-    Returns:
-        The name of the GPU or processor, or at least the architecture.
-    """
+    """Returns the name of the GPU or processor, or at least the architecture."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return platform.processor() or platform.machine()
 
 
 def launches_kernels(device: torch.device) -> bool:
-    """Whether the host launches kernels of a device, and may keep it waiting.
-
-    Args:
-        device: The device.
-
-    Returns:
-        False for a CPU.
-    """
+    """Whether the host launches kernels of a device, which may wait for the host; not on a CPU."""
     return device.type != "cpu"
 
 
@@ -113,10 +98,6 @@ def half_precision_note(device: torch.device, dtype: torch.dtype) -> str:
     A processor without instructions for the type converts every number twice, and some processors
     have such instructions and multiply with them at half the rate. So products are measured, which
     takes about ten milliseconds.
-
-    Args:
-        device: The device; a GPU is assumed to multiply fast in half precision.
-        dtype: The type of the forward pass.
 
     Returns:
         The note; empty if the type is not slower, or has as many bits as float32.
@@ -194,7 +175,7 @@ class _Float32Setting:
     value: object
 
     def read(self) -> Any:
-        """The value; None where PyTorch refuses to name one, as user code mixed both interfaces."""
+        """The value; None if PyTorch refuses to return it because both interfaces were mixed."""
         try:
             return self.getter()
         except RuntimeError:
@@ -235,7 +216,7 @@ def _float32_settings(tf32: bool) -> Sequence[_Float32Setting]:
     return settings
 
 
-class Narrowest(TorchFunctionMode):
+class Narrowest(FunctionMode):
     """Records the narrowest floating-point type of all results in the context.
 
     Args:
@@ -249,14 +230,11 @@ class Narrowest(TorchFunctionMode):
         super().__init__()
         self.dtype = dtype
 
-    def __torch_function__(
-        self,
-        function: Callable[..., Any],
-        types: Sequence[type],
-        args: Sequence[Any] = (),
-        kwargs: Mapping[str, Any] | None = None,
+    def intercept(
+        self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> Any:
-        result = function(*args, **(kwargs or {}))
+        """Records the type of a result."""
+        result = function(*args, **kwargs)
         if isinstance(result, Tensor) and result.is_floating_point():
             self.dtype = max(self.dtype, result.dtype, key=lambda t: torch.finfo(t).eps)
         return result
@@ -264,7 +242,7 @@ class Narrowest(TorchFunctionMode):
 
 @contextmanager
 def widened() -> Iterator[None]:
-    """Makes code compute in float64 that casts to a narrower type or has tensors of one.
+    """Makes code that casts to a narrower type, or has tensors of one, compute in float64.
 
     Autocast does not change float64. Compiled and scripted code is not affected.
 
@@ -289,20 +267,15 @@ def widened() -> Iterator[None]:
 _IS_WIDENED = ContextVar("_IS_WIDENED", default=False)
 
 
-class _Widened(TorchFunctionMode):
-    def __torch_function__(
-        self,
-        function: Callable[..., Any],
-        types: Sequence[type],
-        args: Sequence[Any] = (),
-        kwargs: Mapping[str, Any] | None = None,
+class _Widened(FunctionMode):
+    def intercept(
+        self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> Any:
         # In-place functions and attribute access need the tensor itself.
         kept = getattr(function, "__name__", "").endswith("_")
         change = _kept if kept else _widened
-        args = [_mapped(change, value) for value in args]
-        kwargs = {key: _mapped(change, value) for key, value in (kwargs or {}).items()}
-        return _CASTS.get(function, function)(*args, **kwargs)
+        changed = {key: _mapped(change, value) for key, value in kwargs.items()}
+        return _CASTS.get(function, function)(*(_mapped(change, x) for x in args), **changed)
 
 
 _CASTS: Mapping[Callable[..., Any], Callable[..., Any]] = dict.fromkeys(

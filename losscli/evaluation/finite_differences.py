@@ -41,8 +41,8 @@ NEEDED = 2
 
 DETACHED = "part of the forward pass is detached from autograd"
 CURE = (
-    "Remove detach(), no_grad() and roundings with a gradient of their own from the model's "
-    "forward and from the loss"
+    "Remove detach(), no_grad() and roundings with a custom gradient from the model's forward and "
+    "from the loss"
 )
 
 # Examples on which derivatives are compared with differences: the fewest, the most, and the budget
@@ -60,7 +60,7 @@ _SPREAD = 1 / 8
 # A difference with a larger error relative to the derivative is not resolved.
 _RESOLVED = 0.02
 
-# A derivative below this share of what is differentiated, per unit, counts as zero.
+# A derivative below this share of the function, per unit of its argument, counts as zero.
 _FLAT = 1e-4
 
 # Roundings of a mean loss in units of ε, at least; and standard deviations of measured noise.
@@ -176,7 +176,7 @@ class Differences:
 
         Args:
             derivative: The derivative, of any shape.
-            size: The size of what is differentiated, per unit of its argument.
+            size: The size of the function, per unit of its argument.
             function: Computes f(t + h) for h, as terms ``[N, …]`` with mean f(t + h): the terms of
                 single examples show rounding better than their mean.
 
@@ -226,8 +226,8 @@ class Differences:
             left: The number of remaining points.
 
         Returns:
-            Whether the derivative is wrong at enough points; or can no longer be, and is verified
-            or can no longer be.
+            Whether enough points show that the derivative is wrong; or, if too few are left for
+            that, whether it is verified or too few are left to verify it.
         """
         outcomes = [c.outcome for c in comparisons]
         wrong, right, not_finite = (
@@ -283,28 +283,13 @@ def noise_of(values: Sequence[Tensor]) -> float:
 
 
 def are_verified(comparisons: Iterable[Comparison]) -> bool:
-    """Whether differences confirm a derivative.
-
-    Args:
-        comparisons: Those of all points.
-
-    Returns:
-        Whether they do at two or more of the points where it is finite.
-    """
+    """Whether differences confirm a derivative at two of the points where it is finite."""
     outcomes = [c.outcome for c in comparisons if c.outcome is not Outcome.NOT_FINITE]
     return outcomes.count(Outcome.RIGHT) >= min(NEEDED, len(outcomes))
 
 
 def unverified(what: str, of: str) -> str:
-    """Makes the note that derivatives could not be verified.
-
-    Args:
-        what: The derivatives.
-        of: The function with the differences that they are compared with.
-
-    Returns:
-        The note.
-    """
+    """Returns the note that derivatives could not be compared with differences of a function."""
     return f"{what} not verified: rounding or jumps hide differences of the {of} on a few examples"
 
 
@@ -351,14 +336,7 @@ _SECOND_ROUNDED = replace(
 
 
 def rules(narrowest: torch.dtype) -> tuple[Differences, Differences]:
-    """Chooses the rules for first and second derivatives.
-
-    Args:
-        narrowest: The narrowest type that the model and the loss compute in.
-
-    Returns:
-        The rule for first derivatives, and that for second derivatives.
-    """
+    """Returns the rules for first and second derivatives, by the narrowest type of computation."""
     if narrowest == torch.float64:
         return _FIRST, _SECOND
     if narrowest.itemsize < torch.float32.itemsize:
@@ -368,12 +346,12 @@ def rules(narrowest: torch.dtype) -> tuple[Differences, Differences]:
 
 
 def finer(rule: Differences) -> Differences:
-    """Replaces a rule's steps by the shorter ones for second derivatives.
+    """Replaces the steps of a rule for first derivatives by those for second derivatives.
 
-    A straight-through rounding may be right on average over all longer steps.
+    They are shorter: a straight-through rounding may be right on average over all longer steps.
 
     Args:
-        rule: A rule for first derivatives.
+        rule: The rule.
 
     Returns:
         The rule with shorter steps.

@@ -41,14 +41,7 @@ class Trace:
 
 
 def addresses(tensors: Iterable[object]) -> dict[int, Tensor]:
-    """Returns tensors by the address of their memory.
-
-    Args:
-        tensors: The tensors; other objects are skipped.
-
-    Returns:
-        The tensors that have memory, by its address.
-    """
+    """Returns the tensors that have memory, by its address; other objects are skipped."""
     by_address = {}
     for tensor in tensors:
         if isinstance(tensor, Tensor) and not nn.parameter.is_lazy(tensor):

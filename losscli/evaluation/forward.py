@@ -75,7 +75,7 @@ _MOST_SHAPES = 4
 # Part of torch's message for a tensor that cannot be differentiated.
 NO_GRAPH = "does not require grad"
 
-# A random loss draws other numbers than the forward pass with the same seed.
+# A random loss must not draw the numbers of the forward pass with the same seed.
 _LOSS_STREAM = 1 << 40
 
 
@@ -95,8 +95,8 @@ class ScoredModel(LoadableModel):
         device: Where to compute.
         dtype: The type of the forward pass.
         batch_loss: Whether the loss is one number per batch.
-        function: An objective in the place of the loss of outputs and targets.
-        seeds: Those of a random model: outputs are then `Samples`, and losses are means over them.
+        function: An objective, which replaces the loss of outputs and targets.
+        seeds: The seeds of a random model: outputs are then `Samples`, and losses means over them.
 
     Attributes:
         draws: Whether a forward pass or a loss has drawn random numbers.
@@ -329,17 +329,7 @@ class ScoredModel(LoadableModel):
         return mean_over_seeds(self.per_seed(function, outputs, targets, what))
 
     def per_seed(self, function: PerExample, outputs: Any, targets: Nest, what: str) -> Tensor:
-        """Computes a loss or a metric of a batch for each seed.
-
-        Args:
-            function: As for `per_example`.
-            outputs: The same.
-            targets: The same.
-            what: The same.
-
-        Returns:
-            ``[S, B]`` with S seeds, ``[1, B]`` without.
-        """
+        """Computes `per_example` for each of S seeds, ``[S, B]``; without seeds ``[1, B]``."""
         if not isinstance(outputs, Samples):
             return self._values(function, outputs, targets, what).unsqueeze(0)
         own = outputs.outputs
@@ -367,7 +357,7 @@ class ScoredModel(LoadableModel):
                     else "Give --metric none, or a metric of your own that takes it",
                 )
             outputs = scores_in(outputs)
-            # A user's function gets the targets in the type that the user's data has.
+            # A user's function gets the targets in the type of the data.
             targets = targets if targets.is_floating_point() else targets.long()
         if self.copies_outputs:
             outputs = tree_map_only(Tensor, Tensor.clone, outputs)
@@ -418,16 +408,7 @@ class ScoredModel(LoadableModel):
         return mean.reshape(1)
 
     def own_values(self, outputs: Any, targets: Nest, loss: Tensor) -> dict[str, Tensor]:
-        """Returns the losses of a batch and the metrics that may not be per example.
-
-        Args:
-            outputs: The outputs of the model.
-            targets: The targets of the batch.
-            loss: The loss of each example.
-
-        Returns:
-            The values by name, ``[B]`` each, float64 on the CPU.
-        """
+        """Returns losses, and metrics that may not be per example, ``[B]``, float64 on the CPU."""
         values = {"loss": loss}
         for name, metric in self.metrics.items():
             if not is_registered(metric):
@@ -437,10 +418,6 @@ class ScoredModel(LoadableModel):
 
     def weight(self, outputs: Any, targets: Nest) -> float:
         """Returns the sum of the weights of the examples of a batch in the mean loss.
-
-        Args:
-            outputs: The outputs of the model.
-            targets: The targets of the batch.
 
         Returns:
             The sum. The sum of the losses divided by it is the mean loss of the batch. With

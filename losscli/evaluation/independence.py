@@ -1,4 +1,4 @@
-"""Tests whether the loss of an example depends on its own example alone."""
+"""Tests whether the loss of an example is independent of the other examples in its batch."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Difference:
         row: The example with the largest difference.
         whole: Its value in the whole batch.
         other: Its value in another batch.
-        excess: The largest difference as a multiple of what counts as rounding.
+        excess: The largest difference as a multiple of the rounding that is accepted.
         share: The norm of the differences relative to the norm of the values.
         worst: The examples by descending difference.
     """

@@ -57,15 +57,7 @@ class LineSearch:
         return norm(self.weights, self.names) or 1.0
 
     def evaluate(self, direction: Weights, distances: Sequence[float]) -> Evaluation:
-        """Evaluates the split at distances from the point.
-
-        Args:
-            direction: A direction of length one.
-            distances: The distances, of either sign.
-
-        Returns:
-            The split at each distance.
-        """
+        """Evaluates the split at distances, of either sign, along a direction of length one."""
         objective = self.objective
         start = {name: to_device(self.weights[name], objective.device) for name in direction}
         end = {
@@ -81,14 +73,7 @@ class LineSearch:
         return next(iter(found.values()))
 
     def descend(self, direction: Weights) -> Step | None:
-        """Searches for the step along a direction that lowers the loss most.
-
-        Args:
-            direction: A direction of length one.
-
-        Returns:
-            The step; None if none lowers the loss.
-        """
+        """Returns the step along a unit vector that lowers the loss most; None if none does."""
         distances = [self.norm * share for share in STEP_LENGTHS]
         return best_step(distances, self.evaluate(direction, distances), self.here)
 
@@ -153,11 +138,6 @@ class LineSearch:
 
 def best_step(distances: Sequence[float], found: Evaluation, here: Evaluation) -> Step | None:
     """Finds the step to the lowest loss.
-
-    Args:
-        distances: The distances.
-        found: A split at each of them.
-        here: The split at the point itself.
 
     Returns:
         The step, its gain with the standard error of paired differences; None if no finite loss is

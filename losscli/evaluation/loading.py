@@ -16,7 +16,7 @@ from losscli.weight_space.vectors import Weights, can_move
 
 __all__ = ["LoadableModel", "named_tensors"]
 
-# Modules with a `train` and `eval` that change no weights. Those of transformers may swap kernels.
+# Modules with `train` and `eval` that change no weights; in transformers they may swap kernels.
 _PLAIN_MODES = ("torch.nn.modules.module", "transformers.modeling_utils")
 
 
@@ -59,17 +59,11 @@ class LoadableModel:
 
     @torch.no_grad()
     def load(self, weights: Weights) -> None:
-        """Loads tensors; the others keep the values last loaded.
-
-        The singular vectors of spectrally normalised weights are recomputed.
-
-        Args:
-            weights: Tensors of the model.
-        """
+        """Loads tensors and recomputes spectral normalisation; other tensors stay as they are."""
         if self.folds:
             self.model.train()
         point = self._whole(weights) if self._has_custom_loading else {}
-        # A user's code may modify the tensors that it gets.
+        # User code may modify the tensors that it receives.
         given = {name: tensor.clone() for name, tensor in point.items()} or weights
         state = loadable(given, self.versions, self.extra)
         self.model.load_state_dict(state, strict=False)
@@ -83,7 +77,7 @@ class LoadableModel:
             self.model.eval()
 
     def _whole(self, weights: Weights) -> Weights:
-        """All tensors of the model: the given ones, and its own for the rest."""
+        """Returns all tensors of the model, with the given ones in place of its own."""
         given = {id(own): weights[n] for n, own in self.tensors.items() if n in weights}
         own = {name: given.get(id(tensor), tensor) for name, tensor in self.tensors.items()}
         return {name: tensor.detach().clone() for name, tensor in own.items()}
@@ -110,14 +104,7 @@ def _cast(model: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Modu
 
 
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Returns the parameters and buffers of a model.
-
-    Args:
-        model: The model.
-
-    Returns:
-        The tensors themselves, by the names of its state dict.
-    """
+    """Returns a model's parameters and buffers themselves, by the names of its state dict."""
     return {
         name: tensor
         for name, tensor in model.state_dict(keep_vars=True).items()

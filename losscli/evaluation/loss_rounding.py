@@ -1,4 +1,4 @@
-"""The rounding of a mean loss, measured against float64 or at points nearby."""
+"""The rounding of a mean loss, measured against float64 or at nearby points."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["ROUNDING_EXAMPLES", "loss_rounding"]
 ROUNDING_EXAMPLES = 256
 """Examples on which rounding is measured."""
 
-# Roundings of a loss, in units of ε: as many as decide about extrema of curves.
+# The least rounding of a loss in units of ε, the same as for the extrema of curves.
 _ROUNDINGS = 16
 
 
@@ -31,9 +31,9 @@ def loss_rounding(
     sample: tuple[Split, Tensor],
     seed: int,
 ) -> float:
-    """Measures how much of a change of the mean loss may be rounding.
+    """Measures the largest change of the mean loss that may be rounding.
 
-    Where activations cancel, that is far more than some roundings of the losses.
+    Where activations cancel, it is much larger than the rounding of the losses themselves.
 
     Args:
         objective: The objective.

@@ -32,7 +32,7 @@ _GPU_SHARE = 0.25
 _WORK = {"cpu": 2 * 10**12, "cuda": 10**15}
 _WORK_ELSEWHERE = 3 * 10**13
 
-# The fewest points in a chunk that fits, whatever they cost.
+# The fewest points in a chunk that fits into memory, at any cost.
 _LEAST = 16
 
 # Floating-point operations that correspond to decoding an example. If decoding takes longer than
@@ -49,13 +49,8 @@ def points_that_fit(
     A point takes its losses; its weights and statistics, unless points are evaluated in turn; and
     its activations if all points are evaluated in one forward pass.
 
-    Args:
-        objective: The objective.
-        names: The tensors that move.
-        splits: The examples; all by default.
-
     Returns:
-        At least 1. So many points take at most 256 MiB on a CPU, or a quarter of the free memory of
+        At least 1. They take at most 256 MiB on a CPU, or a quarter of the free memory of
         a GPU.
     """
     splits = objective.splits if splits is None else splits
@@ -81,14 +76,9 @@ def points_at_once(
 ) -> int:
     """Chooses how many points are evaluated at once: as many as fit, but at most a minute's work.
 
-    Args:
-        objective: The objective.
-        names: The tensors that move.
-        splits: The examples; all by default.
-
     Returns:
-        At least 1. If they fit, at least 16; and if data is decoded in each pass, so many
-        that evaluating takes about as long as decoding.
+        At least 1. If they fit, at least 16; and if data is decoded in each pass, enough to make
+        evaluation take about as long as decoding.
     """
     splits = objective.splits if splits is None else splits
     examples = sum(map(len, splits.values()))
@@ -139,8 +129,8 @@ def halve_batch(
 
     Args:
         objective: The objective.
-        what: What does not fit for a batch, for the error.
-        cure: What may help beside another device.
+        what: The computation that does not fit, for the error.
+        cure: What may help in addition to another device.
 
     Raises:
         OutOfMemoryError: The batch is one example, or must not be halved.

@@ -1,7 +1,6 @@
 """The objective: per-example losses of a model on data, at points of weight space.
 
-However points are evaluated, the numbers are those of the checkpoint loaded with
-``load_state_dict``.
+Every strategy gives the numbers of the checkpoint loaded with ``load_state_dict``.
 """
 
 from __future__ import annotations
@@ -139,7 +138,7 @@ class Evaluation:
 
 @dataclass
 class _Sums:
-    """What is collected of a split at P points, on the device.
+    """The losses and sums of metrics of a split at P points, on the device.
 
     Attributes:
         losses: The losses of N examples, ``[P, N]``.
@@ -170,15 +169,15 @@ class Objective(ScoredModel):
             None keeps those that are loaded.
         batch_loss: Whether the loss is one number per batch: each example of the data is a whole
             batch, and the batch size is 1.
-        function: An objective in the place of the loss.
-        seeds: Those of a random model.
+        function: An objective, which replaces the loss.
+        seeds: The seeds of a random model.
         optional: The metrics that are omitted if they do not apply.
         tf32: Whether a GPU computes float32 products in TF32.
 
     Attributes:
         left_out: The omitted metrics with the reason.
         batchnorm: The model's BatchNorm layers that track statistics.
-        idle: Those of them that did not run when statistics were last estimated.
+        idle: The BatchNorm layers that did not run when statistics were last estimated.
         doubts: Signs that the loss is the wrong one, common to the first batches of all splits.
         unchecked: The splits on which the model accepts the first batch only as a whole, so that
             it is unknown whether losses depend on other examples in the batch.
@@ -251,7 +250,7 @@ class Objective(ScoredModel):
 
     @property
     def columns(self) -> Mapping[str, PerExample]:
-        """What is evaluated in addition to the loss, by the name of its column."""
+        """The functions evaluated in addition to the loss, by the names of their columns."""
         return self.metrics | ({SEED_ERROR: loss_seed_stderr} if len(self.seeds) > 1 else {})
 
     @property
@@ -275,11 +274,7 @@ class Objective(ScoredModel):
         return "tf32" if tf32 else str(self.dtype).removeprefix("torch.")
 
     def add_note(self, text: str) -> None:
-        """Adds a note.
-
-        Args:
-            text: The note; empty for none. The same note is not added twice.
-        """
+        """Adds a note, unless it is empty or was added before."""
         if text:
             self._notes[text] = None
 
@@ -295,11 +290,7 @@ class Objective(ScoredModel):
         return () if self.recalibration is None else self.batchnorm
 
     def first_batch_only(self) -> AbstractContextManager[None]:
-        """Estimates BatchNorm's statistics on the first training batch only.
-
-        Returns:
-            A context in which strategies can be compared.
-        """
+        """Estimates BatchNorm's statistics on the first training batch only, in a context."""
         return self._recalibrating(self.recalibration and self.recalibration.first_batch())
 
     def frozen_statistics(self) -> AbstractContextManager[None]:
@@ -308,11 +299,7 @@ class Objective(ScoredModel):
 
     @contextmanager
     def estimating_on(self, batch: Split) -> Iterator[None]:
-        """Estimates BatchNorm's statistics on a given batch at every point.
-
-        Args:
-            batch: The examples, used as one batch.
-        """
+        """Estimates BatchNorm's statistics on a given batch at every point, in a context."""
         idle, order = self.idle, torch.arange(len(batch))
         try:
             with self._recalibrating(Recalibration("", batch, len(batch), order)):
@@ -387,27 +374,13 @@ class Objective(ScoredModel):
         return f"the split {names[0]!r}" if names else "the data"
 
     def prepare(self, batch: Split) -> Nest:
-        """Prepares a batch for the forward pass.
-
-        Args:
-            batch: The batch, on the device.
-
-        Returns:
-            The inputs of the model; the whole batch for an objective.
-        """
+        """Prepares a batch for the forward pass: its inputs, or all of it for an objective."""
         if self.function is None:
             return self.data.prepare(batch.inputs, self.dtype)
         return self.data.prepare_batch(batch, self.dtype)
 
     def values(self, batch: Split) -> Values:
-        """Evaluates a batch.
-
-        Args:
-            batch: The batch, on the device.
-
-        Returns:
-            The loss of each example, and the metrics that may not be per example.
-        """
+        """Returns the loss of each example of a batch, and metrics that may not be per example."""
         with self.deferring():
             outputs = self.forward(self.model, self.prepare(batch))
         loss = self.per_example(self.loss, outputs, batch.targets, "loss")
@@ -458,16 +431,7 @@ class Objective(ScoredModel):
         splits: Mapping[str, Examples] | None = None,
         progress: Progress | None = None,
     ) -> dict[str, Evaluation]:
-        """Evaluates one point the usual way: ``load_state_dict``, then batch by batch.
-
-        Args:
-            weights: All tensors of the model; they stay loaded.
-            splits: The examples; all by default.
-            progress: Called with the progress.
-
-        Returns:
-            For each split the evaluation at this point, P = 1.
-        """
+        """Evaluates a point, P = 1, the usual way: ``load_state_dict``, then batch by batch."""
         self.load(weights)
         return self.evaluate(LoadedPoint(self), splits, progress)
 
@@ -477,9 +441,6 @@ class Objective(ScoredModel):
         The comparison would cost a second copy of the weights that move, and few points of many
         weights fit into memory together, so that there is little to share. Studies verify the ends
         of every line anyway.
-
-        Args:
-            names: The tensors that move.
 
         Returns:
             Whether they are large. False for a model that has to be loaded.
@@ -494,10 +455,6 @@ class Objective(ScoredModel):
         On a GPU with its examples in memory, unless points share a part of their forward passes. On
         a CPU both orders take the same time (an MLP and a ResNet-20, measured), and replicas of the
         model in threads need weights of their own.
-
-        Args:
-            names: The tensors that move.
-            splits: The examples; all by default.
 
         Returns:
             Whether `SequentialPoints` evaluate them.
@@ -528,14 +485,7 @@ class Objective(ScoredModel):
         return self._shared[key]
 
     def strategy_for(self, names: Iterable[str]) -> Strategy:
-        """Returns how points are evaluated.
-
-        Args:
-            names: The tensors that move.
-
-        Returns:
-            The strategy.
-        """
+        """Returns how points are evaluated if tensors of these names move."""
         if self.is_large(names):
             return Strategy.BOUND
         return self.strategy or self.provisional or Strategy.LOADED
@@ -579,16 +529,7 @@ class Objective(ScoredModel):
         splits: Mapping[str, Examples] | None = None,
         progress: Progress | None = None,
     ) -> dict[str, Evaluation]:
-        """Evaluates points with all splits.
-
-        Args:
-            points: The points, of the class that evaluates them.
-            splits: The examples; all by default.
-            progress: Called with the progress.
-
-        Returns:
-            For each split the evaluation at the points.
-        """
+        """Evaluates points with the given splits, by default all of them."""
         splits = self.splits if splits is None else splits
         total = sum(map(len, splits.values()))
         if self.recalibration is not None:
@@ -809,16 +750,7 @@ def _bytes_in_forward(inputs: Tensor) -> int:
 
 
 def is_close(losses: Tensor, truth: Tensor, tolerance: float) -> bool:
-    """Whether losses agree, and are finite in the same places.
-
-    Args:
-        losses: The losses.
-        truth: The reference.
-        tolerance: The largest norm of the difference, relative to the norm of the reference.
-
-    Returns:
-        Whether they agree.
-    """
+    """Whether losses are finite in the same places, and their `relative_difference` is small."""
     return relative_difference(losses, truth) <= tolerance
 
 

@@ -20,13 +20,13 @@ __all__ = [
 ]
 
 MODEL: Literal["model"] = "model"
-"""The objective that is the loss which the model itself returns."""
+"""The objective that is the loss returned by the model."""
 
 OWN_LOSS = (
     "--objective model needs output.loss or (logits, loss), and data that name the targets as "
     "forward does; else give --objective path/to/file.py:callable"
 )
-"""What a model has to return to be its own objective."""
+"""Advice on what a model has to return to be its own objective."""
 
 ObjectiveFunction = Callable[[nn.Module, Any], Tensor] | Literal["model"]
 """Computes the losses of a batch from the model and the batch, or `MODEL`."""
@@ -36,7 +36,7 @@ class ObjectiveOutputs(NamedTuple):
     """What an objective returns for a batch.
 
     Attributes:
-        losses: What the function returned: the losses.
+        losses: The losses that the function returned.
         outputs: The outputs of the model, for metrics; empty if there are none.
     """
 

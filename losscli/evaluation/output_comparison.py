@@ -38,7 +38,7 @@ _MOST_OUTPUTS = 4096
 
 @dataclass(frozen=True)
 class Measures:
-    """What is computed from the outputs of two checkpoints.
+    """The quantities to compute from the outputs of two checkpoints.
 
     Attributes:
         accuracy: Defines the predictions to compare; None if disagreement is not measured.
@@ -81,12 +81,7 @@ class LinearCKA:
         self._mean = self._scatter = torch.empty(0)
 
     def add(self, x: Tensor, y: Tensor) -> None:
-        """Adds examples.
-
-        Args:
-            x: Their first representation, ``[B, p]``.
-            y: Their second representation, ``[B, q]``.
-        """
+        """Adds examples by their two representations, ``[B, p]`` and ``[B, q]``."""
         # MPS has no float64.
         x, y = (t.cpu() if t.device.type == "mps" else t for t in (x, y))
         both = torch.cat([x.double(), y.double()], 1)
@@ -114,10 +109,6 @@ class LinearCKA:
 
 def check_outputs(objective: Objective, measures: Measures) -> None:
     """Checks on a first batch that the outputs of the loaded checkpoint can be compared.
-
-    Args:
-        objective: The objective.
-        measures: What is to be computed.
 
     Raises:
         ModelError: The outputs are not a tensor with real numbers of each example, or too many.
@@ -187,14 +178,6 @@ def compare(
     execution: Execution,
 ) -> list[dict[str, Comparison]]:
     """Compares the outputs of pairs of checkpoints.
-
-    Args:
-        objective: The objective.
-        checkpoints: All tensors of the model for each checkpoint.
-        pairs: The indices of the two checkpoints of each pair.
-        measures: What is computed.
-        splits: The examples.
-        execution: How pairs are executed. Progress counts two points per pair.
 
     Returns:
         For each pair and split the comparison.

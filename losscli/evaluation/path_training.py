@@ -34,9 +34,9 @@ from losscli.weight_space.vectors import Weights, unflatten, working_type
 __all__ = ["FORWARD_PASSES", "PathTraining", "TrainedBends"]
 
 FORWARD_PASSES = 3
-"""A step costs about as much as so many forward passes of its minibatch."""
+"""A step costs about as much as this number of forward passes of its minibatch."""
 
-# A loss with a gradient of 0 in so many steps, such as an error rate, trains nothing.
+# A loss with a gradient of 0 in this many steps, such as an error rate, cannot be trained.
 _TRIED = 10
 
 # The most records of the state, which is three times as large as the bends.
@@ -65,12 +65,12 @@ class PathTraining:
         a: All tensors of A.
         b: All tensors of B; those that do not move are A's.
         names: The parameters that are trained.
-        buffers: The buffers that move along. Those of a bend are on the line.
+        buffers: The buffers that move along; a bend has them on the straight line.
         kind: The kind of the path.
         bends: The number of bends.
         examples: The training examples with the name of their split.
         steps: The number of steps.
-        learning_rate: That of Adam.
+        learning_rate: The learning rate of Adam.
         minibatch: The number of examples in a minibatch.
         seed: Of t and of the order of the examples.
     """
@@ -154,17 +154,7 @@ class PathTraining:
         return record_key(self.objective, {name: split}, "path training", ends, numbers)
 
     def _train(self, start: int, stop: int, state: Arrays, execution: Execution) -> Arrays:
-        """Trains from one step to another.
-
-        Args:
-            start: The first step.
-            stop: The step after the last.
-            state: That before ``start``; empty for the first step.
-            execution: Reports progress.
-
-        Returns:
-            The state after these steps.
-        """
+        """Trains from step to step in a state, which is empty at the start; returns the new one."""
         objective = self.objective
         ends = [self._flat(end) for end in (self.a, self.b)]
         bends = self._first_bends(ends) if not state else torch.from_numpy(state["bends"].copy())

@@ -43,15 +43,7 @@ def nearby(
 
 
 def random_step(point: Weights, generator: torch.Generator) -> dict[str, Tensor]:
-    """Draws a random step with the norm of the weights, shared among tensors by their norms.
-
-    Args:
-        point: The weights.
-        generator: Draws the step.
-
-    Returns:
-        The step by tensor.
-    """
+    """Draws a step with the norm of the weights, shared among tensors by their norms."""
     length = norm(point) or 1.0
     typical = length / math.sqrt(sum(t.numel() for t in point.values()))
     steps = {
@@ -64,14 +56,5 @@ def random_step(point: Weights, generator: torch.Generator) -> dict[str, Tensor]
 
 
 def displaced(point: Weights, direction: Weights, step: float) -> Weights:
-    """Returns the point moved by a multiple of a direction.
-
-    Args:
-        point: The weights.
-        direction: The tensors that move.
-        step: The multiple.
-
-    Returns:
-        The tensors that move, at their new values.
-    """
+    """Returns the tensors that move, moved by a multiple of a direction."""
     return {name: point[name] + step * t for name, t in direction.items()}

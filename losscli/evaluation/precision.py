@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from losscli.data import Split, device_budget, host_budget
 from losscli.errors import LossError, ModelError
@@ -16,6 +16,9 @@ from losscli.evaluation.independence import Evaluate, Values
 from losscli.evaluation.objective import AGREEMENT, Objective, is_close
 
 __all__ = ["in_float64", "narrowest_type", "wider_copies", "with_model"]
+
+# Bytes of weights that are changed at once.
+_LOADED_BYTES = 64 << 20
 
 
 def with_model(objective: Objective, model: nn.Module, dtype: torch.dtype) -> Objective:
@@ -73,25 +76,47 @@ def in_float64(objective: Objective, sample: Split, *, inside: bool = False) -> 
     # The copy, and the weights of two points.
     if objective.device.type == "mps" or numbers * 2 * torch.float64.itemsize > budget:
         return None
-    own = {name: tensor.clone() for name, tensor in objective.tensors.items()}
-    floating = {name: t for name, t in own.items() if t.is_floating_point()}
+    buffers = {
+        name: tensor.clone()
+        for name, tensor in objective.tensors.items()
+        if not isinstance(tensor, nn.Parameter)
+    }
     with objective.frozen_statistics():
         try:
             twin = with_model(objective, copy.deepcopy(objective.model), torch.float64)
-            twin.load(own)
-            twin.widens = inside and not _is_wide(twin, sample)
-            before = twin.plain(own, {"": sample})[""].losses
-            here = objective.plain(own, {"": sample})[""].losses if objective.seeds else before
-            objective.load({name: tensor * 1.5 + 0.5 for name, tensor in floating.items()})
-            after = twin.plain(own, {"": sample})[""].losses
         except Exception:  # noqa: BLE001 - user code may refuse a copy or float64 in any way
             return None
+        try:
+            twin.widens = inside and not _is_wide(twin, sample)
+            # The copy has the weights exactly, so that no other copy is needed.
+            before = twin.plain(twin.tensors, {"": sample})[""].losses
+            here = before
+            if objective.seeds:
+                here = objective.plain(objective.tensors, {"": sample})[""].losses
+            _load_others(objective)
+            after = twin.plain(twin.tensors, {"": sample})[""].losses
+        except Exception:  # noqa: BLE001 - the same
+            return None
         finally:
-            objective.load(own)
+            objective.load({**twin.tensors, **buffers})
     # Random numbers of another type may be other numbers, and the copy another function.
     if not is_close(here, before, 100 * AGREEMENT[objective.precision]):
         return None
     return twin if is_close(after, before, AGREEMENT["float64"]) else None
+
+
+def _load_others(objective: Objective) -> None:
+    """Loads other weights, a few at a time to save memory."""
+    others: dict[str, Tensor] = {}
+    size = 0
+    for name, tensor in objective.tensors.items():
+        if tensor.is_floating_point():
+            others[name] = tensor * 1.5 + 0.5
+            size += tensor.nbytes
+        if size > _LOADED_BYTES:
+            objective.load(others)
+            others, size = {}, 0
+    objective.load(others)
 
 
 def _is_wide(objective: Objective, sample: Split) -> bool:

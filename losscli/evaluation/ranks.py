@@ -1,7 +1,7 @@
 """Several processes that share one run, as torchrun starts them.
 
 All ranks execute the same program: each reads the checkpoints and the data and reaches the same
-calls of `Ranks.distribute`. There, each task goes to the first rank that is free, and its result to
+calls of `Ranks.distribute`, which gives each task to the first rank that is free, and its result to
 all ranks. Only rank 0 reads and writes the journal and the results, and prints.
 
 Ranks communicate through the store of torch.distributed, which torchrun keeps outside of the ranks.
@@ -34,7 +34,7 @@ __all__ = [
     "reason",
 ]
 
-# A string, so that NumPy is not imported for --help.
+# A string, because --help must not import NumPy.
 Arrays: TypeAlias = "Mapping[str, NDArray[Any]]"
 
 _T = TypeVar("_T")
@@ -61,7 +61,7 @@ class RanksError(LosscliError):
 
 
 class Ranks:
-    """The ranks that share a run, as one of them sees them.
+    """The ranks that share a run, from the view of one of them.
 
     Args:
         store: The store that all ranks share.
@@ -95,10 +95,7 @@ class Ranks:
         return self.rank == 0
 
     def gather(self, value: _T) -> list[_T]:
-        """Gathers a value from every rank.
-
-        Args:
-            value: That of this rank; JSON types.
+        """Gathers a value of JSON types from every rank.
 
         Returns:
             The values in rank order, the same on all ranks.
@@ -113,13 +110,7 @@ class Ranks:
         return [json.loads(text) for text in self._store.multi_get(keys)]
 
     def decide(self, value: _T) -> _T:
-        """Lets rank 0 decide.
-
-        Args:
-            value: What this rank would decide; JSON types.
-
-        Returns:
-            The decision of rank 0.
+        """Returns the value, of JSON types, that rank 0 passes.
 
         Raises:
             RanksError: A rank has failed or is gone.
@@ -229,7 +220,7 @@ class Ranks:
             self._poll_now()
 
     def fail(self, text: str, *, changed: bool = False) -> None:
-        """Reports why this rank ends, so that the others end too; the first report counts.
+        """Reports why this rank ends, which ends the others too; the first report counts.
 
         Args:
             text: The error, in one line.
@@ -240,11 +231,7 @@ class Ranks:
             self._store.compare_set("error", "", report)
 
     def leave(self, status: int) -> None:
-        """Ends the participation of this rank.
-
-        Args:
-            status: The exit status; report an error with `fail` first.
-        """
+        """Ends the participation of this rank; report an error with `fail` first."""
         # This rank is done, so an error of the store no longer matters.
         with contextlib.suppress(RanksError):
             if self.is_leader:
@@ -336,7 +323,7 @@ class Ranks:
             self._past.remove(past)
 
     def _send_heartbeats(self) -> None:
-        """Runs in a thread of its own, because a batch may take long."""
+        """Runs in a separate thread, because a batch may take long."""
         with contextlib.suppress(RanksError):
             while True:
                 self._store.add(f"beat/{self.rank}", 1)
@@ -358,7 +345,7 @@ class Ranks:
                 raise RanksError(
                     f"rank {rank} has sent nothing for {now - since:.0f} s",
                     "Check that every rank runs the same command; without RANK and WORLD_SIZE "
-                    "in the environment losscli runs alone",
+                    "in the environment losscli runs as a single process",
                 )
 
 
@@ -411,7 +398,7 @@ class _Distribution:
         self.log_read = 0  # entries read of the log of results
         self.recalled = 0.0  # size of the tasks with known results
         self.done_here = 0.0  # progress of this rank
-        self.reported = 0  # units of it added to the store's counter
+        self.reported = 0  # units of that progress added to the store's counter
 
 
 def _pack(arrays: Arrays) -> bytes:

@@ -45,7 +45,7 @@ class Recalibration:
     Attributes:
         name: The name of their split.
         split: The split.
-        size: Examples a batch.
+        size: Examples per batch.
         order: The indices of the examples in the split, in whole batches.
     """
 
@@ -61,11 +61,6 @@ class Recalibration:
         The batches are as few as possible and have the same size, so that each counts the same.
         Fewer examples are left out than there are batches. Whole batches of the data are kept.
 
-        Args:
-            name: The name of the split.
-            split: The split, of two examples or more.
-            seed: Of the order.
-
         Returns:
             The examples and the batches.
         """
@@ -79,11 +74,7 @@ class Recalibration:
         return self.split.batches(self.size, self.order)
 
     def first_batch(self) -> Self:
-        """Keeps only the first batch.
-
-        Returns:
-            The recalibration with one batch, enough to compare two strategies.
-        """
+        """Keeps only the first batch, which is enough to compare two strategies."""
         return replace(self, order=self.order[: self.size])
 
     def __len__(self) -> int:
@@ -115,27 +106,12 @@ class BatchNormLayer:
         return self.mean, self.variance
 
     def is_fresh(self, weights: Mapping[str, Tensor]) -> bool:
-        """Whether some weights have no statistics yet.
-
-        Args:
-            weights: The tensors of a checkpoint.
-
-        Returns:
-            Whether the running mean is 0 and the running variance 1, as at the start.
-        """
+        """Whether weights have the initial statistics: a running mean of 0, a variance of 1."""
         return not weights[self.mean].any() and bool((weights[self.variance] == 1).all())
 
 
 def batchnorm_layers(model: nn.Module, tensors: Mapping[str, Tensor]) -> tuple[BatchNormLayer, ...]:
-    """Finds the BatchNorm layers that track their statistics.
-
-    Args:
-        model: The model.
-        tensors: Its tensors by name; a tied tensor goes by its last name.
-
-    Returns:
-        The layers in the model's order.
-    """
+    """Finds the BatchNorm layers that track their statistics, in the model's order."""
     names = {id(tensor): name for name, tensor in tensors.items()}
     return tuple(
         BatchNormLayer(module, names[id(module.running_mean)], names[id(module.running_var)])
@@ -149,7 +125,7 @@ def batchnorm_layers(model: nn.Module, tensors: Mapping[str, Tensor]) -> tuple[B
 
 @contextmanager
 def recording(layers: Sequence[BatchNormLayer]) -> Iterator[BatchStatistics]:
-    """Lets BatchNorm layers normalise by the statistics of the batch, and records these.
+    """Makes BatchNorm layers normalise by the statistics of the batch, and records these.
 
     Only these layers are in train mode: dropout and everything else stay as they are.
 
@@ -216,12 +192,7 @@ class Statistics:
         self._sums: list[BatchStatistics] = [{} for _ in range(points)]
 
     def add(self, p: int, statistics: BatchStatistics) -> None:
-        """Adds the statistics of a batch.
-
-        Args:
-            p: The point.
-            statistics: Those of the batch.
-        """
+        """Adds the statistics of a batch at a point."""
         for name, (value, calls) in statistics.items():
             total, before = self._sums[p].get(name, (None, 0))
             self._sums[p][name] = value if total is None else total + value, before + calls
@@ -232,15 +203,7 @@ class Statistics:
         return {name: None for sums in self._sums for name in sums}
 
     def at(self, p: int, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Returns the means over all batches.
-
-        Args:
-            p: The point.
-            tensors: The model's tensors, for their types.
-
-        Returns:
-            The running statistics of the layers that ran.
-        """
+        """Returns the means over all batches at a point, in the types of the model's tensors."""
         return {
             name: (total / calls).to(tensors[name].dtype)
             for name, (total, calls) in self._sums[p].items()

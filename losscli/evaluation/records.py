@@ -88,17 +88,7 @@ def slice_key(
     slice_: Slice,
     coordinates: Sequence[Sequence[float]],
 ) -> str:
-    """Computes the key of the records of points of a slice.
-
-    Args:
-        objective: The objective.
-        splits: The examples.
-        slice_: The slice.
-        coordinates: The points.
-
-    Returns:
-        A digest in hexadecimal.
-    """
+    """Computes the key of the records of points of a slice, a digest in hexadecimal."""
     # A slice also has numbers that follow from its ends, such as the position of a corner.
     fields = vars(slice_).items()
     numbers = [x for name, x in fields if name != "ends" and not isinstance(x, Mapping)]
@@ -122,18 +112,7 @@ def encode(
     number: int,
     points_at_once: int,
 ) -> Arrays:
-    """Converts the evaluations of a chunk of points to arrays.
-
-    Args:
-        objective: The objective after the evaluation.
-        splits: The examples.
-        evaluations: The evaluation of each split.
-        number: The number of points in the chunk.
-        points_at_once: The number of points planned for a chunk.
-
-    Returns:
-        The arrays, for `decode` and `state_of`.
-    """
+    """Converts the evaluations of a chunk of points to arrays, for `decode` and `state_of`."""
     strategy = objective.strategy
     state = [number, points_at_once, objective.batch_size, strategy.value if strategy else 0]
     arrays: dict[str, NDArray[Any]] = {"state": np.array(state), "idle": idle_layers(objective)}
@@ -150,16 +129,7 @@ def encode(
 
 
 def decode(arrays: Arrays, splits: Iterable[str], metrics: Iterable[str]) -> dict[str, Evaluation]:
-    """Converts arrays back to the evaluations of a chunk of points.
-
-    Args:
-        arrays: The result of `encode`.
-        splits: The names of the splits, in order.
-        metrics: The names of the metrics, in order.
-
-    Returns:
-        The evaluation of each split.
-    """
+    """Converts the result of `encode` to the evaluation of each split, by names in order."""
     names = {metric: f"{k}" for k, metric in enumerate(metrics)}
     return {
         name: Evaluation(
@@ -177,42 +147,22 @@ def decode(arrays: Arrays, splits: Iterable[str], metrics: Iterable[str]) -> dic
 
 
 def state_of(arrays: Arrays) -> State:
-    """Reads the state after a chunk of points.
-
-    Args:
-        arrays: The result of `encode`.
-
-    Returns:
-        The state.
-    """
+    """Reads the state after a chunk of points from the result of `encode`."""
     number, points_at_once, batch_size, strategy = arrays["state"].tolist()
     return State(number, points_at_once, batch_size, strategy, arrays["idle"].tolist())
 
 
 def idle_layers(objective: Objective) -> NDArray[np.int64]:
-    """Lists the BatchNorm layers that did not run.
-
-    Args:
-        objective: The objective after an evaluation.
-
-    Returns:
-        Their indices among the layers.
-    """
+    """Returns the indices of the BatchNorm layers that did not run in the last evaluation."""
     layers = enumerate(objective.batchnorm)
     return np.array([i for i, layer in layers if layer in objective.idle], np.int64)
 
 
 def restore(objective: Objective, batch_size: int, idle: Iterable[int], strategy: int = 0) -> None:
-    """Restores the state of an objective when a record was made.
+    """Restores the state of an objective when a record was made; strategy 0 keeps the present one.
 
     A resumed run continues in this state. So it evaluates the same chunks as the interrupted run
     would have, also if memory had run out there.
-
-    Args:
-        objective: The objective.
-        batch_size: The number of examples in a batch.
-        idle: The indices of the BatchNorm layers that did not run.
-        strategy: The value of the strategy; 0 keeps the present one.
     """
     objective.batch_size = batch_size
     objective.idle = [objective.batchnorm[i] for i in idle]

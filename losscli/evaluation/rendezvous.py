@@ -39,7 +39,7 @@ def is_distributed() -> bool:
         Whether it was.
 
     Raises:
-        UsageError: RANK is set, and not all of the variables that say where the others are.
+        UsageError: RANK is set without the variables that say where the other ranks are.
     """
     if not os.environ.get("RANK") or os.environ.get("WORLD_SIZE") == "1":
         return False
@@ -48,7 +48,7 @@ def is_distributed() -> bool:
         raise UsageError(
             f"RANK is set in the environment ({os.environ['RANK']}), and {', '.join(missing)} "
             f"{'is' if len(missing) == 1 else 'are'} not",
-            "Start all ranks with torchrun, or run alone without it: env -u RANK losscli …",
+            "Start all ranks with torchrun, or a single process with env -u RANK losscli …",
         )
     return True
 
@@ -76,14 +76,13 @@ def join_ranks(note: Callable[[str], None] = lambda _: None) -> Iterator[Ranks]:
         )
         store = PrefixStore("losscli", store)
         prefix, local = _choose_prefix(store, rank, size, wait)
-        # Only torchrun sets it; MPI and Slurm have names of their own.
+        # Only torchrun sets it; MPI and Slurm use other names.
         local = int(os.environ.get("LOCAL_RANK") or local)
         store = PrefixStore(prefix, store)
     except (RuntimeError, ValueError) as error:
         raise RanksError(
             f"the other ranks cannot be reached: {reason(error)}",
-            "Start all of them with torchrun, or leave RANK and WORLD_SIZE out of the environment "
-            "to run alone",
+            "Start all of them with torchrun, or leave RANK and WORLD_SIZE out of the environment",
         ) from None
     yield Ranks(store, rank, size, local)
 
@@ -175,5 +174,5 @@ def _choose_prefix(store: Store, rank: int, size: int, wait: _WaitNote) -> tuple
     raise RanksError(
         f"not all of the {size} ranks joined within {_JOIN:.0f} s",
         "Check that every rank runs the same command; without RANK and WORLD_SIZE in the "
-        "environment losscli runs alone",
+        "environment losscli runs as a single process",
     )

@@ -1,4 +1,4 @@
-"""REPAIR: the preactivations of a point get the statistics between those of the ends of a line.
+"""REPAIR: gives preactivations on a line the interpolated statistics of its ends.
 
 After Jordan et al. 2022, arXiv 2211.08403. At α each hidden unit's preactivation gets, over
 training examples, the mean (1 − α) μ_A + α μ_B and the standard deviation (1 − α) σ_A + α σ_B, by
@@ -79,8 +79,8 @@ class Repair:
         self.layers = self._layers(*traces.of(first))
         if not self.layers:
             raise ModelError(
-                "--repair corrects the preactivations of hidden units, and the model has none "
-                "that are known",
+                "--repair corrects the preactivations of hidden units, but none were found in the "
+                "model",
                 "Leave --repair out",
             )
 
@@ -91,9 +91,6 @@ class Repair:
 
     def measure(self, weights: Weights) -> list[Preactivations]:
         """Measures all layers at a point, in one pass over the examples.
-
-        Args:
-            weights: All tensors of the point.
 
         Returns:
             The statistics of each layer.
@@ -143,7 +140,7 @@ class Repair:
     @torch.no_grad()
     def _measure_once(self, weights: Weights, chosen: range) -> list[Preactivations]:
         objective = self._objective
-        # What BatchNorm has at a corrected point are the statistics there.
+        # BatchNorm has the statistics of the corrected point.
         tensors = tensors_at(objective, recalibrated(objective, weights), self._dtype)
         moments = [UnitMoments(objective.sum_type) for _ in chosen]
         for batch in objective.batches(self._examples):
@@ -172,7 +169,7 @@ class Repair:
 
     def _layers(self, traced: TracedModel, hidden: HiddenUnits) -> Sequence[Layer]:
         """Finds the layers of a graph, once."""
-        # Its key stays taken, as graphs are kept.
+        # Graphs are kept, so that no other graph gets the same id.
         if id(traced) not in self._found:
             self._found[id(traced)] = find_layers(traced, hidden)
         return self._found[id(traced)]

@@ -92,28 +92,14 @@ class Estimate:
 
     @classmethod
     def of_evaluation(cls, evaluation: Evaluation) -> Self:
-        """Makes an estimate from an evaluation.
-
-        Args:
-            evaluation: The losses and metrics.
-
-        Returns:
-            The estimate.
-        """
+        """Makes an estimate from the losses and metrics of an evaluation."""
         metrics = {name: values.numpy() for name, values in evaluation.metrics.items()}
         weights = None if evaluation.weights is None else evaluation.weights.numpy()
         return cls.of(evaluation.losses.numpy(), metrics, weights, evaluation.counts)
 
     @classmethod
     def join(cls, parts: Sequence[Estimate]) -> Self:
-        """Concatenates the points of several estimates from the same examples.
-
-        Args:
-            parts: At least one.
-
-        Returns:
-            The estimate at all their points.
-        """
+        """Concatenates the points of several estimates from the same examples."""
         first = parts[0]
         products = [part.sums.products for part in parts if part.sums is not None]
         return cls(
@@ -126,14 +112,7 @@ class Estimate:
         )
 
     def extend(self, more: Estimate) -> Estimate:
-        """Adds further examples (Chan, Golub & LeVeque 1983).
-
-        Args:
-            more: The same points on other examples.
-
-        Returns:
-            The estimate from both.
-        """
+        """Adds the same points on other examples (Chan, Golub & LeVeque 1983)."""
         examples = self.examples + more.examples
         metrics, counts = combine_metrics(self, more)
         if self.sums is not None or more.sums is not None:
@@ -182,14 +161,7 @@ class Estimate:
         return errors if self.sums is None else errors * (number / self.sums.total)
 
     def is_known_to(self, tolerance: float) -> bool:
-        """Whether every standard error is below a share of the range of the means.
-
-        Args:
-            tolerance: The share.
-
-        Returns:
-            Whether more examples are not needed, or would not help.
-        """
+        """Whether every standard error is below a share of the range of the means."""
         if self.sums is not None and not self.sums.total:
             return False
         # More examples do not make a loss finite.
@@ -200,15 +172,7 @@ class Estimate:
         return bool((self.stderr[finite] < tolerance * height).all())
 
     def row(self, i: int, metrics: Mapping[str, PerExample]) -> list[Cell]:
-        """Returns the cells of a table for one point.
-
-        Args:
-            i: The index of the point.
-            metrics: The metrics to list, by their names.
-
-        Returns:
-            The loss, its standard error, and the metrics.
-        """
+        """Returns the cells of a table for a point: the loss, its standard error, the metrics."""
         return [
             float(self.mean[i]),
             float(self.stderr[i]) if self.examples > 1 else None,
@@ -288,15 +252,7 @@ Sampled = TypeVar("Sampled", bound=_Extendable)
 
 
 def sample_order(splits: Mapping[str, Examples], seed: int) -> dict[str, torch.Tensor]:
-    """Draws the order in which examples are evaluated if not all of them are needed.
-
-    Args:
-        splits: The data.
-        seed: The seed.
-
-    Returns:
-        Indices of the examples of each split.
-    """
+    """Draws the order in which the examples of each split are evaluated, as indices."""
     generator = torch.Generator().manual_seed(seed)
     return {name: split.order(generator) for name, split in splits.items()}
 

@@ -23,11 +23,10 @@ from losscli.data import Examples
 from losscli.evaluation.critical_step import Crossing, Reason, find_crossing
 from losscli.evaluation.finite_differences import sample_size
 from losscli.evaluation.hessian.curvature import Curvature
-from losscli.evaluation.hessian.curvature_check import check_derivatives
+from losscli.evaluation.hessian.curvature_check import check_derivatives, float64_copy
 from losscli.evaluation.line_search import LineSearch
 from losscli.evaluation.loss_rounding import ROUNDING_EXAMPLES, loss_rounding
 from losscli.evaluation.objective import Evaluation, Objective
-from losscli.evaluation.precision import in_float64
 from losscli.evaluation.ranks import Arrays
 from losscli.evaluation.records import idle_layers
 from losscli.evaluation.sweep import sweep_plain
@@ -62,7 +61,7 @@ _LARGEST_ERROR = 0.1
 
 
 def rises(found: Evaluation, here: Evaluation) -> list[tuple[float, float]]:
-    """Computes how far the mean loss at each point is above that of one point.
+    """Computes how much higher the mean loss at each point is than at one point.
 
     Args:
         found: A split at P points.
@@ -80,7 +79,7 @@ def rises(found: Evaluation, here: Evaluation) -> list[tuple[float, float]]:
 
 
 def widened(objective: Objective, weights: Weights) -> Weights:
-    """Converts weights to float64 for a forward pass in float64, so that steps are as exact."""
+    """Converts weights to float64 for a forward pass in float64, so that steps are exact too."""
     if objective.dtype != torch.float64:
         return weights
     return {n: t.double() if t.is_floating_point() else t for n, t in weights.items()}
@@ -116,17 +115,17 @@ def perturbation_line(
 
 @dataclass(frozen=True)
 class GradientSharpness:
-    """What one gradient and forward passes say of one point on one split.
+    """SAM sharpness and critical sharpness at one point on one split.
 
     Attributes:
         loss: The mean loss.
         gradient_norm: ‖∇L‖.
-        rounding: How much of a difference of mean losses may be rounding.
+        rounding: The largest difference of mean losses that may be rounding.
         sam: SAM sharpness and its standard error for each radius; empty where the gradient, or its
             product with abs(θ) if adaptive, is 0.
         step: The critical step; 0 where the loss rises at once, nan where there is none.
         step_error: How far rounding may move it.
-        reason: Why there is none, or why it is 0.
+        reason: Why there is no critical step, or why it is 0.
         unverified: Which derivatives could not be compared with differences; empty if none.
         seed_error: The standard error of the mean loss over seeds; nan without several.
     """
@@ -294,10 +293,7 @@ class SharpnessTest:
     @cached_property
     def float64(self) -> Objective | None:
         """The objective in float64; None if there is none."""
-        objective = self.objective
-        split = next(iter(objective.splits.values()))
-        sample, _ = split.spread(sample_size(objective))
-        return in_float64(objective, sample.to(objective.device), inside=True)
+        return float64_copy(self.objective)
 
     def along_gradient(
         self,
@@ -387,7 +383,7 @@ class SharpnessTest:
             while gradients <= MAX_GRADIENTS and step >= _LAST_STEP:
                 uphill = scale * slope
                 if not uphill.any():
-                    # Every direction is as good at a critical point.
+                    # At a critical point no direction is better than another.
                     noise = torch.randn(theta.shape, generator=generator, dtype=torch.float64)
                     uphill = scale * noise.to(theta)
                 length = float(uphill.norm())

@@ -48,10 +48,6 @@ class SpectralLayer:
 def spectral_layers(model: nn.Module, tensors: Mapping[str, Tensor]) -> tuple[SpectralLayer, ...]:
     """Finds the spectrally normalised weights of a model.
 
-    Args:
-        model: The model.
-        tensors: Its tensors by name; a tied tensor goes by its last name.
-
     Returns:
         The weights, by ``torch.nn.utils.spectral_norm`` and by
         ``torch.nn.utils.parametrizations.spectral_norm``, in the model's order.
@@ -113,12 +109,7 @@ class _Parametrized:
 
 @torch.no_grad()
 def normalise(layers: Sequence[SpectralLayer], tensors: Mapping[str, Tensor]) -> None:
-    """Recomputes the singular vectors in a model from its present weights.
-
-    Args:
-        layers: The weights.
-        tensors: The model's tensors by name.
-    """
+    """Recomputes the singular vectors in a model from its present weights."""
     for layer in layers:
         for name, vector in zip(layer.names, _singular_vectors(layer.matrix()), strict=True):
             tensors[name].copy_(vector)
@@ -129,9 +120,6 @@ def normalise_stored(weights: Weights) -> dict[str, Tensor]:
 
     Without a model the layers are recognised by the names that PyTorch gives their tensors, and the
     first dimension of the matrix by the lengths of the vectors.
-
-    Args:
-        weights: The tensors.
 
     Returns:
         The vectors by name, in the types of the state dict.

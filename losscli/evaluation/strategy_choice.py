@@ -35,13 +35,7 @@ _AGREEMENT_ON_ESTIMATES = {
 def choose_strategy(
     objective: Objective, slice_: Slice, coordinates: Sequence[Sequence[float]]
 ) -> None:
-    """Chooses a strategy; if memory runs out, for fewer points, then with half the batch.
-
-    Args:
-        objective: The objective.
-        slice_: The slice.
-        coordinates: The points.
-    """
+    """Chooses a strategy; if memory runs out, for fewer points, then with half the batch."""
     for few in (coordinates, [coordinates[0], coordinates[-1]]):
         try:
             find_strategy(objective, slice_, few)
@@ -159,18 +153,11 @@ def find_strategy(
 
 
 def candidates(objective: Objective) -> list[Strategy]:
-    """Lists the strategies that may be right for an objective.
-
-    Args:
-        objective: The objective.
-
-    Returns:
-        The strategies that are faster than loading each point, the fastest first.
-    """
+    """Returns the strategies that are faster than loading each point, the fastest first."""
     if objective.folds:
         return []
     if objective.seeds:
-        # What is shared by all points would be that of one seed.
+        # Shared results would be those of one seed.
         return [Strategy.BOUND]
     strategies = [Strategy.SHARED, Strategy.BOUND]
     functions = [objective.loss, *objective.metrics.values()]

@@ -197,14 +197,7 @@ def _continue_from(
 
 
 def join_points(parts: Sequence[Mapping[str, Evaluation]]) -> dict[str, Evaluation]:
-    """Concatenates the points of several evaluations.
-
-    Args:
-        parts: For each split the evaluation at some points.
-
-    Returns:
-        For each split the evaluation at all of them, in order.
-    """
+    """Concatenates, for each split, the points of several evaluations."""
     return {
         name: replace(
             own,

@@ -57,11 +57,6 @@ _WITHOUT_METRICS = "Choose another --metric, or --metric none"
 def check_task(objective: Objective, weights: Weights, names: Sequence[str] | None = None) -> None:
     """Checks on a first batch that the model, the loss and the data work together.
 
-    Args:
-        objective: The objective.
-        weights: All tensors of the model; they stay loaded.
-        names: The splits to check; all by default.
-
     Raises:
         LossError: Labels are out of the model's range, or a loss depends on other examples.
         NondeterministicModelError: Repeated losses differ, or random numbers are drawn.
@@ -100,11 +95,7 @@ def _check(objective: Objective, names: Sequence[str] | None) -> None:
 
 
 def _check_split(objective: Objective, name: str) -> list[frozenset[Doubt]]:
-    """Checks the first batch of a split: evaluates it whole, then in halves.
-
-    Returns:
-        The doubts about the loss, if the model returns scores.
-    """
+    """Evaluates the first batch of a split whole, then in halves; returns doubts about the loss."""
     examples = objective.splits[name]
     batch = examples.first(objective.batch_size).to(objective.device)
     seed_all(0, objective.device)
@@ -128,10 +119,6 @@ def check_independence(objective: Objective, weights: Weights) -> None:
 
     An initialisation may give all examples the same outputs, and sorted data a first batch of one
     class. So here the batch is spread over all examples in memory.
-
-    Args:
-        objective: The objective.
-        weights: All tensors of the model; they stay loaded.
 
     Raises:
         LossError: A loss depends on other examples.
@@ -239,7 +226,7 @@ def _check_repetition(objective: Objective, batch: Split, whole: Values) -> None
     for what, values in whole.items():
         if not torch.allclose(values, again[what], rtol=1e-5, atol=1e-7, equal_nan=True):
             raise NondeterministicModelError(
-                f"the model gives two answers for the same weights and data, even in eval "
+                f"the model gives different results for the same weights and data, even in eval "
                 f"mode: the {what} differs",
                 "Draw random numbers from the global generators of Python, NumPy and torch, which "
                 "--stochastic seeds"
@@ -251,7 +238,7 @@ def _check_repetition(objective: Objective, batch: Split, whole: Values) -> None
 def _random(
     objective: Objective, names: Sequence[str], batch: Split, whole: Values
 ) -> LosscliError:
-    """Makes the error for a forward pass that draws random numbers; says what they change."""
+    """Returns the error for a forward pass that draws random numbers, and what they change."""
     changes = False
     for seed in range(1, 1 + _SEEDS):
         seed_all(seed, objective.device)
@@ -303,7 +290,7 @@ def _check_parameters(objective: Objective, trace: Trace) -> None:
         return
     raise ModelError(
         what,
-        "Does its code hold another module (a closure, a patched forward), or a value computed "
+        "Does its code use another module (a closure, a patched forward), or a value computed "
         "from its weights? Let forward read the parameters of the model that it is called on",
     )
 

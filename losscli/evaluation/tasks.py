@@ -71,72 +71,31 @@ class Execution:
         return replace(self, progress=None)
 
     def after(self, done: float, most: float = math.inf) -> Execution:
-        """Adds an offset to progress.
-
-        Args:
-            done: The amount done before.
-            most: The most that is done from here on.
-
-        Returns:
-            The same execution for tasks that follow.
-        """
+        """Returns the execution for tasks that follow: progress starts at ``done``."""
         report = self.progress
         if report is None:
             return self
         return replace(self, progress=lambda x: report(done + min(x, most)))
 
     def report(self, done: float) -> None:
-        """Reports progress.
-
-        Args:
-            done: The amount done so far.
-        """
+        """Reports the amount done so far."""
         if self.progress is not None:
             self.progress(done)
 
     def decide(self, value: _T) -> _T:
-        """Lets rank 0 decide, so that all ranks do the same.
-
-        Args:
-            value: What this process would decide; JSON types.
-
-        Returns:
-            The decision.
-        """
+        """Lets rank 0 decide about a value of JSON types, so that all ranks do the same."""
         return value if self.ranks is None else self.ranks.decide(value)
 
     def gather(self, value: _T) -> list[_T]:
-        """Gathers a value from each rank.
-
-        Args:
-            value: That of this process; JSON types.
-
-        Returns:
-            The values in rank order.
-        """
+        """Gathers a value of JSON types from each rank, in rank order."""
         return [value] if self.ranks is None else self.ranks.gather(value)
 
     def key(self, make: Callable[[], str]) -> str | None:
-        """Computes a key for records, if they are needed.
-
-        Args:
-            make: Computes it, which takes a digest of all weights.
-
-        Returns:
-            The key; None if nothing is recorded.
-        """
+        """Computes a key for records, a digest of all weights; None if nothing is recorded."""
         return None if self.journal is None else make()
 
     def recall(self, key: str | None, part: object) -> Arrays | None:
-        """Recalls a record.
-
-        Args:
-            key: The key of its group.
-            part: Identifies it in the group.
-
-        Returns:
-            Its arrays; None if there is no such record.
-        """
+        """Returns the arrays of a record in the group of a key; None if there is no such record."""
         if self.journal is None or key is None:
             return None
         return self.journal.recall(f"{key} {part}")
@@ -146,9 +105,6 @@ class Execution:
 
         A single process evaluates lazily, one task after the other. Several ranks take tasks
         whenever they are free, and yield when all are done.
-
-        Args:
-            tasks: The tasks, the same on all ranks.
 
         Yields:
             The arrays of each task, in the order of the tasks, the same on all ranks.

@@ -18,12 +18,11 @@ from matplotlib.transforms import Bbox
 from numpy.typing import NDArray
 from PIL import Image
 
+from losscli.plotting.layout import finish_layout
 from losscli.plotting.lines import Series, draw_panel, split_entries
 from losscli.plotting.style import (
     INCH,
     WIDTH,
-    add_foot,
-    add_title,
     columns,
     house_style,
     label_loss,
@@ -34,7 +33,7 @@ from losscli.plotting.style import (
     text_size,
     text_width,
 )
-from losscli.plotting.surface import WIDE, Contours, draw_path, finish_layout, label_contours
+from losscli.plotting.surface import WIDE, Contours, draw_path, label_contours
 from losscli.registry import load
 from losscli.results.drawing import Drawing
 from losscli.results.result import Run
@@ -79,7 +78,7 @@ class Animation:
         panel: The panel of the paths.
         beside: The panel of the losses.
         series: The losses, which are in ``beside``.
-        curves: What is drawn of them.
+        curves: The artists of the losses.
         caption: Names the checkpoint.
         tracks: The paths.
         times: The number of the last checkpoint in each frame.
@@ -97,12 +96,7 @@ class Animation:
     drawing: Drawing
 
     def frames(self, times: Sequence[float] | None = None) -> Iterator[Frame]:
-        """Draws frames.
-
-        What does not change is drawn once.
-
-        Args:
-            times: The numbers of the last checkpoints; None for those of all frames.
+        """Draws the frames of checkpoints, by default of all; what does not change is drawn once.
 
         Yields:
             The colours of each frame, [height, width, 3]; both sides are even.
@@ -174,14 +168,7 @@ class Animation:
         return text
 
     def render(self, suffix: str) -> bytes:
-        """Renders the animation.
-
-        Args:
-            suffix: The format, ``.gif`` or ``.mp4``.
-
-        Returns:
-            The content of the file. Equal animations give equal bytes.
-        """
+        """Renders the animation as ``.gif`` or ``.mp4``; equal animations give equal bytes."""
         return self._gif() if suffix == ".gif" else self._mp4()
 
     def _gif(self) -> bytes:
@@ -228,15 +215,7 @@ class Animation:
 
 
 def new_panels(drawing: Drawing) -> tuple[Figure, Axes, Axes]:
-    """Creates the figure of an animation.
-
-    Args:
-        drawing: How it is drawn.
-
-    Returns:
-        The figure, the panel of the paths, and that of the losses beside it, or below it if the
-        figure is narrow.
-    """
+    """Creates a figure with a panel of paths, and one of losses beside or below it."""
     across = columns(drawing, 2)
     rows = 2 // across
     figure = new_figure(drawing, 4.2 * rows, WIDE if across == 2 else WIDTH)
@@ -288,15 +267,12 @@ def animate(
     curves = [artist for artist in beside.get_children() if artist not in before]
     beside.set_ylabel(label_loss(figure, runs, drawing, log=drawing.log))
     caption = beside.set_title("checkpoint", loc="left")
-    add_title(figure, drawing)
     notes = [*notes, *more]
     if stride > 1:
         notes.append(f"Each frame adds {stride} checkpoints.")
     splits = list(dict.fromkeys(s.split for s in series))
-    add_foot(
-        figure, drawing, notes, [*entries, split_entries(runs, splits, colour, series, drawing)]
-    )
-    finish_layout(figure, drawing)
+    lines = split_entries(runs, splits, colour, series, drawing)
+    finish_layout(figure, drawing, notes, [*entries, lines])
     figure.set_dpi(_LONGEST_SIDE / max(figure.get_size_inches()))
     if contours is not None:
         x, y = (

@@ -13,36 +13,33 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from losscli.plotting.html import DASHES as PAGE_DASHES
 from losscli.plotting.html import Item, View, curve, layout_2d, transparent
+from losscli.plotting.layout import finish_layout
 from losscli.plotting.lines import Series, draw_panel
 from losscli.plotting.style import (
     DASHES,
     INK,
-    STEPS,
-    Numbers,
-    add_foot,
-    add_title,
+    Label,
     distinct_checkpoints,
     drawable,
     error_label,
     examples_notes,
     format_number,
-    freeze,
     house_style,
     label_loss,
+    linear_ticks,
     loss_name,
     name_split,
-    narrow,
     new_figure,
     plain,
     run_colours,
+    scale_x,
     scale_y,
-    shorten,
-    text_size,
+    split_names,
+    title_panel,
 )
 from losscli.results.drawing import FULL, Drawing
 from losscli.results.result import Run
@@ -86,7 +83,7 @@ class _Curves:
         """Reads the rows of one checkpoint and split: the losses or another quantity."""
         coefficients = np.array(rows.floats("coefficient"))
         x = np.copysign(np.array(rows.floats("distance")), coefficients)
-        # At 0 all directions have the checkpoint itself, whatever its sign.
+        # At 0 and −0 all directions have the checkpoint itself.
         x = np.where(coefficients == 0, 0.0, x)
         known = np.isfinite(x) & drawable(x, log=False)
         # Rounding aside, equal coefficients are equal distances.
@@ -107,7 +104,7 @@ class _Curves:
 
 @dataclass(frozen=True)
 class _Group:
-    """One checkpoint of one run, with a colour of its own."""
+    """One checkpoint of one run, with its colour."""
 
     run: Run[AroundSummary]
     checkpoint: str
@@ -121,7 +118,7 @@ class _Group:
         return curves if curves.x.size else None
 
     def point(self, split: str) -> AroundPoint:
-        """Returns what the summary says of the checkpoint on a split."""
+        """Returns the part of the summary on the checkpoint and a split."""
         points = self.run.summary.get("splits", {}).get(split, {}).get("points", ())
         own: AroundPoint = {}
         return next((p for p in points if p.get("checkpoint") == self.checkpoint), own)
@@ -153,7 +150,7 @@ def draw_around(runs: Sequence[Run[AroundSummary]], drawing: Drawing = FULL) -> 
         The figure, laid out and ready to `render`.
     """
     with house_style(drawing):
-        splits = [str(s) for s in dict.fromkeys(s for r in runs for s in r.table.unique("split"))]
+        splits = split_names(runs)
         groups, shared = _read(runs, drawing)
         number = max(len(splits), 1)
         figure = new_figure(drawing, 0.6 + _HEIGHT * number)
@@ -166,8 +163,7 @@ def draw_around(runs: Sequence[Run[AroundSummary]], drawing: Drawing = FULL) -> 
             notes += _draw(axes, curves, split, marks, drawing)
             reach += [c.x for _, c in curves]
             axes.set_ylabel(label_loss(figure, runs, drawing, log=drawing.log))
-            name = name_split(runs, split, drawing)
-            axes.set_title(shorten(figure, name, narrow(figure, 250), text_size()), loc="left")
+            title_panel(figure, axes, name_split(runs, split, drawing))
         _scale_distance(panels, np.concatenate([*reach, np.empty(0)]), groups, drawing)
         figure.align_ylabels(panels)
         shown = groups
@@ -175,16 +171,14 @@ def draw_around(runs: Sequence[Run[AroundSummary]], drawing: Drawing = FULL) -> 
             shown = [groups[0], groups[-1]]
             order = "from dark to light in the order of the table"
             notes.append(f"{len(groups)} checkpoints, {order}; the first and the last are named")
-        # The colour of a single checkpoint is that of all entries.
+        # A single checkpoint needs no sample of its colour, which all entries have.
         style = "solid" if len(groups) > 1 else "none"
         named = [
             (Line2D([], [], color=g.colour, lw=2.2, ls=style), drawing.words(_label(g), g.name))
             for g in shown
             if len(groups) > 1 or not drawing.compact or g.run.checkpoint_labels
         ]
-        add_foot(figure, drawing, list(dict.fromkeys(notes)), [named, list(marks.values())])
-        add_title(figure, drawing)
-        freeze(figure, drawing)
+        finish_layout(figure, drawing, [*dict.fromkeys(notes)], [named, [*marks.values()]])
     return figure
 
 
@@ -194,7 +188,7 @@ def _read(runs: Sequence[Run[AroundSummary]], drawing: Drawing) -> tuple[list[_G
     for run in runs:
         checkpoints = [str(name) for name in run.table.unique("checkpoint")]
         names, pattern = distinct_checkpoints(run, checkpoints, drawing)
-        label = plain(run.label)
+        label = Label(plain(run.label))
         if pattern:
             notes.append(f"Checkpoints {pattern}")
         for checkpoint, own in zip(checkpoints, names, strict=True):
@@ -205,8 +199,9 @@ def _read(runs: Sequence[Run[AroundSummary]], drawing: Drawing) -> tuple[list[_G
 
 
 def _label(group: _Group) -> str:
-    size = group.size
-    return f"{group.name}, ‖θ‖ = {format_number(size)}" if np.isfinite(size) else group.name
+    """Returns the name of a checkpoint with its norm; a label stays one."""
+    norm = f", ‖θ‖ = {format_number(group.size)}" if np.isfinite(group.size) else ""
+    return type(group.name)(group.name + norm)
 
 
 def _draw(
@@ -219,8 +214,8 @@ def _draw(
     """Draws one split; returns notes, and adds to the entries of the legend."""
     log = drawing.log
     series = [s for k, (g, c) in enumerate(groups) for s in _series(k, g, c, split)]
-    notes = draw_panel(axes, series, "loss", drawing, log=log)
-    # The means may be finite where single directions are drawn, and farther apart.
+    notes = draw_panel(axes, series, "loss", replace(drawing, ylim=None), log=log)
+    # Single directions may be finite where their mean is not, and farther apart.
     shown = [s["loss"] + sign * s["loss_stderr"] for s in series for sign in (-1, 1)]
     values = [*(c.losses.ravel() for _, c in groups), *(x.ravel() for x in shown)]
     joined = np.concatenate([*values, np.empty(0)])
@@ -231,10 +226,12 @@ def _draw(
             _draw_random(axes, curves, group.colour, log=log)
             marks.setdefault("mean", (Line2D([], [], color=colour, lw=2.2), "mean"))
             marks.setdefault(
-                "thin", (Line2D([], [], color=colour, lw=0.7, alpha=0.45), "one direction each")
+                "thin", (Line2D([], [], color=colour, lw=0.7, alpha=0.45), "single directions")
             )
             if len(curves.directions) > 1:
-                marks.setdefault("band", (Patch(color=colour, alpha=0.18, lw=0), "10–90 % of them"))
+                marks.setdefault(
+                    "band", (Patch(color=colour, alpha=0.18, lw=0), "10–90 % of directions")
+                )
         else:
             for k, name in enumerate(curves.directions):
                 line = Line2D([], [], color=colour, linestyle=DASHES[k % len(DASHES)])
@@ -323,12 +320,8 @@ def _scale_distance(
 ) -> None:
     """Scales the axis of distances; for a single ‖θ‖, another one is relative to it."""
     low, high = (float(x.min()), float(x.max())) if x.size else (0.0, 1.0)
-    room = 0.02 * (high - low) or 0.05
-    lowest = panels[-1]
-    lowest.set_xlim(low - room, high + room)
-    lowest.xaxis.set_major_locator(MaxNLocator("auto", steps=STEPS))
-    lowest.xaxis.set_major_formatter(Numbers())
-    lowest.set_xlabel(_DISTANCE + _OPPOSITE * (low < 0 and not drawing.compact))
+    scale_x(panels[-1], low, high)
+    panels[-1].set_xlabel(_DISTANCE + _OPPOSITE * (low < 0 and not drawing.compact))
     sizes = {group.size for group in groups}
     size = sizes.pop() if len(sizes) == 1 else np.nan
     if not (np.isfinite(size) and size > 0):
@@ -336,8 +329,7 @@ def _scale_distance(
     upper = panels[0].secondary_xaxis(
         "top", functions=(lambda v: np.asarray(v) / size, lambda v: np.asarray(v) * size)
     )
-    upper.xaxis.set_major_locator(MaxNLocator("auto", steps=STEPS))
-    upper.xaxis.set_major_formatter(Numbers())
+    linear_ticks(upper.xaxis)
     upper.set_xlabel("distance / ‖θ‖")
 
 
@@ -346,7 +338,7 @@ def _scale_distance(
 
 def around_views(runs: Sequence[Run[AroundSummary]]) -> list[View]:
     """Returns the views of an interactive page: the loss along directions from checkpoints."""
-    splits = [str(s) for s in dict.fromkeys(s for r in runs for s in r.table.unique("split"))]
+    splits = split_names(runs)
     groups, notes = _read(runs, FULL)
     quantities = {"loss": f"loss{loss_name(runs)}"}
     quantities |= {metric: metric for run in runs for metric in run.table.metrics}

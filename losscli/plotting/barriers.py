@@ -12,7 +12,7 @@ import numpy as np
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import ListedColormap, LogNorm, Normalize, to_hex
+from matplotlib.colors import ListedColormap, LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, PathPatch
 from matplotlib.path import Path
@@ -21,6 +21,7 @@ from matplotlib.transforms import Affine2D
 from numpy.typing import NDArray
 
 from losscli.plotting.html import Item, View, escape, layout_2d
+from losscli.plotting.layout import finish_layout
 from losscli.plotting.lines import repair_notes
 from losscli.plotting.pairs import draw_pairs, pairs_views
 from losscli.plotting.style import (
@@ -32,8 +33,6 @@ from losscli.plotting.style import (
     STEPS,
     WIDTH,
     Numbers,
-    add_foot,
-    add_title,
     columns,
     distinct_checkpoints,
     format_number,
@@ -48,8 +47,9 @@ from losscli.plotting.style import (
     small_size,
     text_size,
     text_width,
+    title_panel,
 )
-from losscli.plotting.surface import WIDE, finish_layout
+from losscli.plotting.surface import WIDE, colour_stops
 from losscli.registry import pair_position
 from losscli.results.drawing import FULL, Drawing
 from losscli.results.result import Run
@@ -123,8 +123,7 @@ def draw_barriers(run: Run[BarriersSummary], drawing: Drawing = FULL) -> Figure:
                 _draw(panel, square.heights, norm, room)
                 below = index + across >= len(own) and k == len(matrices) - 1
                 _label_axes(panel, labels, room, below=below, left=not column)
-                name = name_split([run], square.split, drawing)
-                panel.set_title(shorten(figure, name, narrow(figure, 250), text_size()), loc="left")
+                title_panel(figure, panel, name_split([run], square.split, drawing))
                 panels.append(panel)
             if not panels:
                 panels = [figure.add_subplot(cells[k * rows, 0])]
@@ -132,10 +131,8 @@ def draw_barriers(run: Run[BarriersSummary], drawing: Drawing = FULL) -> Figure:
             if k == 0:
                 label = drawing.words(f"barrier{loss_name([run])}", "barrier")
             _add_colour_bar(figure, panels, norm, label, drawing, log=drawing.log and k == 0)
-        add_title(figure, drawing)
         notes = [*_notes(run, squares, shared), *repair_notes([run]), *_output_notes(quantities)]
-        add_foot(figure, drawing, notes, [_legend(squares, further, drawing)])
-        finish_layout(figure, drawing)
+        finish_layout(figure, drawing, notes, [_legend(squares, further, drawing)])
         for panel in figure.axes:
             _shrink_numbers(figure, panel, number)
     return figure
@@ -399,8 +396,6 @@ def barriers_views(run: Run[BarriersSummary]) -> list[View]:
     ticks = {"tickvals": at, "ticktext": [escape(label) for label in labels]}
     layout["xaxis"] |= ticks
     layout["yaxis"] |= {**ticks, "autorange": "reversed", "scaleanchor": "x"}
-    positions = np.linspace(0, 1, 33)
-    stops = [(float(p), to_hex(c)) for p, c in zip(positions, _COLOURS(positions), strict=True)]
     view = View(
         "barriers",
         items,
@@ -409,7 +404,7 @@ def barriers_views(run: Run[BarriersSummary]) -> list[View]:
         scale="colour",
         logarithmic=[*quantities],
         single=("quantity", "split"),
-        colours=stops,
+        colours=colour_stops(_COLOURS),
         from_zero=True,
         notes=[*([f"Checkpoints {shared}"] if shared else ()), *repair_notes([run])],
     )

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from losscli.plotting.eigenvalue_axis import LINE, scale_eigenvalues
 from losscli.plotting.html import View, table_view
+from losscli.plotting.layout import finish_layout
 from losscli.plotting.lines import Series, draw_panel
 from losscli.plotting.spectra import Row, matrix_name, spectra_rows
 from losscli.plotting.style import (
@@ -33,8 +34,6 @@ from losscli.plotting.style import (
     STEPS,
     WIDTH,
     Numbers,
-    add_foot,
-    add_title,
     columns,
     drawable,
     error_label,
@@ -48,17 +47,18 @@ from losscli.plotting.style import (
     new_figure,
     number_checkpoints,
     plain,
-    round_positions,
     scale_checkpoints,
+    scale_x,
     scale_y,
     shorten,
     shorten_path,
     small_size,
+    split_names,
     text_size,
     text_width,
     whole_numbers,
 )
-from losscli.plotting.surface import WIDE, finish_layout
+from losscli.plotting.surface import WIDE
 from losscli.results.drawing import FULL, Drawing
 from losscli.results.result import Run
 from losscli.results.summaries import CheckSummary, Escape
@@ -123,16 +123,13 @@ def draw_check(run: Run[CheckSummary], drawing: Drawing = FULL) -> Figure:
     """
     with house_style(drawing):
         names = [str(name) for name in run.table.unique("checkpoint")]
-        splits = [str(split) for split in run.table.unique("split")]
+        splits = split_names([run])
         escape = _Escape.read(run)
         draw = _draw_several if len(names) > 1 else _draw_one
         figure, notes, groups = draw(run, names, splits, escape, drawing)
         if escape:
             groups.append(escape.entries(figure, run, drawing))
-        add_title(figure, drawing)
-        add_foot(figure, drawing, notes, groups)
-        finish_layout(figure, drawing)
-        round_positions(figure)
+        finish_layout(figure, drawing, notes, groups)
     return figure
 
 
@@ -226,17 +223,10 @@ def _draw_several(
 def _add_panels(
     loss: Axes, grid: GridSpec, last: int, *, ratios: bool, adam: bool
 ) -> tuple[list[Axes], list[Axes]]:
-    """Adds the panels below and beside that of the loss, side by side or one below another.
-
-    Args:
-        loss: The panel of the loss, in the second row.
-        grid: The cells.
-        last: The number of rows of these panels.
-        ratios: Whether there is a panel of the minimal ratio, below that of the gradient norm.
-        adam: Whether there is a panel of λ_max of P⁻¹H, below that of λ_min.
+    """Adds the panels below and beside that of the loss, which is in the second row of the grid.
 
     Returns:
-        The panels from the loss on, and those from λ_max on.
+        The panels from the loss on, and those from λ_max on, in the first ``last`` rows.
     """
     if grid.ncols == 1:
         cells = [grid[row, 0] for row in range(2, last)]
@@ -270,14 +260,7 @@ def _read(
 ) -> list[Series]:
     """Returns a series for each split over the numbers of the checkpoints.
 
-    Args:
-        table: The table of a run.
-        number: The numbers.
-        splits: The splits.
-        columns: The columns by the names of the values. The first may be missing, or empty.
-
-    Returns:
-        The series, with the rows in which the first column is not empty.
+    Its values are ``columns`` by their names; rows without the first of them are left out.
     """
     series = []
     first = next(iter(columns.values()))
@@ -311,16 +294,7 @@ def _read(
 
 
 def _criteria_note(run: Run[CheckSummary], escape: _Escape | None, *, bars: bool) -> str:
-    """Returns a note on the criteria of the verdicts that appear.
-
-    Args:
-        run: The run.
-        escape: The curve along the most negative curvature, if it is drawn.
-        bars: Whether the error bars of eigenvalues are visible.
-
-    Returns:
-        The note.
-    """
+    """Returns a note on the criteria of the verdicts; ``bars`` tells whether bars are visible."""
     tolerance = _number(run.summary.get("tolerance"))
     critical = "critical means a small gradient norm"
     if 0 <= tolerance < LARGEST:
@@ -421,10 +395,10 @@ def _draw_largest(
         axes: The panel.
         series: The series.
         column: The eigenvalue.
-        label: The label of the axis.
+        label: The label of the axis; a compact figure has its last line.
         edge: Above it, full-batch training is unstable; nan if unknown.
-        how: How it is computed.
-        drawing: How it is drawn; a compact figure has the last line of the label.
+        how: The formula of ``edge``.
+        drawing: How it is drawn.
         further: Further values that the axis has to show.
 
     Returns:
@@ -671,19 +645,7 @@ def _title(
     drawing: Drawing,
     width: float,
 ) -> str:
-    """Returns a title of at most ``width`` points: a checkpoint, and its verdict on a split.
-
-    Args:
-        figure: The figure.
-        run: The run.
-        checkpoint: The checkpoint; empty if unknown.
-        split: The split; empty for a title without a verdict.
-        drawing: How it is drawn.
-        width: The width.
-
-    Returns:
-        The title.
-    """
+    """Returns a checkpoint and its verdict on a split, if there is one, in ``width`` points."""
     suffix = f", {plain(split)}" if split else ""
     if verdict := _verdict(run, checkpoint, split):
         suffix += f": {plain(verdict)}"
@@ -981,10 +943,7 @@ def _draw_escape(
         if drawable(np.array([loss]), log=log).all():
             axes.plot([distance], [loss], ls="none", zorder=6, **mark)
     low, high = float(escape.distance[0]), float(escape.distance[-1])
-    room = 0.02 * (high - low) or 0.5
-    axes.set_xlim(low - room, high + room)
-    axes.xaxis.set_major_locator(MaxNLocator("auto", steps=STEPS))
-    axes.xaxis.set_major_formatter(Numbers())
+    scale_x(axes, low, high)
 
     figure = axes.figure
     assert isinstance(figure, Figure)

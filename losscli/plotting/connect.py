@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.gridspec import GridSpec
+from matplotlib.gridspec import SubplotSpec
 from matplotlib.lines import Line2D
 from matplotlib.patheffects import Normal, Stroke
 
+from losscli.plotting.layout import finish_layout
 from losscli.plotting.line_axis import read_curve, scale_alpha
 from losscli.plotting.lines import Series, draw_panel, split_entries
 from losscli.plotting.plane import read_grids
@@ -19,20 +21,20 @@ from losscli.plotting.style import (
     DASHES,
     INK,
     PALE,
-    add_foot,
-    add_title,
+    Label,
     columns,
+    extent,
     format_number,
-    freeze,
     house_style,
     label_loss,
     name_split,
     narrow,
     new_figure,
     plain,
-    round_positions,
     shorten,
+    split_names,
     text_size,
+    title_panel,
 )
 from losscli.plotting.surface import (
     PATH,
@@ -52,36 +54,25 @@ from losscli.results.summaries import ConnectSummary
 __all__ = ["draw_connect"]
 
 _COLOURS = {"curve": PATH, "line": PALE}
-_HEIGHTS = {"loss": 2.6, "metric": 1.35, "plane": 3.0}  # inches
+# Sizes in inches of a full figure.
+_LOSS, _METRIC = 2.6, 1.35  # heights of panels
+_WIDE, _NARROW = 5.6, 3.4  # widths of all planes in a row
+_LABELS = 0.75  # height of the title and the labels of a plane
+_HIGHEST, _LEAST_PLANE = 4.0, 2.2  # heights of a plane
 
 
 def draw_connect(run: Run[ConnectSummary], drawing: Drawing = FULL) -> Figure:
-    """Draws losses and metrics on the curve and on the line over t, and the plane with the curve.
-
-    Args:
-        run: The run. Its table ``plane``, if any, is drawn below.
-        drawing: How it is drawn.
-
-    Returns:
-        The figure, laid out and ready to `render`.
-    """
+    """Draws losses and metrics on the curve and the line over t, and the plane with the curve."""
     with house_style(drawing):
-        splits = [str(split) for split in run.table.unique("split")]
+        splits = split_names([run])
         series = _series(run, splits)
         metrics = list(run.table.metrics)
-        grids = read_grids(run.more["plane"]) if "plane" in run.more else []
-        across = columns(drawing, min(2, max(len(grids), 1)))
-        rows = math.ceil(len(grids) / across)
-        heights = [
-            _HEIGHTS["loss"],
-            *[_HEIGHTS["metric"]] * len(metrics),
-            *[_HEIGHTS["plane"]] * rows,
-        ]
-        figure = new_figure(drawing, sum(heights) + 0.5 * rows)
-        cells = figure.add_gridspec(len(heights), across, height_ratios=heights)
-        panels = [figure.add_subplot(cells[0, :])]
-        for row in range(1, 1 + len(metrics)):
-            panels.append(figure.add_subplot(cells[row, :], sharex=panels[0]))
+        # Without the summary, the position of the curve on the plane is unknown.
+        plane = run.summary.get("plane")
+        grids = read_grids(run.more["plane"]) if plane and "plane" in run.more else []
+        figure, cells, places = _new_figure(len(metrics), grids, drawing)
+        panels = [figure.add_subplot(cells[0])]
+        panels += [figure.add_subplot(cell, sharex=panels[0]) for cell in cells[1:]]
         for panel in panels[:-1]:
             panel.tick_params(labelbottom=False)
         scale_alpha(panels[-1], series)
@@ -94,29 +85,57 @@ def draw_connect(run: Run[ConnectSummary], drawing: Drawing = FULL) -> Figure:
             panel.set_ylabel(label)
         label = label_loss(figure, [run], drawing, log=drawing.log).replace("\n", ", ")
         panels[0].set_ylabel(label if drawing.compact else f"{label}\nmean over examples")
-        a, b = _ends(run)
+        a, b = _ends(run, figure)
         panels[-1].set_xlabel(
             drawing.words(f"t: from {a} (0) to {b} (1), on the path and on the line", "t")
         )
-        contours, planes = _draw_planes(run, figure, cells, grids, 1 + len(metrics), drawing)
-        notes += _notes(run, drawing, with_plane=bool(planes))
-        add_title(figure, drawing)
-        add_foot(
-            figure, drawing, notes, [_entries(), split_entries([run], splits, INK, series, drawing)]
-        )
-        freeze(figure, drawing)
-        round_positions(figure)
-        if planes:
-            corners = np.array(run.summary["plane"]["corners"])  # type: ignore[index]
-            for panel, drawn in zip(planes, contours, strict=True):
-                label_contours(panel, drawn, corners[:, 0], corners[:, 1], clearance=28)
+        drawn = _draw_planes(run, figure, places, grids, drawing)
+        notes += _notes(run, drawing, with_plane=bool(grids))
+        splits_shown = split_entries([run], splits, INK, series, drawing)
+        finish_layout(figure, drawing, notes, [_entries(), splits_shown])
+        if plane:
+            for panel, contours in drawn:
+                label_contours(panel, contours, *np.array(plane["corners"]).T, clearance=28)
     return figure
 
 
-def _ends(run: Run[ConnectSummary]) -> tuple[str, str]:
+def _new_figure(
+    metrics: int, grids: Sequence[Grid], drawing: Drawing
+) -> tuple[Figure, list[SubplotSpec], list[SubplotSpec]]:
+    """Creates a figure of curves with planes below them, or beside them on a slide.
+
+    Returns:
+        The figure, the cells of the loss and of each metric, and those of the planes.
+    """
+    curves = [_LOSS, *[_METRIC] * metrics]
+    if grids and drawing.compact and columns(drawing, 2) == 2:
+        figure = new_figure(drawing, max(sum(curves), _LEAST_PLANE * len(grids)))
+        halves = figure.add_gridspec(1, 2)
+        above = halves[0].subgridspec(len(curves), 1, height_ratios=curves)
+        beside = halves[1].subgridspec(len(grids), 1)
+        return (
+            figure,
+            [above[row] for row in range(len(curves))],
+            [beside[row] for row in range(len(grids))],
+        )
+    across = columns(drawing, min(2, max(len(grids), 1)))
+    rows = math.ceil(len(grids) / across)
+    plane = 0.0
+    if grids:
+        (left, right), (low, high) = extent(grids[0].x), extent(grids[0].y)
+        width = _NARROW if drawing.compact else _WIDE / across
+        plane = _LABELS + min(width * (high - low) / (right - left), _HIGHEST)
+    heights = [*curves, *[plane] * rows]
+    figure = new_figure(drawing, sum(heights) + 0.3 * bool(rows))
+    grid = figure.add_gridspec(len(heights), across, height_ratios=heights)
+    places = [grid[len(curves) + k // across, k % across] for k in range(len(grids))]
+    return figure, [grid[row, :] for row in range(len(curves))], places
+
+
+def _ends(run: Run[ConnectSummary], figure: Figure) -> list[str]:
     """Returns the labels of A and B, or these letters."""
-    a, b = map(plain, run.checkpoint_labels or "AB")
-    return a, b
+    labels = [Label(plain(label)) for label in run.checkpoint_labels or "AB"]
+    return [shorten(figure, label, narrow(figure, 80), text_size()) for label in labels]
 
 
 def _series(run: Run[ConnectSummary], splits: list[str]) -> list[Series]:
@@ -133,23 +152,21 @@ def _series(run: Run[ConnectSummary], splits: list[str]) -> list[Series]:
 def _draw_planes(
     run: Run[ConnectSummary],
     figure: Figure,
-    cells: GridSpec,
-    grids: list[Grid],
-    first_row: int,
+    cells: Sequence[SubplotSpec],
+    grids: Sequence[Grid],
     drawing: Drawing,
-) -> tuple[list[Contours], list[Axes]]:
+) -> list[tuple[Axes, Contours]]:
     """Draws the plane of each split with the curve and the line on it."""
     plane = run.summary.get("plane")
     if not grids or plane is None:
-        return [], []
+        return []
     losses = np.concatenate([grid.loss.ravel() for grid in grids])
     scale = scale_losses(losses, drawing)
     curve, corners = np.array(plane["curve"]), np.array(plane["corners"])
-    contours, panels = [], []
-    for number, grid in enumerate(grids):
-        row, column = divmod(number, cells.ncols)
-        panel = figure.add_subplot(cells[first_row + row, column])
-        contours.append(draw_contours(panel, grid, scale))
+    drawn = []
+    for cell, grid in zip(cells, grids, strict=True):
+        panel = figure.add_subplot(cell)
+        drawn.append((panel, draw_contours(panel, grid, scale)))
         panel.set_aspect("equal")
         outline = [Stroke(linewidth=3.2, foreground="white"), Normal()]
         panel.plot(*corners[[0, 2]].T, color=PALE, lw=1.4, path_effects=outline, zorder=4)
@@ -161,7 +178,7 @@ def _draw_planes(
             size=7,
             behind=np.zeros(3, dtype=np.bool_),
         )
-        a, b = _ends(run)
+        a, b = _ends(run, figure)
         for letter, (x, y) in zip((a, "C", b), corners, strict=True):
             panel.text(
                 *(x, y, f"  {letter}"),
@@ -171,14 +188,13 @@ def _draw_planes(
                 zorder=6,
                 path_effects=[Stroke(linewidth=2.5, foreground="white"), Normal()],
             )
-        name = name_split([run], grid.split, drawing)
-        panel.set_title(shorten(figure, name, narrow(figure, 250), text_size()), loc="left")
-        panel.set_xlabel(drawing.words("distance along C − A", "along C − A"))
-        if not column:
-            panel.set_ylabel(drawing.words("distance at right angles", "orthogonal"))
-        panels.append(panel)
-    add_colour_bar(figure, panels, scale, "loss" + (", log scale" if scale.log else ""))
-    return contours, panels
+        title_panel(figure, panel, name_split([run], grid.split, drawing))
+        if cell.rowspan == cells[-1].rowspan:
+            panel.set_xlabel(drawing.words("distance along C − A", "along C − A"))
+        if cell.colspan == cells[0].colspan:
+            panel.set_ylabel(drawing.words("distance orthogonal to C − A", "orthogonal"))
+    add_colour_bar(figure, [panel for panel, _ in drawn], scale, [run], drawing)
+    return drawn
 
 
 def _entries() -> list[tuple[Artist, str]]:

@@ -7,15 +7,13 @@ from typing import Literal
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from losscli.plotting.style import (
     SMALLEST,
-    STEPS,
-    Numbers,
     extent,
     format_number,
+    linear_ticks,
     scale_symlog,
 )
 
@@ -34,11 +32,6 @@ def scale_eigenvalues(axes: Axes, which: Literal["x", "y"], values: NDArray[np.f
     The axis is linear around zero and logarithmic beyond (symlog) if the eigenvalues of one sign
     are far smaller than those of the other, or most are far smaller than the largest.
 
-    Args:
-        axes: The panel.
-        which: The axis.
-        values: Finite eigenvalues; may be empty.
-
     Returns:
         The scale in words for the label of the axis; empty if it is linear.
     """
@@ -50,8 +43,7 @@ def scale_eigenvalues(axes: Axes, which: Literal["x", "y"], values: NDArray[np.f
     if not linear:
         room = 0.06 * (high - low)
         set_limits(low - room, high + room)
-        axis.set_major_locator(MaxNLocator("auto", steps=STEPS))
-        axis.set_major_formatter(Numbers())
+        linear_ticks(axis)
         return ""
     scale_symlog(axes, which, low, high, linear=linear)
     return f"log beyond ±{format_number(linear)}"

@@ -1,7 +1,7 @@
 """Interactive figures: self-contained pages that a browser shows without a network.
 
-A page has one view or several. A view has items: traces of Plotly, with what its switches and its
-slider choose them by. The script in ``page.html`` draws them.
+A page has one or more views. A view has items: traces of Plotly, with tags by which switches and a
+slider choose them. The script in ``page.html`` draws them.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class Item:
         trace: The trace. Its coordinates are the numbers of the tables.
         tags: For each switch that can hide the trace, the value with which it is shown. The value
             of ``quantity`` is one of `View.quantities`.
-        hover: What is said of a point under the pointer: for each line a label, the key of its
+        hover: The text on a point under the pointer: for each line a label, the key of its
             values in ``more`` or ``trace``, and the key of their standard errors or bounds.
         more: Further values of each point. ``error`` are drawn as error bars of a curve.
         names: The name of each point, ready for Plotly; empty for none.
@@ -105,7 +105,7 @@ class View:
         items: The items, from the lowest to the topmost.
         layout: The layout of Plotly.
         quantities: The names of the quantities, and their labels.
-        scale: What shows the quantity: an axis or colours.
+        scale: The axis or the colours that show the quantity.
         logarithmic: The quantities that can have a logarithmic scale.
         single: The switches that choose one value at a time.
         slider: The names of the checkpoints; empty for no slider.
@@ -141,7 +141,7 @@ class Section:
     Attributes:
         title: Its title.
         views: Its views.
-        origin: What the numbers come from: names, and a line of text for each.
+        origin: The origin of the numbers: names, and a line of text for each.
     """
 
     title: str
@@ -221,16 +221,7 @@ def _as_json(view: View) -> dict[str, Any]:
 
 
 def layout_2d(x: str, y: str = "", **more: Any) -> dict[str, Any]:
-    """Returns the layout of a view with two axes.
-
-    Args:
-        x: The label of the horizontal axis.
-        y: The label of the vertical axis; by default that of the quantity.
-        **more: Further parts of the layout.
-
-    Returns:
-        The layout.
-    """
+    """Returns the layout of a view by the labels of its axes; ``y`` is that of the quantity."""
     style = {"gridcolor": _GRID, "linecolor": PALE, "showline": True, "zeroline": False}
     style |= {"automargin": True, **_POWERS}
     return {
@@ -275,7 +266,7 @@ def curve(
         name: The name in the legend.
         colour: The colour.
         tags: See `Item`.
-        labels: What the positions and the values are.
+        labels: The labels of the positions and the values.
         errors: The standard errors or bounds of the values; empty for none.
         dash: The line style.
         width: The line width in pixels.
@@ -335,7 +326,7 @@ def table_view(
             numbers of the checkpoints, ``step`` for the steps of paths, ``block`` for the blocks in
             their order, and empty for the ranks of the first quantity.
         quantities: The columns of the quantities, and their labels.
-        x_label: What the positions are; by default their column, or that of `number_checkpoints`.
+        x_label: The label of the positions; by default their column, or as `number_checkpoints`.
         short: The same in a word.
         colours: Returns a number of colours.
         marks: Positions with a vertical line, and the text above it.
@@ -411,15 +402,7 @@ def table_view(
 
 
 def ring(item: Item, steps: Sequence[int]) -> Item:
-    """Returns a ring around the point of an item that the slider chooses.
-
-    Args:
-        item: The item.
-        steps: The position of the slider of each point.
-
-    Returns:
-        The item of the ring.
-    """
+    """Returns a ring around the point that the slider chooses, by the position of each point."""
     trace = {key: item.trace[key] for key in ("type", "x", "y", "z", "name") if key in item.trace}
     mark = {"color": PATH, "size": 14, "symbol": "circle-open", "line": {"width": 2}}
     trace |= {"mode": "markers", "marker": mark, "showlegend": False}
@@ -427,16 +410,7 @@ def ring(item: Item, steps: Sequence[int]) -> Item:
 
 
 def ends(item: Item, names: Sequence[str], colour: str = PATH) -> list[Item]:
-    """Returns marks of the start and the end of a path.
-
-    Args:
-        item: The item of its points.
-        names: Their names.
-        colour: The colour of the path.
-
-    Returns:
-        An item for each end; none without points.
-    """
+    """Returns an item for the start and one for the end of a path; none without points."""
     marks = []
     for word, at, symbol in (("start", 0, "circle"), ("end", -1, "diamond")) if names else ():
         mark = {"color": "white" if at == 0 else colour, "size": 7, "symbol": symbol}
@@ -471,7 +445,7 @@ class _Slider:
         keys: The checkpoints or steps in their order.
         names: Their names; empty if there are too few for a slider.
         numbers: Their positions on an axis.
-        label: What these are; empty if the axis is another one.
+        label: The label of these positions; empty if the axis is another one.
     """
 
     keys: Sequence[Cell]
@@ -545,7 +519,7 @@ def contours_and_surface(
         grids: The values of each split, for each quantity and the columns of their errors.
         paths: For ``surface`` and ``contours``, the items on them.
         quantities: The quantities, and their labels.
-        labels: What the coordinates are.
+        labels: The labels of the coordinates.
         short: The same in few words.
         equal: Whether both coordinates have the same scale.
         **view: Further attributes of the views.
@@ -630,12 +604,12 @@ def path_items(
         coordinates: Their two coordinates.
         losses: Their losses on each split.
         names: Their names.
-        labels: What the coordinates are.
+        labels: The labels of the coordinates.
         at: Their positions on the slider.
         colour: The colour of the line that joins them; if empty, each has a letter instead.
         name: The name of the line; by default the number of checkpoints.
         errors: The standard errors of the losses; None if they are unknown.
-        more: The labels and values of further columns that are said of them.
+        more: The labels and values of further columns to show.
 
     Returns:
         The items for ``surface`` and ``contours``.

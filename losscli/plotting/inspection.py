@@ -17,6 +17,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 from losscli.errors import UsageError
 from losscli.plotting.html import Item, View, escape, layout_2d
 from losscli.plotting.layerwise import block_colours
+from losscli.plotting.layout import finish_layout
 from losscli.plotting.style import (
     INCH,
     INK,
@@ -25,11 +26,8 @@ from losscli.plotting.style import (
     SMALLEST,
     STEPS,
     Numbers,
-    add_foot,
-    add_title,
     checkpoint_names,
     format_number,
-    freeze,
     house_style,
     new_figure,
     plain,
@@ -90,10 +88,6 @@ def draw_inspection(run: Run[InspectionSummary], drawing: Drawing = FULL) -> Fig
     Tensors are in the order of the checkpoint; tensors of the same module have the same colour.
     More than 60 are grouped by the longest prefixes of their names that give at most 60 groups.
 
-    Args:
-        run: The run.
-        drawing: How it is drawn; there is no loss.
-
     Returns:
         The figure, laid out and ready to `render`.
 
@@ -128,10 +122,8 @@ def draw_inspection(run: Run[InspectionSummary], drawing: Drawing = FULL) -> Fig
             kind = "parameters" if buffers else "tensors"
             label = f"all {kind} together: {format_number(size(whole))}"
             together.append((line, label))
-        add_foot(figure, drawing, notes, [together])
         names = _write_names(axes, checkpoint_names(run, drawing))
-        add_title(figure, drawing)
-        freeze(figure, drawing)
+        finish_layout(figure, drawing, notes, [together])
         # Aligned with the left edge of the figure.
         panel = axes.get_position()
         names.set_x((0.02 - panel.x0) / panel.width)

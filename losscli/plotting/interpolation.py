@@ -16,6 +16,7 @@ from matplotlib.ticker import MaxNLocator
 
 from losscli.plotting.html import View, table_view
 from losscli.plotting.layerwise import BLOCK_ALPHA, block_colours, draw_layerwise
+from losscli.plotting.layout import finish_layout
 from losscli.plotting.line_axis import (
     LINE,
     alpha_range,
@@ -38,21 +39,18 @@ from losscli.plotting.lines import (
 from losscli.plotting.style import (
     INK,
     STEPS,
-    add_foot,
-    add_title,
     drawable,
     end_names,
     examples_notes,
-    freeze,
     house_style,
     label_loss,
     loss_name,
     narrow,
     plain,
-    round_positions,
     run_colours,
     run_names,
     shorten,
+    split_names,
     stacked_panels,
     text_size,
 )
@@ -65,8 +63,8 @@ __all__ = ["draw_interpolation", "interpolation_views"]
 
 _ALPHA = "α:  θ(α) = A + α (B − A)"
 _PAIRED = (
-    "Differences between points are known better than the bands show (paired standard errors are "
-    "in the text)."
+    "Differences between points are more precise than the bands suggest (the text has their paired "
+    "standard errors)."
 )
 _MOST_MARKS = 12  # maximum number of marked local minima and maxima
 _DERIVATIVES = {"slope": "dL/dα", "curvature": "d²L/dα²"}
@@ -88,7 +86,7 @@ def draw_interpolation(runs: Sequence[Run[LineSummary]], drawing: Drawing = FULL
         return draw_layerwise(runs[0], drawing)
     log = drawing.log
     with house_style(drawing):
-        splits = [str(s) for s in dict.fromkeys(s for r in runs for s in r.table.unique("split"))]
+        splits = split_names(runs)
         metrics = list(dict.fromkeys(m for r in runs for m in r.table.metrics))
         names = run_names(runs, drawing)
         series = read_series(runs, names, splits, drawing)
@@ -134,13 +132,6 @@ def draw_interpolation(runs: Sequence[Run[LineSummary]], drawing: Drawing = FULL
             notes.append(_PAIRED)
         figure.align_ylabels([overview, *panels] if overview else panels)
 
-        add_foot(
-            figure,
-            drawing,
-            notes,
-            [*_entries(runs, names, splits, series, lowest, drawing), *others],
-        )
-        add_title(figure, drawing)
         draw_ends(panels, view)
         named = panels[0]
         if overview:
@@ -149,10 +140,10 @@ def draw_interpolation(runs: Sequence[Run[LineSummary]], drawing: Drawing = FULL
         # Above the tick labels of the overview.
         above = 24 if overview else 5
         ends = mark_ends(named, view, end_names(runs, drawing), above=above * text_size() / 10)
-        freeze(figure, drawing)
+        entries = _entries(runs, names, splits, series, lowest, drawing)
+        finish_layout(figure, drawing, notes, [*entries, *others])
         name_ends(named, ends)
         if overview:
-            round_positions(figure)
             _connect(overview, panels[0])
     return figure
 
@@ -184,7 +175,7 @@ def interpolation_views(runs: Sequence[Run[LineSummary]]) -> list[View]:
         views.append(view("whole line", [("", more["context"])]))
     if "blocks" in more:
         blocks = {"x_label": BLOCK_ALPHA, "colours": block_colours}
-        views.append(view("each block alone", [("", more["blocks"])], **blocks))
+        views.append(view("single blocks", [("", more["blocks"])], **blocks))
     return views
 
 
@@ -202,14 +193,9 @@ def _mark_extrema(
     lowest: Sequence[tuple[Series, float, float]],
     drawing: Drawing,
 ) -> tuple[list[tuple[Artist, str]], list[str]]:
-    """Marks the significant local minima and maxima (beyond two standard errors).
+    """Marks the significant local minima and maxima (beyond two standard errors) in the summaries.
 
-    Args:
-        axes: The panel.
-        runs: The runs; their summaries list the extrema.
-        series: Their curves.
-        lowest: Points that already have a mark.
-        drawing: How they are drawn.
+    Points in ``lowest`` already have a mark.
 
     Returns:
         The entries of the legend, and notes.
@@ -265,17 +251,7 @@ def _read_whole(
 def _draw_whole(
     axes: Axes, whole: Sequence[Series], part: tuple[float, float], drawing: Drawing
 ) -> list[str]:
-    """Draws the whole line and shades the part that the panels below show.
-
-    Args:
-        axes: The panel.
-        whole: The curves.
-        part: The range of α in the panels below.
-        drawing: How it is drawn; the limits are those of the panels below.
-
-    Returns:
-        Notes on what is not drawn.
-    """
+    """Draws the whole line and shades the part that the panels below show; returns notes."""
     notes = draw_panel(axes, whole, "loss", replace(drawing, ylim=None), log=drawing.log)
     scale_alpha(axes, whole)
     low, high = axes.get_xlim()

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
+from losscli.plotting.layout import finish_layout
 from losscli.plotting.line_axis import (
     draw_ends,
     flat_range_notes,
@@ -27,11 +28,8 @@ from losscli.plotting.line_axis import (
 from losscli.plotting.lines import Series, draw_panel, has_bands
 from losscli.plotting.style import (
     INK,
-    add_foot,
-    add_title,
     end_names,
     error_label,
-    freeze,
     house_style,
     loss_name,
     name_split,
@@ -40,6 +38,7 @@ from losscli.plotting.style import (
     plain,
     shorten,
     small_size,
+    split_names,
     text_size,
 )
 from losscli.results.drawing import FULL, Drawing
@@ -65,20 +64,16 @@ def block_colours(number: int) -> list[str]:
 
 
 def draw_layerwise(run: Run[LineSummary], drawing: Drawing = FULL) -> Figure:
-    """Draws the loss over the line for the whole network and for each block alone.
+    """Draws the loss over the line for the whole network and for each block on its own.
 
     There is a panel per split, with all blocks together in black and single blocks in colours in
     the order of the model.
-
-    Args:
-        run: The run, with the table ``blocks``.
-        drawing: How it is drawn.
 
     Returns:
         The figure, laid out and ready to `render`.
     """
     with house_style(drawing):
-        splits = [str(split) for split in run.table.unique("split")]
+        splits = split_names([run])
         names = [str(name) for name in run.more["blocks"].unique("block")]
         colours = block_colours(len(names))
         least = 0.0 if drawing.compact else _ROW * (min(len(names), _MOST_NAMES) + 3)
@@ -110,20 +105,11 @@ def draw_layerwise(run: Run[LineSummary], drawing: Drawing = FULL) -> Figure:
         if not drawing.compact:
             _add_legend(figure, blocks)
         if len(names) > _MOST_BANDS:
-            notes.append("Single blocks are drawn without their standard errors")
-        add_foot(
-            figure,
-            drawing,
-            notes,
-            [
-                blocks if drawing.compact else [],
-                _marks(whole, curves, lowest, len(splits), drawing),
-            ],
-        )
-        add_title(figure, drawing)
+            notes.append("Single blocks are drawn without standard errors")
         draw_ends(panels, view)
         ends = mark_ends(panels[0], view, end_names([run], drawing))
-        freeze(figure, drawing)
+        marks = _marks(whole, curves, lowest, len(splits), drawing)
+        finish_layout(figure, drawing, notes, [blocks if drawing.compact else [], marks])
         name_ends(panels[0], ends)
     return figure
 
@@ -189,7 +175,7 @@ def _add_legend(figure: Figure, entries: Sequence[tuple[Artist, str]]) -> None:
     figure.legend(
         [handle for handle, _ in entries],
         [name for _, name in entries],
-        title="moving",
+        title="interpolated",
         title_fontsize=small_size(),
         alignment="left",
         loc="outside right upper",

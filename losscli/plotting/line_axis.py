@@ -11,19 +11,17 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.text import Text
-from matplotlib.ticker import MaxNLocator
 from matplotlib.transforms import ScaledTranslation
 
 from losscli.plotting.lines import Series
 from losscli.plotting.style import (
     DASHES,
     INCH,
-    STEPS,
-    Numbers,
     drawable,
     format_number,
     plain,
     run_colours,
+    scale_x,
     shorten,
     small_size,
     text_width,
@@ -108,12 +106,9 @@ def read_curve(
 def scale_alpha(axes: Axes, series: Sequence[Series]) -> tuple[float, float]:
     """Sets the x axis to the range of the points; returns the lowest and the highest α."""
     low, high = alpha_range(series)
-    room = 0.02 * (high - low) or 0.05 * max(1.0, abs(low))
-    axes.set_xlim(low - room, high + room)
     # A narrow range needs long tick labels, so fewer of them.
     close = high - low < 1e-3 * max(abs(low), abs(high))
-    axes.xaxis.set_major_locator(MaxNLocator(4 if close else "auto", steps=STEPS))
-    axes.xaxis.set_major_formatter(Numbers())
+    scale_x(axes, low, high, 4 if close else "auto")
     return low, high
 
 
@@ -153,8 +148,8 @@ def flat_range_notes(
 ) -> list[str]:
     """Returns a note with the range of the loss if the axis conceals how small it is.
 
-    Either all losses vary by less than ``_FLAT`` of the largest, and fill the axis nevertheless,
-    or those between A and B look flat beside the losses outside.
+    Either all losses vary by less than ``_FLAT`` of the largest, although they fill the axis, or
+    the losses between A and B look flat in comparison with those outside.
     """
     alpha = np.concatenate([np.empty(0), *(s.x for s in series)])
     loss = np.concatenate([np.empty(0), *(s["loss"] for s in series)])

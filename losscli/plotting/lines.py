@@ -70,19 +70,12 @@ class Series:
 
 
 def repair_notes(runs: Sequence[Run[LineSummary]] | Sequence[Run[BarriersSummary]]) -> list[str]:
-    """Describes points that ``--repair`` corrected.
-
-    Args:
-        runs: The runs.
-
-    Returns:
-        A note for each split that preactivations were measured on.
-    """
+    """Returns a note for each split that the preactivations for ``--repair`` were measured on."""
     found = [run.summary["repair"]["split"] for run in runs if "repair" in run.summary]
-    which = "Points" if len(found) == len(runs) else "Of some runs points"
+    runs_named = "" if len(found) == len(runs) else " of some runs"
     return [
-        f"{which} between two checkpoints are corrected by REPAIR on {plain(split)}: they are not "
-        "on the line"
+        f"Points between two checkpoints{runs_named} are corrected by REPAIR on {plain(split)}: "
+        "they are not on the line"
         for split in dict.fromkeys(found)
     ]
 
@@ -90,14 +83,7 @@ def repair_notes(runs: Sequence[Run[LineSummary]] | Sequence[Run[BarriersSummary
 def draw_panel(
     axes: Axes, series: Sequence[Series], column: str, drawing: Drawing, *, log: bool
 ) -> list[str]:
-    """Draws a column of all series over x.
-
-    Args:
-        axes: The panel.
-        series: The series; those without the column are ignored.
-        column: The name of the column.
-        drawing: How: its limits are those of ``loss``.
-        log: Whether the y axis is logarithmic.
+    """Draws a column of all series that have it over x; limits are those of ``loss``.
 
     Returns:
         Notes on values that are not drawn.
@@ -146,7 +132,7 @@ def draw_panel(
             y[end],
             "o",
             color=s.colour,
-            # Wider the earlier, so that the ends of later curves do not hide them.
+            # Earlier curves have wider marks, which the ends of later curves do not hide.
             markersize=size * ((5.5 if few else 3.5) + wider * colours.index(s.colour)),
             mec="white" if few else s.colour,
             mew=0.8,
@@ -163,19 +149,7 @@ def split_entries(
     drawing: Drawing,
     prefix: str = "",
 ) -> list[tuple[Artist, str]]:
-    """Returns the legend entries of the line style of each split, and of the error bands.
-
-    Args:
-        runs: The runs.
-        splits: The splits in the order of their line styles.
-        colour: The colour of the entries.
-        series: The series, for their errors.
-        drawing: How they are drawn.
-        prefix: What precedes the name of each split.
-
-    Returns:
-        Handles and labels.
-    """
+    """Returns the legend entries of the line style of each split, and of the error bands."""
     entries: list[tuple[Artist, str]] = []
     for index, split in enumerate(splits):
         line = Line2D([], [], color=colour, linestyle=DASHES[index % len(DASHES)])

@@ -12,23 +12,21 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from losscli.plotting.html import View, curve, escape, layout_2d
+from losscli.plotting.layout import finish_layout
 from losscli.plotting.lines import repair_notes
 from losscli.plotting.style import (
     PALETTE,
     STEPS,
-    add_foot,
-    add_title,
     count_points,
     drawable,
-    freeze,
     house_style,
     loss_name,
     name_split,
     narrow,
     plain,
-    round_positions,
     scale_y,
     shorten,
+    split_names,
     stacked_panels,
     text_size,
 )
@@ -62,18 +60,9 @@ def _quantities(run: Run[BarriersSummary]) -> dict[str, str]:
 
 
 def draw_pairs(run: Run[BarriersSummary], drawing: Drawing = FULL) -> Figure:
-    """Draws each quantity over the position: a point for each pair, and the mean over pairs.
-
-    Args:
-        run: The run.
-        drawing: How it is drawn; its limits and its logarithmic scale are those of the barrier of
-            the loss.
-
-    Returns:
-        The figure, laid out and ready to `render`.
-    """
+    """Draws each quantity over the position: a point for each pair, and the mean over pairs."""
     column, quantities = pair_position(run.table.columns), _quantities(run)
-    splits = [str(split) for split in run.table.unique("split")]
+    splits = split_names([run])
     with house_style(drawing):
         figure, panels = stacked_panels(drawing, len(quantities) - 1)
         missing: list[tuple[int, str]] = []
@@ -99,10 +88,7 @@ def draw_pairs(run: Run[BarriersSummary], drawing: Drawing = FULL) -> Figure:
         notes += repair_notes([run])
         if missing:
             notes.append(f"{count_points(missing)} not drawn.")
-        add_title(figure, drawing)
-        add_foot(figure, drawing, notes, [marks])
-        freeze(figure, drawing)
-        round_positions(figure)
+        finish_layout(figure, drawing, notes, [marks])
     return figure
 
 
@@ -162,7 +148,7 @@ def _means(x: Floats, y: Floats, errors: Floats) -> tuple[Floats, Floats, Floats
 def pairs_views(run: Run[BarriersSummary]) -> list[View]:
     """Returns the view of an interactive page: each quantity over the position."""
     column, quantities = pair_position(run.table.columns), _quantities(run)
-    splits = [str(split) for split in run.table.unique("split")]
+    splits = split_names([run])
     items = []
     for split, colour in zip(splits, _colours(splits), strict=True):
         rows = run.table.where("split", split)

@@ -14,12 +14,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.gridspec import GridSpec
 from matplotlib.patheffects import Normal, Stroke
-from matplotlib.ticker import MaxNLocator
 from mpl_toolkits.mplot3d import Axes3D  # type: ignore[import-untyped]
 from numpy.typing import NDArray
 
 from losscli.plotting.animation import Animation, Track, animate, new_panels
 from losscli.plotting.html import Item, View, contours_and_surface, path_items
+from losscli.plotting.layout import finish_layout
 from losscli.plotting.lines import Series
 from losscli.plotting.style import (
     DASHES,
@@ -27,18 +27,14 @@ from losscli.plotting.style import (
     INCH,
     INK,
     LARGEST,
-    STEPS,
     WIDTH,
-    Numbers,
-    add_foot,
-    add_title,
     columns,
-    count_points,
     extent,
     format_number,
     house_style,
-    label_loss,
+    linear_ticks,
     loss_name,
+    name_checkpoint,
     name_split,
     narrow,
     new_figure,
@@ -46,9 +42,9 @@ from losscli.plotting.style import (
     plain,
     run_colours,
     scale_checkpoints,
-    shorten,
+    scale_distance,
     shorten_path,
-    text_size,
+    title_panel,
 )
 from losscli.plotting.surface import (
     HIDDEN,
@@ -60,12 +56,13 @@ from losscli.plotting.surface import (
     Scale,
     add_colour_bar,
     add_surface_axes,
+    blank_notes,
     draw_contours,
     draw_dots,
     draw_path,
     draw_surface,
-    finish_layout,
     hidden_by,
+    keep_inside,
     label_contours,
     limit_notes,
     path_entries,
@@ -148,7 +145,7 @@ class _Checkpoints:
         }
         names = [str(r["checkpoint"][0]) for r in rows]
         labelled = any(map(run.label_of, names))
-        names = [plain(run.label_of(name) or name) for name in names]
+        names = [name_checkpoint(run, name, FULL) for name in names]
         return cls(plain(path), colour, names, labelled, x, y, off, losses)
 
     def loss(self, split: str) -> Floats:
@@ -199,8 +196,7 @@ def draw_plane(run: Run[PlaneSummary], drawing: Drawing = FULL) -> Figure:
             _frame(panel, view, drawing, equal=equal)
             for group in groups:
                 _draw_marks(panel, group, grid.split, scale, drawing)
-            name = name_split([run], grid.split, drawing)
-            panel.set_title(shorten(figure, name, narrow(figure, 250), text_size()), loc="left")
+            title_panel(figure, panel, name_split([run], grid.split, drawing))
             _name_axes(panel, labels, vertical=not column)
             panels.append(panel)
             contours.append(drawn)
@@ -214,18 +210,15 @@ def draw_plane(run: Run[PlaneSummary], drawing: Drawing = FULL) -> Figure:
                 panels.append(axes_3d)
         if not panels:
             panels = [figure.add_subplot(cells[0, 0])]
-        label = label_loss(figure, [run], drawing, log=scale.log).replace("\n", ", ")
-        add_colour_bar(figure, panels, scale, label)
+        add_colour_bar(figure, panels, scale, [run], drawing)
         if paths:
             _draw_distances(figure.add_subplot(cells[cells.nrows - 1, :]), paths, drawing)
 
-        add_title(figure, drawing)
         notes = [] if grids else ["There are no points"]
         notes += _notes(
             figure, contours, groups, view, scale, drawing, ratio=ratio, equal=equal, hidden=hidden
         )
-        add_foot(figure, drawing, notes, _legend(figure, groups, drawing))
-        finish_layout(figure, drawing)
+        finish_layout(figure, drawing, notes, _legend(figure, groups, drawing))
         x, y = (np.concatenate([getattr(group, c) for group in groups]) for c in "xy")
         clearance = 14 if groups[0].colour else 28
         for panel, drawn in zip(panels[:: 1 + surface], contours, strict=False):
@@ -252,18 +245,7 @@ def _legend(
 def _new_figure(
     panels: int, ratio: float, drawing: Drawing, *, surface: bool, distances: bool
 ) -> tuple[Figure, GridSpec]:
-    """Creates a figure with a panel per split, of height ``ratio`` times its width.
-
-    Args:
-        panels: The number of splits.
-        ratio: The height of a panel relative to its width.
-        drawing: How it is drawn.
-        surface: Whether a surface stands beside each panel.
-        distances: Whether there is one more row, for the distances from the plane.
-
-    Returns:
-        The figure and its cells.
-    """
+    """Creates a figure with a panel per split, ``ratio`` times as high as wide, and its cells."""
     across = columns(drawing, 2 if surface else min(2, panels))
     rows = math.ceil(panels * (1 + surface) / across) if panels else 1
     wide = across == 2
@@ -281,9 +263,7 @@ def _draw_distances(axes: Axes, paths: Sequence[_Checkpoints], drawing: Drawing)
     numbers, label = _number(paths)
     scale_checkpoints(axes, np.unique(np.concatenate(numbers)), label)
     high = max(float(np.nanmax(path.off, initial=0.0)) for path in paths)
-    axes.set_ylim(0, 1.06 * high if high > 0 else 1.0)
-    axes.yaxis.set_major_locator(MaxNLocator(4, steps=STEPS))
-    axes.yaxis.set_major_formatter(Numbers())
+    scale_distance(axes, high, 4)
     axes.set_ylabel(drawing.words("distance from\nthe plane", "distance"))
     for path, number in zip(paths, numbers, strict=True):
         draw_path(axes, number, path.off, drawing=drawing, colour=path.colour, cased=False)
@@ -334,13 +314,8 @@ def _shape(view: Sequence[tuple[float, float]], kind: str) -> tuple[float, bool]
 
 
 def _scale(grids: Sequence[Grid], spanning: _Checkpoints, drawing: Drawing) -> Scale:
-    """Scales the losses on the plane and those of the checkpoints that span it.
-
-    Checkpoints of a projected path may be far from the plane and have very different losses.
-
-    Returns:
-        The scale.
-    """
+    """Scales the losses on the plane and those of the checkpoints that span it."""
+    # Not those of projected paths, which may be far from the plane and very different.
     own = [spanning.loss(grid.split) for grid in grids]
     losses = [*own, *(grid.loss.ravel() for grid in grids), np.empty(0)]
     return scale_losses(np.concatenate(losses), drawing)
@@ -352,8 +327,7 @@ def _frame(
     axes.set_xlim(*view[0])
     axes.set_ylim(*view[1])
     for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_locator(MaxNLocator(4 if drawing.compact else 6, steps=STEPS))
-        axis.set_major_formatter(Numbers())
+        linear_ticks(axis, 4 if drawing.compact else 6)
     if equal:
         axes.set_aspect("equal")
 
@@ -416,12 +390,10 @@ def _draw_marks(
 ) -> bool:
     """Draws the checkpoints inside the panel; returns whether the surface hides any of them."""
     loss = marks.loss(split)
-    coordinates = [marks.x, marks.y]
+    coordinates: tuple[Floats, ...] = (marks.x, marks.y)
     behind = np.zeros(len(marks.names), dtype=np.bool_)
     if isinstance(axes, Axes3D):
-        (left, right), (low, high) = axes.get_xlim(), axes.get_ylim()
-        inside = (left <= marks.x) & (marks.x <= right) & (low <= marks.y) & (marks.y <= high)
-        coordinates = [np.where(inside, c, np.nan) for c in (*coordinates, scale(loss) + 0.008)]
+        coordinates = keep_inside(axes, *coordinates, scale(loss) + 0.008)
         assert surface is not None
         behind = hidden_by(axes, scale, surface, *coordinates)
     if marks.colour:
@@ -470,7 +442,7 @@ def _notes(
 ) -> list[str]:
     """Returns the notes on the contours, the checkpoints and the scales of the axes."""
     paths = groups[1:]
-    notes = _blank_notes(contours) + _checkpoint_notes(figure, groups[0], view)
+    notes = blank_notes(contours) + _checkpoint_notes(figure, groups[0], view)
     notes += _path_notes(paths, view)
     theirs = [p.loss(c.grid.split) for p in paths for c in contours]
     if drawing.ylim is None and any(map(scale.is_beyond, theirs)):
@@ -493,20 +465,6 @@ def _name_axes(panel: Axes, labels: tuple[str, str], *, vertical: bool = True) -
     panel.set_xlabel(labels[0].replace(" of λ", "\nof λ"))
     if vertical:
         panel.set_ylabel(re.sub(r" (?=\(|of λ)", "\n", labels[1]))
-
-
-def _blank_notes(contours: Sequence[Contours]) -> list[str]:
-    reasons = dict.fromkeys(reason for drawn in contours for _, reason in drawn.blank)
-    notes = []
-    for reason in reasons:
-        counts = [
-            (number, plain(drawn.grid.split))
-            for drawn in contours
-            for number, other in drawn.blank
-            if other == reason
-        ]
-        notes.append(f"{count_points(counts)}: loss {reason}, left blank (×)")
-    return notes
 
 
 def _checkpoint_notes(
@@ -581,10 +539,6 @@ def _loss(value: float) -> str:
 def animate_plane(run: Run[PlaneSummary], drawing: Drawing = FULL) -> Animation:
     """Animates the paths on the contours of the first split, the losses of all splits beside it.
 
-    Args:
-        run: The run.
-        drawing: How it is drawn.
-
     Returns:
         The animation.
 
@@ -607,10 +561,8 @@ def animate_plane(run: Run[PlaneSummary], drawing: Drawing = FULL) -> Animation:
             _draw_marks(panel, groups[0], grid.split, scale, drawing)
         labels, _ = _labels(run, kind, drawing)
         _name_axes(panel, labels)
-        name = name_split([run], grid.split, drawing)
-        panel.set_title(shorten(figure, name, narrow(figure, 250), text_size()), loc="left")
-        label = label_loss(figure, [run], drawing, log=scale.log).replace("\n", ", ")
-        add_colour_bar(figure, [panel], scale, label)
+        title_panel(figure, panel, name_split([run], grid.split, drawing))
+        add_colour_bar(figure, [panel], scale, [run], drawing)
         numbers, counter = _number(paths)
         tracks = [
             Track(
@@ -691,15 +643,7 @@ def plane_views(run: Run[PlaneSummary]) -> list[View]:
 
 
 def mesh_plane(run: Run[PlaneSummary], drawing: Drawing = FULL) -> dict[str, str]:
-    """Writes the loss on a plane as a surface, and its checkpoints at their own losses.
-
-    Args:
-        run: The run.
-        drawing: Whether the height is logarithmic.
-
-    Returns:
-        The content of x.vtp and of x.path.vtp, by the end of the name.
-    """
+    """Writes the plane as x.vtp and its checkpoints as x.path.vtp, by the ends of their names."""
     paths = [
         PathPoints(
             group.x,

@@ -15,6 +15,7 @@ from matplotlib.lines import Line2D
 from numpy.typing import NDArray
 
 from losscli.plotting.html import View, table_view
+from losscli.plotting.layout import finish_layout
 from losscli.plotting.style import (
     DASHES,
     IN_ORDER,
@@ -24,12 +25,9 @@ from losscli.plotting.style import (
     PALE,
     PALETTE,
     SMALLEST,
-    add_foot,
-    add_title,
     distinct_checkpoints,
     drawable,
     format_number,
-    freeze,
     house_style,
     loss_name,
     name_split,
@@ -37,7 +35,6 @@ from losscli.plotting.style import (
     new_figure,
     number_checkpoints,
     plain,
-    round_positions,
     run_colours,
     scale_checkpoints,
     scale_logarithmic,
@@ -45,6 +42,7 @@ from losscli.plotting.style import (
     shorten,
     shorten_path,
     text_size,
+    title_panel,
 )
 from losscli.results.drawing import FULL, Drawing
 from losscli.results.result import Run
@@ -76,7 +74,7 @@ class _Curve:
         rows: The rows.
         x: The position of each row.
         colour: The colour.
-        dashes: The line style, which is that of the split.
+        dashes: The line style of the split.
         split: The name of the split.
     """
 
@@ -97,10 +95,6 @@ def draw_sharpness(run: Run[SharpnessSummary], drawing: Drawing = FULL) -> Figur
     Worst-case and SAM sharpness share a panel; average sharpness, which is of longer perturbations
     at the same ρ, has its own. Critical sharpness of several checkpoints is drawn over these, with
     2/η where their learning rates η are known.
-
-    Args:
-        run: The run.
-        drawing: How it is drawn; all axes of sharpness are logarithmic.
 
     Returns:
         The figure, laid out and ready to `render`.
@@ -146,15 +140,8 @@ def draw_sharpness(run: Run[SharpnessSummary], drawing: Drawing = FULL) -> Figur
 
         of_rho = [f"ρ = {format_number(radius)}" for radius in radii]
         notes += _explanations(run.summary) if names else ["There are no points"]
-        add_title(figure, drawing)
-        add_foot(
-            figure,
-            drawing,
-            notes,
-            _legend(run, distinct if over_rho else of_rho, splits, curves, drawing),
-        )
-        freeze(figure, drawing)
-        round_positions(figure)
+        legend = _legend(run, distinct if over_rho else of_rho, splits, curves, drawing)
+        finish_layout(figure, drawing, notes, legend)
     return figure
 
 
@@ -172,7 +159,7 @@ def _new_figure(
     for panel in axes[: 1 if over_rho else 2]:
         panel.tick_params(labelbottom=False)
     for panel, text in zip(axes, _titles(run, drawing), strict=False):
-        panel.set_title(shorten(figure, text, narrow(figure, 400), text_size()), loc="left")
+        title_panel(figure, panel, text, 400)
     for panel in axes[:2]:
         panel.set_ylabel(drawing.words("rise of the loss\nlog scale", "rise of loss"))
     return figure, axes
@@ -311,10 +298,11 @@ def _critical_notes(table: Table, splits: Sequence[str]) -> list[str]:
 
 
 def _explanations(summary: SharpnessSummary) -> list[str]:
-    """Returns what a reader of the figure has to know."""
+    """Returns notes on the measures and their errors."""
     what = "δ/|θ|" if summary.get("adaptive") else "δ"
     lengths = (
-        f"For average sharpness {what} is about ρ√n long, for the others at most ρ: not comparable."
+        f"‖{what}‖ is about ρ√n for average sharpness and at most ρ for the others: they are not "
+        "comparable."
     )
     bars = (
         "Bars: ± one standard error, over random perturbations for the average and over examples "
@@ -354,7 +342,7 @@ def _legend(
     ]
     if any((curve.values(column) < 0).any() for curve in curves for column in _NAMES):
         hollow = Line2D([], [], marker="o", mec=only, mfc="white", **mark)
-        text = drawing.words("hollow: the loss falls by so much", "falls")
+        text = drawing.words("hollow: negative, the loss decreases", "falls")
         measures.append((hollow, text))
     lines = [Line2D([], [], color=only, linestyle=dashes) for dashes in DASHES]
     return [

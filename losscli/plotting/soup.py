@@ -5,21 +5,18 @@ from __future__ import annotations
 import numpy as np
 from matplotlib.figure import Figure
 
+from losscli.plotting.layout import finish_layout
 from losscli.plotting.style import (
     INK,
     PALE,
     PALETTE,
-    add_foot,
-    add_title,
     distinct_checkpoints,
     drawable,
     format_number,
-    freeze,
     house_style,
     narrow,
     new_figure,
     plain,
-    round_positions,
     scale_y,
     shorten,
     text_size,
@@ -38,15 +35,7 @@ _WIDTH_OF_NAME = 130  # points
 
 
 def draw_soup(run: Run[SoupSummary], drawing: Drawing = FULL) -> Figure:
-    """Draws the score of every average, and which checkpoints were kept.
-
-    Args:
-        run: The run.
-        drawing: How it is drawn; scores may be negative, so their axis is never logarithmic.
-
-    Returns:
-        The figure, laid out and ready to `render`.
-    """
+    """Draws the score of every average on a linear axis, and which checkpoints were kept."""
     with house_style(drawing):
         table = run.table
         figure = new_figure(drawing, 3.6)
@@ -63,7 +52,7 @@ def draw_soup(run: Run[SoupSummary], drawing: Drawing = FULL) -> Figure:
         finite = np.isfinite(best)
         (line,) = axes.step(steps[finite], best[finite], where="post", color=PALE, lw=1.2)
         axes.vlines(steps, scores - errors, scores + errors, color=INK, lw=1, alpha=0.6)
-        marks = [(line, drawing.words("score of the average that is kept", "average"))]
+        marks = [(line, drawing.words("score of the current average", "average"))]
         for chosen, face, label in ((True, PALETTE[0], "kept"), (False, "white", "not kept")):
             at = shown & (kept == chosen)
             (mark,) = axes.plot(
@@ -78,10 +67,10 @@ def draw_soup(run: Run[SoupSummary], drawing: Drawing = FULL) -> Figure:
             room = narrow(figure, _WIDTH_OF_NAME)
             texts = [shorten(figure, name, room, text_size()) for name in distinct]
             axes.set_xticks(steps, texts, rotation=30, ha="right")
-            axes.set_xlabel(drawing.words("checkpoint that is added, the best first", ""))
+            axes.set_xlabel(drawing.words("checkpoint added (best first)", ""))
         else:
             axes.xaxis.set_major_locator(whole_numbers())
-            axes.set_xlabel(drawing.words("step: a checkpoint is added, the best first", "step"))
+            axes.set_xlabel(drawing.words("step (one checkpoint added, best first)", "step"))
         score = "score"
         for split, found in run.summary.get("splits", {}).items():
             score = f"{plain(found['score'])} on {plain(split)}"
@@ -93,9 +82,6 @@ def draw_soup(run: Run[SoupSummary], drawing: Drawing = FULL) -> Figure:
         if missing := int((~shown).sum()):
             notes.append(f"{missing} score{'s' * (missing > 1)} not drawn: not finite.")
         if np.isfinite(scores[:1]).all():
-            notes.append(f"The best checkpoint alone has {format_number(scores[0], 4)}.")
-        add_title(figure, drawing)
-        add_foot(figure, drawing, notes, [marks])
-        freeze(figure, drawing)
-        round_positions(figure)
+            notes.append(f"The best single checkpoint has {format_number(scores[0], 4)}.")
+        finish_layout(figure, drawing, notes, [marks])
     return figure

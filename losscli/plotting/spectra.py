@@ -13,7 +13,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.gridspec import SubplotSpec
 from matplotlib.lines import Line2D
-from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from losscli.plotting.eigenvalue_axis import LINE, scale_eigenvalues
@@ -22,8 +21,6 @@ from losscli.plotting.style import (
     DASHES,
     INK,
     PALETTE,
-    STEPS,
-    Numbers,
     columns,
     drawable,
     extent,
@@ -33,11 +30,12 @@ from losscli.plotting.style import (
     number_checkpoints,
     plain,
     scale_checkpoints,
+    scale_x,
     scale_y,
     shorten,
     shorten_path,
     small_size,
-    text_size,
+    title_panel,
 )
 from losscli.results.drawing import Drawing
 from losscli.results.result import Run
@@ -90,12 +88,6 @@ def spectra_rows(
 ) -> Iterator[Row]:
     """Yields the rows of a run that has a spectral density or blocks.
 
-    Args:
-        run: The run.
-        names: Its checkpoints.
-        splits: Its splits.
-        drawing: How they are drawn.
-
     Yields:
         The rows, from top to bottom.
     """
@@ -125,7 +117,7 @@ def matrix_name(run: Run[CheckSummary]) -> str:
 
 @dataclass(frozen=True)
 class _Curve:
-    """The density of one checkpoint on one split, and what the summary says of it."""
+    """The density of one checkpoint on one split, with its part of the summary."""
 
     name: str
     split: str
@@ -190,8 +182,7 @@ def _draw_densities(
             marked = marked or bool(outliers.size)
             widths.append(curve.about.get("sigma", math.nan))
         axes.set_xlabel(f"eigenvalue λ of the {matrix_name(run)}")
-        title = plain(split) if several else ""
-        axes.set_title(shorten(figure, title, narrow(figure, 200), text_size()), loc="left")
+        title_panel(figure, axes, plain(split) if several else "", 200)
         if not i % across:
             axes.set_ylabel(drawing.words("spectral density\nlog scale", "density"))
     notes += _density_notes(run, widths)
@@ -225,10 +216,7 @@ def _scale_densities(axes: Axes, curves: Sequence[_Curve], size: int | None) -> 
     x = np.concatenate([*(curve.x for curve in curves), np.empty(0)])
     if x.size:
         low, high = extent(x)
-        room = 0.02 * (high - low)
-        axes.set_xlim(low - room, high + room)
-    axes.xaxis.set_major_locator(MaxNLocator("auto", steps=STEPS))
-    axes.xaxis.set_major_formatter(Numbers())
+        scale_x(axes, low, high)
 
 
 def _density_notes(run: Run[CheckSummary], widths: Sequence[float]) -> Iterator[str]:

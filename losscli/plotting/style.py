@@ -6,7 +6,6 @@ import io
 import itertools
 import math
 import re
-import textwrap
 import unicodedata
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,14 +16,12 @@ from typing import Any, Literal
 
 import matplotlib as mpl
 import numpy as np
-from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, fontManager
-from matplotlib.lines import Line2D
 from matplotlib.text import Text
 from matplotlib.ticker import (
     Formatter,
@@ -53,9 +50,8 @@ __all__ = [
     "SMALLEST",
     "STEPS",
     "WIDTH",
+    "Label",
     "Numbers",
-    "add_foot",
-    "add_title",
     "checkpoint_names",
     "columns",
     "count_points",
@@ -67,10 +63,10 @@ __all__ = [
     "examples_notes",
     "extent",
     "format_number",
-    "freeze",
     "house_style",
     "is_light",
     "label_loss",
+    "linear_ticks",
     "loss_name",
     "make_displayable",
     "name_checkpoint",
@@ -82,20 +78,22 @@ __all__ = [
     "plain",
     "png_of",
     "render",
-    "round_positions",
     "run_colours",
     "run_names",
     "scale_checkpoints",
+    "scale_distance",
     "scale_logarithmic",
     "scale_symlog",
+    "scale_x",
     "scale_y",
-    "set_height",
     "shorten",
     "shorten_path",
     "small_size",
+    "split_names",
     "stacked_panels",
     "text_size",
     "text_width",
+    "title_panel",
     "whole_numbers",
 ]
 
@@ -173,7 +171,7 @@ _COMPACT_STYLE: Mapping[Any, Any] = {
     "savefig.dpi": 300,
 }
 
-# What figures rely on, whatever a style sheet says: the size of the page, and names as they are.
+# Settings that no style sheet may change: the size of the page, and literal names.
 _FIXED: dict[Any, Any] = {
     key: _STYLE.get(key, mpl.rcParamsDefault[key])
     for key in ("figure.autolayout", "savefig.bbox", "svg.hashsalt", "text.parse_math")
@@ -189,11 +187,7 @@ _LOWEST = 0.7  # the least height of panels in a figure of fixed height relative
 
 @contextmanager
 def house_style(drawing: Drawing = FULL) -> Iterator[None]:
-    """Applies Matplotlib's defaults and the style of losscli instead of the user's matplotlibrc.
-
-    Args:
-        drawing: Its style sheet comes last.
-    """
+    """Applies Matplotlib's defaults, the style of losscli and the user's style sheet."""
     with mpl.rc_context():
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", mpl.MatplotlibDeprecationWarning)
@@ -213,7 +207,7 @@ def house_style(drawing: Drawing = FULL) -> Iterator[None]:
 
 
 def _sizes(drawing: Drawing) -> dict[Any, Any]:
-    """Returns the sizes of text and the widths of lines, relative to that of ordinary text."""
+    """Returns the sizes of text and the widths of lines, which follow the size of ordinary text."""
     points = style_sheet.parse(drawing.style).get("font.size", drawing.points)
     small, note = (1.0, 1.0) if drawing.compact else (0.9, 0.85)
     scale = drawing.points / FULL.points
@@ -286,25 +280,12 @@ def columns(drawing: Drawing, most: int) -> int:
 
 
 def narrow(figure: Figure, points: float) -> float:
-    """Returns a width of text for a figure that is narrower than a full one.
-
-    Args:
-        figure: The figure.
-        points: The width in a full figure, in points.
-
-    Returns:
-        The width in points.
-    """
+    """Returns a width of text in points, reduced for a figure that is narrower than a full one."""
     return points * min(figure.get_figwidth() / WIDTH, 1.0)
 
 
 def render(figure: Figure, suffix: str, drawing: Drawing = FULL) -> bytes:
     """Renders a figure to bytes.
-
-    Args:
-        figure: A figure of this package.
-        suffix: The format as a file suffix: ``.png``, ``.svg`` or ``.pdf``.
-        drawing: How it was drawn.
 
     Returns:
         The content of the file. Equal figures give equal bytes.
@@ -332,26 +313,13 @@ def render(figure: Figure, suffix: str, drawing: Drawing = FULL) -> bytes:
 
 
 def png_of(figure: Figure, drawing: Drawing) -> tuple[bytes, dict[str, float]]:
-    """Renders a figure for a notebook.
-
-    Args:
-        figure: A figure of this package.
-        drawing: How it was drawn.
-
-    Returns:
-        The content of a PNG file, and its width and height in CSS pixels.
-    """
+    """Renders a figure for a notebook as a PNG file, with its width and height in CSS pixels."""
     width, height = figure.get_size_inches() * _CSS_PIXELS
     return render(figure, ".png", drawing), {"width": float(width), "height": float(height)}
 
 
 def make_displayable(figure: Figure, drawing: Drawing) -> None:
-    """Lets notebooks show a figure that pyplot does not manage.
-
-    Args:
-        figure: The figure.
-        drawing: How it was drawn.
-    """
+    """Lets notebooks show a figure that pyplot does not manage."""
     # The method by which IPython asks any object for a PNG.
     vars(figure)["_repr_png_"] = partial(png_of, figure, drawing)
 
@@ -370,6 +338,12 @@ def plain(text: str) -> str:
     return " ".join("".join(letters).split())
 
 
+class Label(str):
+    """A name that the user gave with ``--label``: it is shortened at its end, a path is not."""
+
+    __slots__ = ()
+
+
 def text_width(figure: Figure, text: str, size: float | None = None) -> float:
     """Returns the width of a line of text in points, by default in the size of legends."""
     artist = Text(0, 0, text, fontsize=small_size() if size is None else size)
@@ -384,15 +358,15 @@ def shorten(figure: Figure, text: str, width: float, size: float | None = None) 
         figure: The figure.
         text: The text.
         width: The width in points.
-        size: The size of the text; that of text by default.
+        size: The size of the text in points; by default that of legends.
 
     Returns:
-        The text, if it fits. Words, such as those of a label, keep their beginning; a name, a path
-        and a route of names keep their end, in which names differ.
+        The text, if it fits. A `Label` and several words keep their beginning; the name or path of
+        a checkpoint and a pair A → B keep their end, in which checkpoints differ.
     """
     if text_width(figure, text, size) <= width:
         return text
-    words = " " in text and "/" not in text and "→" not in text
+    words = isinstance(text, Label) or (" " in text and "/" not in text and "→" not in text)
     fits, too_long = 0, len(text)
     while too_long - fits > 1:
         middle = (fits + too_long) // 2
@@ -410,7 +384,7 @@ def _cut(text: str, letters: int, *, words: bool) -> str:
 
 def shorten_path(figure: Figure, name: str, width: float) -> str:
     """Shortens a checkpoint's name to a width in points, by its leading folders first."""
-    parts = name.split("/")
+    parts = [name] if isinstance(name, Label) else name.split("/")
     names = (f"…/{'/'.join(parts[k:])}" for k in range(1, len(parts)))
     fitting = (n for n in (name, *names) if text_width(figure, n) <= width)
     return next(fitting, None) or shorten(figure, name, width)
@@ -522,6 +496,30 @@ def stacked_panels(
     return figure, top + panels
 
 
+def linear_ticks(axis: Axis, number: int | Literal["auto"] = "auto") -> None:
+    """Sets round ticks on a linear axis, at most about ``number`` of them."""
+    axis.set_major_locator(MaxNLocator(number, steps=STEPS))
+    axis.set_major_formatter(Numbers())
+
+
+def scale_x(axes: Axes, low: float, high: float, number: int | Literal["auto"] = "auto") -> None:
+    """Sets a linear x axis, with some room beside its lowest and highest value."""
+    room = 0.02 * (high - low) or 0.05 * max(1.0, abs(low))
+    axes.set_xlim(low - room, high + room)
+    linear_ticks(axes.xaxis, number)
+
+
+def scale_distance(axes: Axes, high: float, number: int | Literal["auto"] = "auto") -> None:
+    """Sets a y axis of distances up to ``high``, which begins at 0."""
+    axes.set_ylim(0, 1.06 * high if high > 0 else 1.0)
+    linear_ticks(axes.yaxis, number)
+
+
+def title_panel(figure: Figure, axes: Axes, text: str, width: float = 250.0) -> None:
+    """Writes a title above a panel, shortened to a width in points in a full figure."""
+    axes.set_title(shorten(figure, text, narrow(figure, width), text_size()), loc="left")
+
+
 def extent(values: NDArray[np.float64]) -> tuple[float, float]:
     """Returns the range of values; for constant values, an interval around them."""
     low, high = float(values.min()), float(values.max())
@@ -544,20 +542,30 @@ def scale_y(
 ) -> None:
     """Sets scale, limits and ticks of a y axis so that it shows all values.
 
+    If all values are on the same side of given limits, the panel says so.
+
     Args:
         axes: The panel.
         values: Finite values, positive if ``log``; may be empty.
         log: Whether the axis is logarithmic.
         fraction: Whether the values are fractions, to show as percentages.
         least: The smallest range of an axis of fractions, at most 1.
-        limits: The limits of the axis; None to show all values.
+        limits: The limits of the axis; None to show all values. On a logarithmic axis, a limit that
+            is not positive is ignored.
     """
     if not values.size and limits is None:
         axes.set_ylim(0, 1)
         axes.yaxis.set_major_locator(NullLocator())
         return
+    if log and limits is not None and limits[0] <= 0:
+        low, high = extent(values) if values.size else (0.1, 1.0)
+        limits = (low, limits[1]) if limits[1] > low else None
     low, high = limits or extent(values)
     margin = 0.06 if limits is None else 0.0
+    if values.size and (values.max() < low or values.min() > high):
+        side = "lower" if values.max() < low else "higher"
+        text = f"no value between {format_number(low)} and {format_number(high)}: all are {side}"
+        axes.text(0.5, 0.5, text, ha="center", color=PALE, transform=axes.transAxes)
     if not log:
         if fraction:
             low, high = max(low, 0.0), min(high, 1.0)
@@ -593,15 +601,7 @@ def scale_logarithmic(axis: Axis, decades: float) -> None:
 def scale_symlog(
     axes: Axes, which: Literal["x", "y"], low: float, high: float, *, linear: float
 ) -> None:
-    """Sets an axis that is linear around zero and logarithmic beyond.
-
-    Args:
-        axes: The panel.
-        which: The axis.
-        low: The lowest value.
-        high: The highest value.
-        linear: The end of the linear part on either side of zero.
-    """
+    """Sets an axis for low…high that is linear up to ``linear`` around zero, logarithmic beyond."""
     axis = axes.yaxis if which == "y" else axes.xaxis
     set_scale = axes.set_yscale if which == "y" else axes.set_xscale
     set_limits = axes.set_ylim if which == "y" else axes.set_xlim
@@ -619,7 +619,7 @@ def scale_symlog(
 
 
 IN_ORDER = "checkpoint, in the order given"
-# What counts checkpoints in their names: step-500, epoch=3, checkpoint_1000.
+# A counter in the name of a checkpoint: step-500, epoch=3, checkpoint_1000.
 _COUNTER = re.compile(r"(?i)(step|iteration|iter|epoch|checkpoint|ckpt)s?[\W_]*$")
 
 
@@ -654,13 +654,8 @@ def whole_numbers() -> MaxNLocator:
 def scale_checkpoints(axes: Axes, numbers: NDArray[np.float64], label: str) -> None:
     """Scales and labels the x axis of `number_checkpoints`.
 
-    The axis is logarithmic if most numbers are small, as those of checkpoints that are saved ever
-    more rarely.
-
-    Args:
-        axes: The panel.
-        numbers: The numbers, in ascending order.
-        label: Their label.
+    The axis is logarithmic if most numbers are small, as those of checkpoints saved at growing
+    intervals.
     """
     low, high = (float(numbers[0]), float(numbers[-1])) if numbers.size else (0.0, 1.0)
     if numbers.size > _FEW_CHECKPOINTS and np.median(numbers) - low < _CROWDED * (high - low):
@@ -689,7 +684,7 @@ def is_light(colours: NDArray[np.float64]) -> NDArray[np.bool_]:
 
 
 def run_colours(number: int, drawing: Drawing = FULL) -> list[str]:
-    """Returns one colour per run: those of the style sheet if it has them."""
+    """Returns one colour per run, from the style sheet if it has colours."""
     cycle = style_sheet.parse(drawing.style).get("axes.prop_cycle")
     own = [to_hex(entry["color"]) for entry in cycle if "color" in entry] if cycle else []
     palette = own or PALETTE
@@ -699,114 +694,9 @@ def run_colours(number: int, drawing: Drawing = FULL) -> list[str]:
     return [to_hex(c) for c in mpl.colormaps["viridis"](np.linspace(0.0, 0.8, number))]
 
 
-def add_foot(
-    figure: Figure,
-    drawing: Drawing,
-    notes: Sequence[str],
-    groups: Sequence[Sequence[tuple[Artist, str]]],
-) -> None:
-    """Adds notes and a legend below the panels; the figure grows by their height.
-
-    The notes are the title of the legend, so that the layout leaves room for both.
-
-    Args:
-        figure: The figure.
-        drawing: How it is drawn: a compact figure has no notes.
-        notes: Sentences.
-        groups: Handles and labels; every group starts a row, and there are as few rows as possible.
-    """
-    scale = small_size() / 9
-    handle = 1.8 if drawing.compact else 2.5  # its length in sizes of text
-    line, gap = (6.5 + 9 * handle) * scale, 14.0 * scale
-    available = 0.96 * figure.get_figwidth() * INCH
-    shown = () if drawing.compact else notes
-    notes = [part for note in shown for part in _wrap(figure, note, available)]
-    blank = (0.0, Line2D([], [], ls="none"), "")
-    entries: list[list[tuple[float, Artist, str]]] = []
-    for group in groups:
-        labels = [shorten(figure, label, available - line) for _, label in group]
-        handles = [artist for artist, _ in group]
-        widths = [text_width(figure, label) + line for label in labels]
-        entries.append(list(zip(widths, handles, labels, strict=True)))
-    best: list[list[tuple[float, Artist, str]]] = []
-    for columns in range(1, max(map(len, entries), default=0) + 1):
-        rows = []
-        for entry in entries:
-            cells = entry + [blank] * (-len(entry) % columns)
-            rows += [cells[k : k + columns] for k in range(0, len(cells), columns)]
-        total = sum(max(width for width, _, _ in column) for column in zip(*rows, strict=True))
-        fits = total + gap * (columns - 1) <= available
-        if not best or (fits and len(rows) < len(best)):
-            best = rows
-    if not best and not notes:
-        return
-    # Matplotlib fills a legend column by column.
-    cells = [cell for column in zip(*best, strict=True) for cell in column]
-    legend = figure.legend(
-        [artist for _, artist, _ in cells],
-        [label for _, _, label in cells],
-        title="\n".join(notes),
-        loc="outside lower left",
-        alignment="left",
-        ncols=len(best[0]) if best else 1,
-        frameon=False,
-        handlelength=handle,
-        handletextpad=0.7,
-        columnspacing=gap / small_size(),
-        borderpad=0,
-        borderaxespad=0.4 if drawing.compact else 1.0,
-    )
-    legend.get_title().set(color=PALE, linespacing=1.25)
-    _grow(figure, legend.get_window_extent().height / figure.dpi)
-
-
-def _wrap(figure: Figure, note: str, room: float) -> list[str]:
-    """Breaks a sentence into lines of at most ``room`` points."""
-    letters = len(note)
-    while letters > 20:
-        lines = textwrap.wrap(note, letters)
-        widest = max(text_width(figure, line, note_size()) for line in lines)
-        if widest <= room:
-            break
-        letters = min(letters - 1, int(letters * room / widest) + 1)
-    return textwrap.wrap(note, letters)
-
-
-def _grow(figure: Figure, inches: float) -> None:
-    """Increases the height of a figure."""
-    figure.set_figheight(figure.get_figheight() + inches)
-
-
-def freeze(figure: Figure, drawing: Drawing) -> None:
-    """Computes the final layout, so that every rendering is the same.
-
-    A figure of fixed height gets it, unless its panels, legend and title need more.
-    """
-    set_height(figure, drawing)
-    engine = figure.get_layout_engine()
-    assert engine is not None
-    engine.execute(figure)
-    figure.set_layout_engine(None)
-
-
-def set_height(figure: Figure, drawing: Drawing) -> None:
-    """Gives a figure of fixed height that height, unless it is higher."""
-    figure.set_figheight(max(figure.get_figheight(), drawing.inches[1] or 0.0))
-
-
-def round_positions(figure: Figure) -> None:
-    """Rounds the positions of panels, which contain rounding errors of the layout solver.
-
-    The identifiers in an SVG are hashes of all digits of these positions.
-    """
-    for axes in figure.axes:
-        bounds = axes.get_position().bounds
-        axes.set_position((
-            round(bounds[0], 9),
-            round(bounds[1], 9),
-            round(bounds[2], 9),
-            round(bounds[3], 9),
-        ))
+def split_names(runs: Sequence[Run[Any]]) -> list[str]:
+    """Returns the splits of runs in the order of their tables."""
+    return [str(split) for split in dict.fromkeys(s for r in runs for s in r.table.unique("split"))]
 
 
 def run_names(runs: Sequence[Run[Summary]], drawing: Drawing = FULL) -> list[str]:
@@ -815,7 +705,7 @@ def run_names(runs: Sequence[Run[Summary]], drawing: Drawing = FULL) -> list[str
     for number, run in enumerate(runs, start=1):
         checkpoints = checkpoint_names(run, drawing)
         ends = " → ".join([*checkpoints[:1], *checkpoints[1:][-1:]])
-        names.append(plain(run.label) or ends or f"run {number}")
+        names.append(Label(plain(run.label)) or ends or f"run {number}")
     return names
 
 
@@ -828,17 +718,15 @@ def checkpoint_names(
     """
     if drawing.compact and not run.checkpoint_labels:
         return []
-    return [plain(label) for label in run.checkpoint_labels or _names(run)]
-
-
-def _names(run: Run[Summary] | Run[InspectionSummary]) -> list[str]:
-    return [entry.get("name", "") for entry in run.summary.get("checkpoints", ())]
+    if run.checkpoint_labels:
+        return [Label(plain(label)) for label in run.checkpoint_labels]
+    return [plain(entry.get("name", "")) for entry in run.summary.get("checkpoints", ())]
 
 
 def name_checkpoint(run: Run[Summary], name: str, drawing: Drawing) -> str:
-    """Returns the label of a checkpoint, or else its name: that of its file in a compact figure."""
+    """Returns the label of a checkpoint, or else its name; in a compact figure that of its file."""
     if label := run.label_of(name):
-        return plain(label)
+        return Label(plain(label))
     return plain(_stem(name) if drawing.compact else name)
 
 
@@ -872,20 +760,9 @@ def distinct_names(names: Sequence[str]) -> tuple[list[str], str]:
 def distinct_checkpoints(
     run: Run[Any], names: Sequence[str], drawing: Drawing
 ) -> tuple[list[str], str]:
-    """Returns the labels of checkpoints, or else the distinct parts of their names and a pattern.
-
-    In a compact figure these are the names of the files, if these are different.
-
-    Args:
-        run: The run.
-        names: The names of some of its checkpoints.
-        drawing: How they are drawn.
-
-    Returns:
-        The labels or names, and the pattern of `distinct_names`.
-    """
+    """Returns labels, or else distinct parts of names and their pattern (see `distinct_names`)."""
     if run.checkpoint_labels:
-        return [plain(run.label_of(name) or name) for name in names], ""
+        return [name_checkpoint(run, name, FULL) for name in names], ""
     stems = [plain(_stem(name)) for name in names]
     if drawing.compact and len(set(stems)) == len(stems):
         return stems, ""
@@ -921,18 +798,7 @@ def label_loss(
     log: bool,
     width: float = 190.0,
 ) -> str:
-    """Returns the label of an axis of the loss, with its scale in a full figure.
-
-    Args:
-        figure: The figure.
-        runs: The runs.
-        drawing: How they are drawn.
-        log: Whether the scale is logarithmic.
-        width: The longest label of a full figure in points.
-
-    Returns:
-        The label.
-    """
+    """Returns the label of an axis of the loss, with its scale in a full figure."""
     name = f"loss{loss_name(runs)}"
     if drawing.compact:
         return "loss"
@@ -993,13 +859,3 @@ def examples_notes(runs: Sequence[Run[Summary]], splits: Sequence[str]) -> list[
             listed = ", ".join(shown[:_MOST_NUMBERS]) + (f" and {more} more" if more > 0 else "")
             notes.append(f"Numbers of examples of {plain(split)} differ: {listed}.")
     return notes
-
-
-def add_title(figure: Figure, drawing: Drawing) -> None:
-    """Adds the title above the panels, if there is one; the figure grows by its height."""
-    points = 1.3 * text_size()
-    letters = int(66 * narrow(figure, 13.0) / points)
-    lines = textwrap.wrap(plain(drawing.title), letters)
-    if lines:
-        figure.suptitle("\n".join(lines), x=0.02, ha="left")
-        _grow(figure, 0.24 / 13 * points * len(lines))

@@ -64,12 +64,6 @@ def read(path: str | os.PathLike[str]) -> dict[str, str]:
 def parse(settings: Mapping[str, str]) -> dict[str, Any]:
     """Returns the values of settings in the types of Matplotlib.
 
-    Args:
-        settings: The text of each setting.
-
-    Returns:
-        The values.
-
     Raises:
         UsageError: A setting is unknown, has another type, or cannot be followed.
     """

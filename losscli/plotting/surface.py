@@ -17,7 +17,7 @@ from matplotlib.contour import QuadContourSet
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patheffects import Normal, Stroke
-from matplotlib.ticker import FixedLocator, MaxNLocator
+from matplotlib.ticker import MaxNLocator
 from mpl_toolkits.mplot3d import Axes3D  # type: ignore[import-untyped]
 from mpl_toolkits.mplot3d.art3d import Poly3DCollection  # type: ignore[import-untyped]
 from numpy.typing import NDArray
@@ -29,18 +29,22 @@ from losscli.plotting.style import (
     PALETTE,
     STEPS,
     Numbers,
+    count_points,
     drawable,
     extent,
     format_number,
-    freeze,
     is_light,
+    label_loss,
+    linear_ticks,
     narrow,
     note_size,
-    set_height,
+    plain,
     shorten_path,
     small_size,
 )
 from losscli.results.drawing import Drawing
+from losscli.results.result import Run
+from losscli.results.summaries import Summary
 
 __all__ = [
     "HIDDEN",
@@ -52,13 +56,14 @@ __all__ = [
     "Scale",
     "add_colour_bar",
     "add_surface_axes",
+    "blank_notes",
     "colour_stops",
     "draw_contours",
     "draw_dots",
     "draw_path",
     "draw_surface",
-    "finish_layout",
     "hidden_by",
+    "keep_inside",
     "label_contours",
     "limit_notes",
     "path_entries",
@@ -88,10 +93,10 @@ _LIGHT = np.array([-0.35, -0.45, 0.82])
 _COLOURS = ListedColormap(0.12 + 0.88 * mpl.colormaps["viridis"](np.linspace(0.05, 1, 256))[:, :3])
 
 
-def colour_stops() -> list[tuple[float, str]]:
-    """Returns the colours of losses from the lowest to the highest, at positions in [0, 1]."""
-    positions = np.linspace(0, 1, 33)
-    return [(float(p), to_hex(c)) for p, c in zip(positions, _COLOURS(positions), strict=True)]
+def colour_stops(colours: ListedColormap = _COLOURS) -> list[tuple[float, str]]:
+    """Returns colours from the lowest to the highest, by default of losses, at places in [0, 1]."""
+    places = np.linspace(0, 1, 33)
+    return [(float(p), to_hex(c)) for p, c in zip(places, colours(places), strict=True)]
 
 
 @dataclass(frozen=True)
@@ -159,15 +164,7 @@ class Scale:
 
 
 def scale_losses(losses: Floats, drawing: Drawing) -> Scale:
-    """Chooses the scale: logarithmic on request or if the losses span a large ratio.
-
-    Args:
-        losses: All losses to show, in any order.
-        drawing: Whether to force a logarithmic scale, and its limits.
-
-    Returns:
-        The scale.
-    """
+    """Chooses the scale: logarithmic on request or if the losses span a large ratio."""
     log = drawing.log
     losses = losses if drawing.ylim is None else np.array(drawing.ylim)
     shown = losses[drawable(losses, log=log)]
@@ -178,6 +175,18 @@ def scale_losses(losses: Floats, drawing: Drawing) -> Scale:
     shown = shown[drawable(shown, log=log)]
     low, high = extent(shown)
     return Scale(log, low, high, tuple(x for x in _levels(low, high, log=log) if low <= x <= high))
+
+
+def blank_notes(contours: Sequence[Contours]) -> list[str]:
+    """Returns a note for each reason why points of any panel are left blank."""
+    counts: dict[str, list[tuple[int, str]]] = {}
+    for drawn in contours:
+        for number, reason in drawn.blank:
+            counts.setdefault(reason, []).append((number, plain(drawn.grid.split)))
+    return [
+        f"{count_points(of_splits)}: loss {reason}, left blank (×)"
+        for reason, of_splits in counts.items()
+    ]
 
 
 def limit_notes(drawing: Drawing) -> list[str]:
@@ -231,16 +240,7 @@ class Contours:
 
 
 def draw_contours(axes: Axes, grid: Grid, scale: Scale) -> Contours:
-    """Draws filled contours with lines between them.
-
-    Args:
-        axes: The panel.
-        grid: The losses.
-        scale: Their scale.
-
-    Returns:
-        The contours, for `label_contours` once the layout is final.
-    """
+    """Draws filled contours with lines between them, for `label_contours` after the layout."""
     axes.grid(visible=False)
     heights = scale(grid.loss)
     missing = np.isnan(heights)
@@ -261,7 +261,10 @@ def draw_contours(axes: Axes, grid: Grid, scale: Scale) -> Contours:
                 grid.x, grid.y, shown, levels[inner], colors=colours, linewidths=0.8
             )
     if missing.sum() <= _MANY_CROSSES:
-        axes.plot(grid.x[missing], grid.y[missing], "x", color="#9a9a9a", ms=3.5, mew=0.9, zorder=2)
+        style: dict[str, Any] = {"color": "#9a9a9a", "ms": 3.5, "mew": 0.9, "zorder": 2}
+        # Not clipped, since the outermost points lie on the edges of the panel.
+        (crosses,) = axes.plot(grid.x[missing], grid.y[missing], "x", clip_on=False, **style)
+        crosses.set_in_layout(False)
     finite = drawable(grid.loss, log=False)
     blank = [(int((~finite).sum()), "not finite"), (int((missing & finite).sum()), "not above 0")]
     names = scale.labels(np.array(scale.lines)[inner].tolist())
@@ -327,15 +330,15 @@ def _line_colours(levels: Floats) -> list[tuple[float, float, float, float]]:
     return [(0.1, 0.1, 0.1, 0.75) if dark else (1.0, 1.0, 1.0, 0.85) for dark in light]
 
 
-def add_colour_bar(figure: Figure, panels: Sequence[Axes], scale: Scale, label: str) -> None:
-    """Adds a colour bar to the right of panels.
-
-    Args:
-        figure: The figure.
-        panels: The panels with these colours.
-        scale: The scale.
-        label: The label of the colour bar.
-    """
+def add_colour_bar(
+    figure: Figure,
+    panels: Sequence[Axes],
+    scale: Scale,
+    runs: Sequence[Run[Summary]],
+    drawing: Drawing,
+) -> None:
+    """Adds a colour bar to the right of panels, with the name of the loss."""
+    label = label_loss(figure, runs, drawing, log=scale.log).replace("\n", ", ")
     bar = figure.colorbar(
         ScalarMappable(Normalize(0, 1), _COLOURS),
         ax=list(panels),
@@ -388,19 +391,11 @@ def add_surface_axes(
 
 
 def draw_surface(axes: Axes3D, scale: Scale, contours: Contours, drawing: Drawing) -> None:
-    """Draws losses as a surface in the colours of the contours, with the contour lines on it.
-
-    Args:
-        axes: The 3D axes, with x and y limits set.
-        scale: The scale.
-        contours: The losses and their contour lines.
-        drawing: A compact figure has fewer ticks.
-    """
+    """Draws losses as a surface with contour lines; x and y limits have to be set."""
     grid = contours.grid
     axes.set_zlim(0, 1)
     for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_locator(MaxNLocator(2 if drawing.compact else 5, steps=STEPS))
-        axis.set_major_formatter(Numbers())
+        linear_ticks(axis, 2 if drawing.compact else 5)
     ticks = scale.ticks(3 if drawing.compact else 6)
     axes.set_zticks(scale(ticks).tolist(), scale.labels(ticks))
     if min(grid.loss.shape) < 2:
@@ -527,7 +522,7 @@ def draw_path(
         ends: The colour of the marks at the ends; that of the path if empty.
         faces: The colours of the dots; that of the path if None.
         cased: Whether the path has a white outline.
-        clip: Whether it is clipped at the edges of the panel, which would cut a path on an axis.
+        clip: Whether the parts outside the panel are left out; marks on its edges are whole.
         behind: The checkpoints behind a surface; None for none. The path is dotted there.
         shown: How many checkpoints are shown, the last of them with a dot instead of the mark of
             the end; None for all.
@@ -544,24 +539,37 @@ def draw_path(
     casing = [Stroke(linewidth=3.6, foreground="white"), Normal()] if cased else None
     hidden = np.zeros(number, dtype=np.bool_) if behind is None else behind[:shown]
     visible = [np.where(hidden, np.nan, c) for c in coordinates]
-    dots: list[Artist] = []
-    lines = axes.plot(*visible, color=colour, lw=1.7, zorder=4, path_effects=casing)
+    lines: list[Artist] = [
+        *axes.plot(*visible, color=colour, lw=1.7, zorder=4, path_effects=casing)
+    ]
     if hidden.any():
         lines += axes.plot(*coordinates, color=colour, lw=1.2, ls=(0, (1, 1.5)), zorder=3.9)
-    if faces is None and not drawing.no_markers:
-        lines += axes.plot(*visible, "o", color=colour, ms=4 if few else 2.2, zorder=4.1)
-    elif faces is not None and not drawing.no_markers:
+    marks: list[Artist] = []
+    if clip:
+        coordinates = keep_inside(axes, *coordinates)
+    if faces is not None and not drawing.no_markers:
         size = 5.5 if few else 3
-        dots = draw_dots(axes, *coordinates, faces=faces[:shown], size=size, behind=hidden)
+        marks += draw_dots(axes, *coordinates, faces=faces[:shown], size=size, behind=hidden)
+    elif not drawing.no_markers:
+        dots = [np.where(hidden, np.nan, c) for c in coordinates]
+        marks += axes.plot(*dots, "o", color=colour, ms=4 if few else 2.2, zorder=4.1)
     end = _END if number == total else _HEAD
     for at, mark in () if drawing.no_markers else ((0, _START), (-1, end)):
         point = [c[at : at + 1 or None] for c in coordinates]
         alpha = PALER if hidden[at] else 1.0
-        lines += axes.plot(*point, ls="none", zorder=5, alpha=alpha, **_mark(mark, ends or colour))
-    for line in lines:
-        line.set_clip_on(clip)
-        line.set_in_layout(False)
-    return [*lines, *dots]
+        marks += axes.plot(*point, ls="none", zorder=5, alpha=alpha, **_mark(mark, ends or colour))
+    for artist in (*lines, *marks):
+        artist.set_clip_on(clip and artist in lines)
+        artist.set_in_layout(False)
+    return [*lines, *marks]
+
+
+def keep_inside(axes: Axes, *coordinates: Floats) -> tuple[Floats, ...]:
+    """Returns the coordinates of points, nan for points outside the ranges of x and y."""
+    (left, right), (low, high) = axes.get_xlim(), axes.get_ylim()
+    x, y, *_ = coordinates
+    inside = (left <= x) & (x <= right) & (low <= y) & (y <= high)
+    return tuple(np.where(inside, c, np.nan) for c in coordinates)
 
 
 def draw_dots(
@@ -605,19 +613,7 @@ def _mark(style: Mapping[str, Any], colour: str) -> dict[str, Any]:
 def path_entries(
     figure: Figure, colour: str, label: str, start: str, end: str, drawing: Drawing
 ) -> list[tuple[Artist, str]]:
-    """Returns the legend entries of a path.
-
-    Args:
-        figure: The figure.
-        colour: The colour of the path.
-        label: The label of the path; no entry if empty.
-        start: The name of the first checkpoint; may be empty.
-        end: The name of the last checkpoint; may be empty.
-        drawing: How the path is drawn.
-
-    Returns:
-        Handles and labels.
-    """
+    """Returns the legend entries of a path and its ends; none for the path without a label."""
     dot = "" if drawing.no_markers else "o"
     line = Line2D([], [], color=colour, marker=dot, ms=4, lw=1.7)
     entries: list[tuple[Artist, str]] = [(line, label)] if label else []
@@ -629,65 +625,3 @@ def path_entries(
             f"{word}  {shorten_path(figure, name, narrow(figure, 130))}".strip(),
         ))
     return entries
-
-
-# --- The layout ----------------------------------------------------------------------------------
-
-
-def finish_layout(figure: Figure, drawing: Drawing) -> None:
-    """Computes the final layout, with 3D axes as large as their cells allow."""
-    set_height(figure, drawing)
-    engine = figure.get_layout_engine()
-    assert engine is not None
-    axes_3d = [axes for axes in figure.axes if isinstance(axes, Axes3D)]
-    # Before Matplotlib 3.11 the labels of 3D axes have no position until they are drawn.
-    drawn_first = bool(axes_3d) and mpl.__version_info__[:2] < (3, 11)
-    if drawn_first:
-        figure.set_layout_engine("none")
-        figure.draw_without_rendering()
-        figure.set_layout_engine(engine)
-    # A panel with a fixed aspect ratio shrinks after its margins were measured: measure again.
-    fixed = any(axes.get_aspect() != "auto" for axes in figure.axes)
-    before = np.empty(0)
-    most = _MOST_LAYOUTS if drawing.compact else 2
-    for count in range(most if fixed else 0):
-        engine.execute(figure)
-        places = np.array([axes.get_position().bounds for axes in figure.axes])
-        if count and np.allclose(places, before, atol=1e-3):
-            break
-        before = places
-    freeze(figure, drawing)
-    page = figure.transSubfigure.inverted()
-    cells = [axes.get_position(original=True) for axes in axes_3d]
-    for axes in figure.axes if axes_3d else ():
-        if axes.get_aspect() != "auto":
-            axes.apply_aspect()
-    # Text keeps its size, so one step does not reach the final scale.
-    for _ in range(3 if axes_3d else 0):
-        if drawn_first:
-            figure.draw_without_rendering()
-        for axes, cell in zip(axes_3d, cells, strict=True):
-            _thin_ticks(axes)
-            drawn = axes.get_tightbbox().transformed(page)
-            box = axes.get_position(original=True)
-            factor = min(cell.width / drawn.width, cell.height / drawn.height)
-            x = (cell.x0 + cell.x1) / 2 + (box.x0 - (drawn.x0 + drawn.x1) / 2) * factor
-            y = (cell.y0 + cell.y1) / 2 + (box.y0 - (drawn.y0 + drawn.y1) / 2) * factor
-            axes.set_position([x, y, box.width * factor, box.height * factor])
-
-
-def _thin_ticks(axes: Axes3D) -> None:
-    """Removes ticks of the y axis with labels that overlap those of the other axes."""
-    # Their labels have a position since they were drawn; `get_ticklabels` would reset it.
-    others = [
-        tick.label1.get_window_extent()
-        for axis in (axes.xaxis, axes.zaxis)
-        for tick in axis.get_major_ticks()
-    ]
-    gap = 3 * axes.figure.dpi / INCH
-    kept = [
-        tick.get_loc()
-        for tick in axes.yaxis.get_major_ticks()
-        if not any(tick.label1.get_window_extent().padded(gap, 0).overlaps(o) for o in others)
-    ]
-    axes.yaxis.set_major_locator(FixedLocator(kept))

@@ -274,7 +274,7 @@ class _Pen:
             for letter in text
         )
         line = " ".join("".join(letters).split())
-        return line.encode("ascii", "replace").decode() if self.ascii else line
+        return line.replace("→", "->").encode("ascii", "replace").decode() if self.ascii else line
 
     def paint(self, text: str, run: int | None) -> str:
         """Returns text in the colour of a run; faint if the run is None."""
@@ -324,13 +324,17 @@ class _Pen:
 
 
 def _shorten(text: str, width: int, dots: str) -> str:
-    """Keeps the end of a text that fits a width in columns."""
+    """Shortens a text to a width in columns: at its end, but a pair A → B at its beginning."""
     if cell_len(text) <= width:
         return text
-    room, kept = width - cell_len(dots), len(text)
-    while kept and (room := room - cell_len(text[kept - 1])) >= 0:
-        kept -= 1
-    return dots + text[kept:]
+    pair = "→" in text or "->" in text
+    room, kept = width - cell_len(dots), 0
+    for letter in reversed(text) if pair else text:
+        room -= cell_len(letter)
+        if room < 0:
+            break
+        kept += 1
+    return dots + text[len(text) - kept :] if pair else text[:kept] + dots
 
 
 def _place_marks(canvas: _Canvas, runs: int, columns: int) -> dict[tuple[int, int], int]:

@@ -10,7 +10,6 @@ from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from losscli.errors import UsageError
@@ -27,33 +26,31 @@ from losscli.plotting.html import (
     ring,
     table_view,
 )
+from losscli.plotting.layout import finish_layout
 from losscli.plotting.lines import Series, draw_panel, split_entries
 from losscli.plotting.style import (
     DASHES,
     IN_ORDER,
     INK,
     LARGEST,
-    STEPS,
     Numbers,
-    add_foot,
-    add_title,
     checkpoint_names,
     columns,
-    count_points,
     house_style,
     label_loss,
     loss_name,
     name_checkpoint,
     name_split,
-    narrow,
     new_figure,
     number_checkpoints,
     plain,
     run_colours,
     run_names,
     scale_checkpoints,
-    shorten,
-    text_size,
+    scale_distance,
+    scale_x,
+    split_names,
+    title_panel,
 )
 from losscli.plotting.surface import (
     HIDDEN,
@@ -63,10 +60,10 @@ from losscli.plotting.surface import (
     Grid,
     add_colour_bar,
     add_surface_axes,
+    blank_notes,
     draw_contours,
     draw_path,
     draw_surface,
-    finish_layout,
     hidden_by,
     label_contours,
     limit_notes,
@@ -97,7 +94,7 @@ _MOST_BACKWARD = 0.1  # above this backward fraction of a path its loss is drawn
 
 @dataclass(frozen=True)
 class _Path:
-    """The checkpoints of one run in their order, without those of non-finite coordinates."""
+    """The checkpoints of one run in their order, without non-finite coordinates."""
 
     steps: tuple[int, ...]
     projection: Floats
@@ -153,9 +150,7 @@ def _draw_paths(
     figure = new_figure(drawing, 5.6)
     upper, lower = figure.subplots(2, 1, height_ratios=[1.25, 1])
     more, groups = _draw_both(figure, upper, lower, runs, paths, drawing)
-    add_title(figure, drawing)
-    add_foot(figure, drawing, [*notes, *more, _TURNS], groups)
-    finish_layout(figure, drawing)
+    finish_layout(figure, drawing, [*notes, *more, _TURNS], groups)
     return figure
 
 
@@ -169,20 +164,8 @@ def _draw_both(
     *,
     colours: Sequence[str] = (),
 ) -> tuple[list[str], list[list[tuple[Artist, str]]]]:
-    """Draws residuals into one panel and losses into another.
-
-    Args:
-        figure: The figure.
-        upper: The panel of the residuals.
-        lower: The panel of the losses, below or beside ``upper``.
-        runs: The runs.
-        paths: Their paths.
-        drawing: How they are drawn.
-        colours: A colour per run; if empty, the palette, with the ends of the paths in the legend.
-
-    Returns:
-        Notes, and the entries of the legend.
-    """
+    """Draws residuals into one panel and losses into another; returns notes and legend entries."""
+    # Beside a surface the path has a colour, and its ends are in the legend already.
     given = bool(colours)
     colours = list(colours or run_colours(len(runs), drawing))
     walks, limits = _draw_residual_axes(upper, runs, paths, drawing)
@@ -263,7 +246,7 @@ def _read_series(
 ) -> list[Series]:
     """Returns the losses of each run and split over the positions of the run's checkpoints."""
     names = run_names(runs, drawing)
-    splits = [str(s) for s in dict.fromkeys(s for r in runs for s in r.table.unique("split"))]
+    splits = split_names(runs)
     return [
         Series(
             run=number,
@@ -329,18 +312,12 @@ def _range(values: Sequence[Floats]) -> tuple[float, float]:
 
 def _scale_projection(axes: Axes, limits: tuple[float, float]) -> None:
     low, high = limits
-    room = 0.02 * (high - low) or 0.05 * max(1.0, abs(low))
-    axes.set_xlim(low - room, high + room)
-    axes.xaxis.set_major_locator(MaxNLocator("auto", steps=STEPS))
-    axes.xaxis.set_major_formatter(Numbers())
+    scale_x(axes, low, high)
 
 
 def _scale_residual(axes: Axes, values: Sequence[Floats]) -> None:
     """Scales the residual axis, which starts at 0 since residuals are distances."""
-    high = _range(values)[1]
-    axes.set_ylim(0, 1.06 * high if high > 0 else 1.0)
-    axes.yaxis.set_major_locator(MaxNLocator("auto", steps=STEPS))
-    axes.yaxis.set_major_formatter(Numbers())
+    scale_distance(axes, _range(values)[1])
 
 
 # --- With a surface ------------------------------------------------------------------------------
@@ -353,7 +330,7 @@ def _read(runs: Sequence[Run[TrajectorySummary]]) -> tuple[list[_Path], list[Gri
     notes = [f"{_steps(left_out)} no finite coordinates: not drawn"] if left_out else []
     surfaces: list[Grid] = []
     if len(runs) == 1 and "surface" in runs[0].more:
-        splits = [str(split) for split in runs[0].table.unique("split")]
+        splits = split_names(runs)
         surfaces, more = _read_surfaces(runs[0].more["surface"], splits)
         notes += more
     return paths, surfaces, notes
@@ -403,7 +380,7 @@ def _read_all_surfaces(
 ) -> tuple[dict[str, list[Grid]], list[str]]:
     """Reads the loss and its standard error of the table ``surface``; and notes."""
     table = run.more["surface"]
-    splits = [str(split) for split in run.table.unique("split")]
+    splits = split_names([run])
     columns = [c for c in ("loss", "loss_stderr") if c in table.columns]
     found = {column: _read_surfaces(table, splits, column) for column in columns}
     return {column: grids for column, (grids, _) in found.items()}, found["loss"][1]
@@ -431,21 +408,16 @@ def _draw_surfaces(
     scale = scale_losses(
         np.concatenate([*path_losses, *(s.loss.ravel() for s in surfaces)]), drawing
     )
-    label = label_loss(figure, [run], drawing, log=scale.log).replace("\n", ", ")
-    blank: dict[str, list[tuple[int, str]]] = {}
     panels: list[Axes] = []
     lines = []
     hidden = False
     for k, (surface, losses) in enumerate(zip(surfaces, path_losses, strict=True)):
         panel = figure.add_subplot(cells[2 * k])
         contours = draw_contours(panel, surface, scale)
-        for number, reason in contours.blank:
-            blank.setdefault(reason, []).append((number, plain(surface.split)))
         draw_path(panel, path.projection, path.residual, drawing=drawing)
         _frame_contours(panel, path, surface)
         panel.set_ylabel(drawing.words(_RESIDUAL, _SHORT[1]))
-        name = name_split([run], surface.split, drawing)
-        panel.set_title(shorten(figure, name, narrow(figure, 250), text_size()), loc="left")
+        title_panel(figure, panel, name_split([run], surface.split, drawing))
         axes_3d = add_surface_axes(figure, cells[2 * k + 1], (*_SHORT, "loss"), -52)
         axes_3d.set_xlim(panel.get_xlim())
         axes_3d.set_ylim(panel.get_ylim())
@@ -458,16 +430,8 @@ def _draw_surfaces(
         panels += [panel, axes_3d]
         lines.append(contours)
     panels[-2].set_xlabel(drawing.words(_PROJECTION, _SHORT[0]))
-    add_colour_bar(figure, panels, scale, label)
-    notes = [
-        *notes,
-        *(
-            f"{count_points(counts)}: loss {reason}, left blank (×)"
-            for reason, counts in blank.items()
-        ),
-        *[HIDDEN] * hidden,
-        *limit_notes(drawing),
-    ]
+    add_colour_bar(figure, panels, scale, [run], drawing)
+    notes = [*notes, *blank_notes(lines), *[HIDDEN] * hidden, *limit_notes(drawing)]
     names = _end_names([run], drawing)
     what = drawing.words(f"path of the {len(path.steps)} checkpoints", "path")
     groups = [path_entries(figure, PATH, what, *names, drawing)]
@@ -476,9 +440,7 @@ def _draw_surfaces(
         more, entries = _draw_both(figure, upper, lower, [run], [path], drawing, colours=[PATH])
         notes += more
         groups += entries
-    add_title(figure, drawing)
-    add_foot(figure, drawing, [*notes, _TURNS], groups)
-    finish_layout(figure, drawing)
+    finish_layout(figure, drawing, [*notes, _TURNS], groups)
     for panel, contours in zip(panels[::2], lines, strict=True):
         label_contours(panel, contours, path.projection, path.residual)
     return figure
@@ -502,10 +464,6 @@ def animate_trajectory(
 
     One run with a table ``surface`` has its path on the contours of the first split; otherwise the
     residuals are over the projection. The losses of all splits are beside it.
-
-    Args:
-        runs: The runs.
-        drawing: How they are drawn.
 
     Returns:
         The animation.
@@ -572,10 +530,8 @@ def _draw_first_split(
     scale = scale_losses(surface.loss.ravel(), drawing)
     contours = draw_contours(panel, surface, scale)
     _frame_contours(panel, path, surface)
-    name = name_split([run], surface.split, drawing)
-    panel.set_title(shorten(figure, name, narrow(figure, 250), text_size()), loc="left")
-    label = label_loss(figure, [run], drawing, log=scale.log).replace("\n", ", ")
-    add_colour_bar(figure, [panel], scale, label)
+    title_panel(figure, panel, name_split([run], surface.split, drawing))
+    add_colour_bar(figure, [panel], scale, [run], drawing)
     return contours
 
 
@@ -590,11 +546,7 @@ def _step_labels(run: Run[TrajectorySummary], path: _Path, drawing: Drawing) -> 
 
 
 def trajectory_views(runs: Sequence[Run[TrajectorySummary]]) -> list[View]:
-    """Returns the views of an interactive page: the paths of one or several runs.
-
-    Args:
-        runs: The runs; the table ``surface`` is shown of a single run.
-    """
+    """Returns the views of an interactive page: the paths, and the surface of a single run."""
     paths = [_Path.read(run.table) for run in runs]
     loss = f"loss{loss_name(runs)}"
     quantities = {"loss": loss, **{m: m for run in runs for m in run.table.metrics}}
@@ -703,10 +655,6 @@ def mesh_trajectory(
     runs: Sequence[Run[TrajectorySummary]], drawing: Drawing = FULL
 ) -> dict[str, str]:
     """Writes the surface of a run, and its path at the checkpoints' own losses.
-
-    Args:
-        runs: A single run with a table ``surface``.
-        drawing: Whether the height is logarithmic.
 
     Returns:
         The content of x.vtp and of x.path.vtp, by the end of the name.

@@ -288,8 +288,8 @@ def _run(problem: Problem, t: int) -> _Run:
         )
     if not _difference(one, two) <= _TOLERANCE[narrowest.dtype]:
         raise NondeterministicModelError(
-            f"{problem.names[t]}: the model gives two answers for the same weights and data, even "
-            "in eval mode",
+            f"{problem.names[t]}: the model gives different results for the same weights and data, "
+            "even in eval mode",
             DETERMINISTIC,
         )
     return one, narrowest.dtype

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from losscli.evaluation.function_mode import FunctionMode
 from losscli.evaluation.hessian.critical_points import PointAnalysis
 from losscli.evaluation.objective import Objective
-from losscli.evaluation.strategies.function_mode import FunctionMode
 from losscli.studies.base import Study
 from losscli.wording import format_count
 

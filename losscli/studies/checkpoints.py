@@ -33,6 +33,9 @@ __all__ = ["Checkpoints", "changed", "is_same", "require_distinct"]
 _MAX_REASONS = 5
 _MAX_TENSORS = 3
 
+# The bytes of tensors that stay mapped, so that files of small models are read once.
+_KEPT_BYTES = 64 << 20
+
 
 class Checkpoints:
     """Opens checkpoints by their names, for one model."""
@@ -56,8 +59,9 @@ class Checkpoints:
         )
         self._base = base  # of adapters
         self._objects = {str(name): name for name in names if isinstance(name, InMemoryCheckpoint)}
-        # The checkpoints without their tensors, and the stamps of their files.
+        # The checkpoints, most without their tensors, and the stamps of their files.
         self._opened: dict[str, tuple[Checkpoint, object]] = {}
+        self._spare_bytes = _KEPT_BYTES
         # The tensors that any of the checkpoints lacks. They have the model's initial values in all
         # of them: a line from trained to initial values would be meaningless.
         self._missing: set[str] = set()
@@ -75,6 +79,8 @@ class Checkpoints:
         )
 
     def _open(self, name: str) -> Checkpoint:
+        if kept := self._kept(name):
+            return kept
         with torch.random.fork_rng(devices=[]):
             if name.startswith("init:"):
                 return _initialisation(name, self._found)
@@ -86,8 +92,27 @@ class Checkpoints:
             checkpoint = select_for(file, self._model, base, self._hooks, self._rules)
         if checkpoint.path is not None:
             stamp = checkpoint.stamp()
-            if self._opened.setdefault(name, (replace(checkpoint, weights={}), stamp))[1] != stamp:
+            if name not in self._opened:
+                size = sum(tensor.nbytes for tensor in checkpoint.weights.values())
+                stays = size <= self._spare_bytes
+                self._spare_bytes -= size if stays else 0
+                kept = checkpoint if stays else replace(checkpoint, weights={})
+                self._opened[name] = kept, stamp
+            elif self._opened[name][1] != stamp:
                 raise changed(name)
+        return checkpoint
+
+    def _kept(self, name: str) -> Checkpoint | None:
+        """Returns a checkpoint that was opened before, with its tensors, if its files are there."""
+        checkpoint, stamp = self._opened.get(name, (None, None))
+        if checkpoint is None or not checkpoint.weights:
+            return None
+        try:
+            now = checkpoint.stamp()
+        except CheckpointError:
+            return None
+        if now != stamp:
+            raise changed(name)
         return checkpoint
 
     def optimizers(self, name: str) -> Mapping[str, Any]:

@@ -119,7 +119,7 @@ class Problem:
         return self.names[: len(self.names) - self.projected]
 
     def open(self, t: int) -> Checkpoint:
-        """Opens a checkpoint; only the first is kept in memory.
+        """Opens a checkpoint; of large ones, only the first is kept in memory.
 
         Args:
             t: Its place among the names.

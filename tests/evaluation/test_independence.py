@@ -325,8 +325,8 @@ DRAWS: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
     "python": (lambda x: x * random.random(), "Python's random.*differ from seed"),
     "unused": (lambda x: torch.rand(1) * 0, "torch's generator.*no loss"),
     "seeded": (seeded, "torch's generator.*no loss"),
-    "put back": (forked, "two answers"),
-    "own": (lambda x: torch.randn(x.shape, generator=OWN), "two answers"),
+    "put back": (forked, "different results"),
+    "own": (lambda x: torch.randn(x.shape, generator=OWN), "different results"),
 }
 
 

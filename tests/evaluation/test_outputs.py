@@ -368,7 +368,7 @@ def test_classes_stored_as_floating_point_numbers_name_the_cure(
 def test_other_targets_are_not_taken_for_classes(data: str, losscli: Losscli, code: Path) -> None:
     done = run(losscli, "-m", "mine.py:Wrapped", "-d", f"mine.py:{data}")
     assert done.status == 1
-    assert done.stderr.endswith("Choose another --loss, or a model with one output a target\n")
+    assert done.stderr.endswith("Choose another --loss, or a model with one output per target\n")
 
 
 @pytest.mark.parametrize("loss", sample(["mse", "bce", "mine.py:unmasked"], 0))
@@ -383,7 +383,7 @@ def test_a_target_that_is_not_finite_is_named(
         assert done.stdout == ""
         assert done.stderr == (
             f"losscli: the split 'train': the target of example {place} (counted from 0) is "
-            f"{value}. Leave the example out, or give a --loss of your own that does\n"
+            f"{value}. Leave the example out, or give your own --loss that skips it\n"
         )
         assert not list(code.glob("c*"))
     done = run(losscli, *words, "-d", f"mine.py:spoiled,value={value}", "--split", "test")

@@ -152,9 +152,9 @@ def test_each_direction_the_mean_and_the_band_are_those_of_the_table() -> None:
     assert low < 0.3
     assert high > max(bowl("b.pt", d, 1.0) for d in RANDOM)
     found = legend(figure)
-    for entry in ("a, ‖θ‖ = 8", "b, ‖θ‖ = 10", "mean", "one direction each"):
+    for entry in ("a, ‖θ‖ = 8", "b, ‖θ‖ = 10", "mean", "single directions"):
         assert entry in found
-    assert "10–90 % of them" in found
+    assert "10–90 % of directions" in found
     assert "Checkpoints *.pt" in texts(figure)
 
 

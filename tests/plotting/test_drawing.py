@@ -25,6 +25,7 @@ from tests.plotting import (
     test_around,
     test_barriers,
     test_check,
+    test_connect,
     test_parts,
     test_plane,
     test_sharpness,
@@ -44,6 +45,7 @@ RUNS: dict[str, Callable[[], Run[Any]]] = {
     "check with a density": lambda: test_check.run(1, spectra=True),
     "sharpness": lambda: test_sharpness.run(["runs/a.pt", "runs/b.pt"]),
     "barriers": lambda: test_barriers.run(test_barriers.seeds(4), splits=BOTH),
+    "connect": lambda: test_connect.run(BOTH),
     "inspect": lambda: test_parts.moved(test_parts.transformer(1)),
 }
 SHORT_NAMES = {"runs", "final", "init", ".pt", ".safetensors", "n = "}
@@ -123,6 +125,34 @@ def test_labels_name_checkpoints_in_their_order() -> None:
             assert not any(checkpoint in said for checkpoint in run.checkpoints), (name, size)
 
 
+LONG = ["WideResNet28-10" * 20, "runs/ViT-Tiny" * 20]
+
+
+@pytest.mark.parametrize(
+    "name", ["interpolate", "around", "sharpness", "barriers", "check", "plane with a path"]
+)
+def test_a_long_label_is_cut_at_its_end(name: str) -> None:
+    run = RUNS[name]()
+    if not run.checkpoints:
+        named = [{"name": each} for each in run.more["path"].unique("checkpoint")]
+        run = replace(run, summary={**run.summary, "checkpoints": named})
+    labels = [LONG[0], *["short"] * (len(run.checkpoints) - 2), LONG[1]]
+    said = texts(draw([replace(run, checkpoint_labels=labels)]))
+    cut = [text for text in said if "…" in text]
+    assert cut
+    beginnings = tuple(label[:12] for label in LONG)
+    for text in cut:
+        kept = [start for start in beginnings if start in text]
+        assert kept, text
+        assert "…" not in text[: text.index(kept[0])]
+
+
+def test_the_long_label_of_a_run_is_cut_at_its_end() -> None:
+    runs = label_runs([RUNS["interpolate"]()] * 2, LONG)
+    cut = [entry for entry in entries(draw(runs)) if entry.endswith("…")]
+    assert [entry[:12] for entry in cut] == [label[:12] for label in LONG]
+
+
 def test_a_label_for_each_checkpoint_or_run() -> None:
     line, around = RUNS["interpolate"](), RUNS["around"]()
     assert label_runs([line], ["one line"])[0].label == "one line"
@@ -154,6 +184,25 @@ def test_limits_are_those_of_the_axes_of_the_loss(name: str, log: bool) -> None:
     np.testing.assert_allclose([axes.get_ylim() for axes in panels], [(0.25, 4.0)] * len(panels))
     others = [axes for axes in figure.axes if axes not in panels]
     assert all(axes.get_ylim() != (0.25, 4.0) for axes in others)
+
+
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        *((name, "full") for name in ("interpolate", "around", "check", "sharpness", "connect")),
+        ("layerwise", "paper"),
+    ],
+)
+def test_limits_that_show_no_curve_say_so(name: str, size: str) -> None:
+    run, empty = RUNS[name](), "no value between"
+    # Sharpness is on a logarithmic axis, and the limits of that are positive.
+    below = (1e-150, 2e-150) if name == "sharpness" else (-2e150, -1e150)
+    for limits, side in (((1e150, 2e150), "lower"), (below, "higher")):
+        (first, *_) = loss_axes(draw([run], Drawing(size=size, ylim=limits)))
+        (said,) = [text.get_text() for text in first.texts if empty in text.get_text()]
+        assert said.endswith(f": all are {side}")
+    shown = draw([run], Drawing(size=size, ylim=(-1.0, 1e150)))
+    assert not any(empty in text for text in texts(shown))
 
 
 @pytest.mark.parametrize("name", ["plane", "trajectory", "barriers"])

@@ -347,7 +347,10 @@ def test_band_is_one_standard_error() -> None:
     assert {(0.0, 2.25), (0.0, 1.75), (0.5, 1.25), (0.5, 0.75), (1.0, 0.75), (1.0, 0.25)} == corners
     assert axes.get_ylim()[0] < 0.25
     assert axes.get_ylim()[1] > 2.25
-    label, paired = "± one standard error of each point", "Differences between points are known"
+    label, paired = (
+        "± one standard error of each point",
+        "Differences between points are more precise",
+    )
     assert label in legend(figure)
     assert paired in " ".join(texts(figure))
     small = draw_interpolation([curve(stderr=0.25)], Drawing(size="paper"))

@@ -406,3 +406,21 @@ def test_odd_tables_are_drawn(case: str, surface: bool) -> None:
     assert box.x1 <= page.x1 + 0.01
     assert box.y1 <= page.y1 + 0.01
     assert not [line for text in texts(figure) for line in text if line < " " and line != "\n"]
+
+
+def test_marks_on_the_edges_of_a_panel_are_whole() -> None:
+    # The start lies on the left edge, one checkpoint outside, and the last row is not finite.
+    path = [(-3.0, 0.0, 0.0), (20.0, 0.0, 0.0), (5.0, 2.0, 0.0)]
+    panel = draw_plane(
+        run("pca", path, lambda x, y: NAN if y == 11 else hollows(x, y), own=hollows)
+    ).axes[0]
+    crosses, line, *marks = (each for each in panel.lines if each.get_zorder() != 1.5)
+    assert crosses.get_marker() == "x"
+    assert not crosses.get_clip_on()
+    assert line.get_clip_on()
+    assert [mark.get_clip_on() for mark in marks] == [False, False]
+    assert [mark.get_xdata().tolist() for mark in marks] == [[-3.0], [5.0]]
+    (dots,) = (c for c in panel.collections if isinstance(c, PathCollection))
+    assert not dots.get_clip_on()
+    shown = np.ma.filled(np.ma.asarray(dots.get_offsets(), float), NAN)
+    assert np.isfinite(shown).all(axis=1).tolist() == [True, False, True]

@@ -119,7 +119,7 @@ def test_every_value_is_a_mark_over_rho_or_over_checkpoints() -> None:
             assert points(figure.axes[2], "D") == critical
         else:
             assert "Critical sharpness on train: 0.9, step 2.22." in sentence(figure)
-        assert "at most ρ: not comparable" in sentence(figure)
+        assert "at most ρ for the others: they are not comparable" in sentence(figure)
 
 
 def test_the_legend_names_colours_splits_and_marks() -> None:
@@ -148,8 +148,8 @@ def test_negative_values_are_hollow_marks_at_their_size() -> None:
     assert {(x, y) for m in hollow for x, y in zip(*m.get_data(), strict=True)} == {(0.1, 1.0)}
     assert len(hollow) == 4
     assert len(points(figure.axes[1], "s")) > 1
-    assert "hollow: the loss falls by so much" in legend(figure)
-    assert "hollow: the loss falls by so much" not in legend(draw_sharpness(run()))
+    assert "hollow: negative, the loss decreases" in legend(figure)
+    assert "hollow: negative, the loss decreases" not in legend(draw_sharpness(run()))
 
 
 def test_what_is_not_drawn_is_counted() -> None:

@@ -9,6 +9,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from losscli.plotting.style import (
+    Label,
     is_light,
     number_checkpoints,
     scale_checkpoints,
@@ -87,9 +88,11 @@ def test_the_better_of_black_and_white_has_a_contrast_of_4_5() -> None:
         ("runs/a-long-name-of-a-folder/of-seed-1/step-00100.pt", "…", "00100.pt"),
         ("a-long-name-without-folders-step-00100", "…", "-00100"),
         ("runs with spaces/a/long/name/init.pt → final.pt", "…", "final.pt"),
+        (Label("a-long-label-without-spaces-of-seed-1"), "a-long-label", "…"),
+        (Label("ResNet/GELU/weight decay/of seed 1"), "ResNet/GELU", "…"),
     ],
 )
-def test_words_keep_their_beginning_and_names_their_end(text: str, start: str, end: str) -> None:
+def test_labels_keep_their_beginning_and_names_their_end(text: str, start: str, end: str) -> None:
     figure = Figure()
     shown = shorten(figure, text, 120.0)
     assert shown.startswith(start)

@@ -181,6 +181,21 @@ def test_runs_have_marks() -> None:
     assert {"*", "+", "o"} <= set("".join(line[6:] for line in lines[1:-3]))
 
 
+@pytest.mark.parametrize("plain", [False, True])
+def test_labels_keep_their_beginning_and_pairs_their_end(plain: bool) -> None:
+    label, pair = "WideResNet28-10" * 9, "runs/with/a/long/name/init.pt → runs/again/final.pt"
+    curves = [(label, falling()), (pair, falling())]
+    picture = draw(curves, width=30, height=20, colour=False, ascii=plain)
+    dots, arrow = ("...", "->") if plain else ("…", "→")
+    shown = [line.split(" ", 1)[1] for line in picture.splitlines() if dots in line]
+    assert len(shown) == 2
+    assert shown[0].startswith("WideResNet28-10Wide")
+    assert shown[0].endswith(dots)
+    assert shown[1].startswith(dots)
+    assert shown[1].endswith(f"{arrow} runs/again/final.pt")
+    assert all(cell_len(line) <= 30 for line in picture.splitlines())
+
+
 def test_names_cannot_steer_the_terminal() -> None:
     name = "\x1b[31mred\n\x07\u202eevil\ud800"
     picture = draw([(name, falling((name,))), ("b", falling())], width=60, height=20, colour=False)

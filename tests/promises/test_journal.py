@@ -414,9 +414,7 @@ def test_a_changed_input_starts_over_and_the_reason_is_reported(stem: Path, path
     three(stem)
     now = {"--limit": 200, "the checkpoint b.pt": "c" * 64}
     with begin(stem, "j", now) as journal:
-        assert journal.restart_reason == (
-            "--limit was 100 and is 200; the checkpoint b.pt was changed since"
-        )
+        assert journal.restart_reason == ("--limit was 100 and is 200; the checkpoint b.pt changed")
         assert len(journal) == 0
         assert journal.recall("r0") is None
         journal.record("r0", numbers(5))
@@ -438,7 +436,7 @@ def test_a_changed_description_with_the_same_identity_does_not_start_over(stem: 
     three(stem)
     with begin(stem, told={**TOLD, "the device": "NVIDIA H200"}) as journal:
         assert (len(journal), journal.restart_reason) == (3, None)
-        assert journal.changes == ("the device was not there",)
+        assert journal.changes == ("the device was not given",)
 
 
 def test_another_identity_with_the_same_description_is_another_run(stem: Path) -> None:
@@ -454,10 +452,10 @@ def test_another_identity_with_the_same_description_is_another_run(stem: Path) -
         ({"--limit": 5}, {"--limit": None}, ["--limit was 5 and is not given"]),
         ({"--loss": "mse"}, {"--loss": "bce"}, ["--loss was mse and is bce"]),
         ({"--split": ["a"]}, {"--split": ["a", "b"]}, ['--split was ["a"] and is ["a", "b"]']),
-        ({"x": "a" * 64}, {"x": "b" * 64}, ["x was changed since"]),
-        ({"x": "a" * 64}, {}, ["x is no longer there"]),
-        ({}, {"x": None}, ["x was not there"]),
-        ({"α": list(range(99))}, {"α": [1]}, ["α is not what it was"]),
+        ({"x": "a" * 64}, {"x": "b" * 64}, ["x changed"]),
+        ({"x": "a" * 64}, {}, ["x is no longer given"]),
+        ({}, {"x": None}, ["x was not given"]),
+        ({"α": list(range(99))}, {"α": [1]}, ["α changed"]),
         ({"x": float("nan")}, {"x": float("nan")}, []),
         ({"x": 1, "y": {"b": 1, "a": 2}}, {"y": {"a": 2, "b": 1}, "x": 1}, []),
         ({"x\x1b[2J": "\n"}, {"x\x1b[2J": "\x07"}, ["x\\x1b[2J was \\n and is \\x07"]),
@@ -502,7 +500,7 @@ def test_a_file_that_is_not_a_journal_gets_another_name(
         journal.finish()
     assert path.with_name("run.journal.old").read_bytes() == content
     path.write_bytes(content)
-    with pytest.raises(OutputError, match=r"and .*\.old, .* is there already\. Move one") as error:
+    with pytest.raises(OutputError, match=r"renamed to .*\.old, which exists\. Move one") as error:
         begin(stem)
     assert str(path) in str(error.value)
     assert path.read_bytes() == content
@@ -549,7 +547,7 @@ def test_a_second_run_is_refused_until_the_first_has_ended_or_was_killed(
             with pytest.raises(OutputError) as error:
                 begin(stem, told={})
             assert str(error.value) == (
-                f"{path} is held by another run (process {process.pid}) that writes the same "
+                f"{path} is in use by another run (process {process.pid}) that writes the same "
                 "results. Wait for that run to end, or choose another --out"
             )
             process.send_signal(signal.SIGKILL)
@@ -567,7 +565,7 @@ def test_a_run_is_refused_within_one_process_too(recorded: bool, stem: Path, pat
     with begin(stem) as journal:
         if recorded:
             journal.record("r0", numbers(0))
-        with pytest.raises(OutputError, match=r"held by another run \(this process\)"):
+        with pytest.raises(OutputError, match=r"in use by another run \(this process\)"):
             begin(stem)
         assert path.exists()
     with begin(stem):
@@ -585,7 +583,7 @@ def test_the_holder_is_named_as_far_as_it_is_known(
                 file.write(text.ljust(110))
             with pytest.raises(OutputError) as error:
                 begin(stem)
-            assert str(error.value).startswith(f"{path} is held by another run{told} that")
+            assert str(error.value).startswith(f"{path} is in use by another run{told} that")
 
 
 def test_a_file_that_is_removed_before_its_lock_is_had_does_not_fool(
@@ -606,7 +604,7 @@ def test_a_file_that_is_removed_before_its_lock_is_had_does_not_fool(
     with begin(stem) as journal:
         assert meanwhile == []
         assert journal.recall("other") == {}
-        with pytest.raises(OutputError, match="held"):
+        with pytest.raises(OutputError, match="in use"):
             begin(stem)
 
 
@@ -618,7 +616,7 @@ def test_an_old_file_is_replaced_by_a_locked_one(
 
     def replace(self: Path, target: Path) -> Path:
         result = real(self, target)
-        with pytest.raises(OutputError, match="held"):
+        with pytest.raises(OutputError, match="in use"):
             begin(stem)
         refused.append(target)
         return result
@@ -888,7 +886,7 @@ def test_any_name_works(name: str, tmp_path: Path) -> None:
         with pytest.raises(OutputError) as error:
             begin(stem, "i", told)
         assert str(error.value).isprintable()
-        assert " is held by" in str(error.value)
+        assert " is in use by" in str(error.value)
     with begin(stem, "i", told) as journal:
         assert same(journal.recall(name), {name: np.arange(2)})
         journal.finish()

@@ -327,7 +327,7 @@ FAILING = [
     (["init:0", "init:1", "-m", "net.py:Branching", "-d", "npz:data.npz", "-o", "x.safetensors"],
      1, "cannot be traced by torch.export"),
     (["init:0", "init:1", "-m", "net.py:Noisy", "-d", "npz:data.npz", "-o", "x.safetensors"],
-     1, "gives two answers"),
+     1, "gives different results"),
     (["init:0", "init:1", "-m", "net.py:Silent", "-d", "npz:data.npz", "-o", "x.safetensors"],
      1, "returns no tensors"),
 ]  # fmt: skip
@@ -414,5 +414,7 @@ def test_another_function_is_refused_and_not_written(
 
 def test_a_model_that_is_random_is_refused_from_python() -> None:
     data = {"all": (torch.rand(5, 4), torch.arange(5) % 3)}
-    with pytest.raises(NondeterministicModelError, match="init:1: the model gives two answers"):
+    with pytest.raises(
+        NondeterministicModelError, match="init:1: the model gives different results"
+    ):
         library.align("init:0", "init:1", model=foreign.Random, data=data)

@@ -621,7 +621,7 @@ def test_without_a_copy_errors_cover_the_dense_float64_hessian_and_a_note_tells_
 ) -> None:
     # Of more than 1,000 weights, and of fewer: the whole spectrum.
     monkeypatch.setattr(
-        "losscli.evaluation.hessian.critical_points.in_float64", lambda *_, **__: None
+        "losscli.evaluation.hessian.curvature_check.in_float64", lambda *_, **__: None
     )
     x, y, state, hessian = offset_or_shifted(Offset)
     file = save(tmp_path, "a", **state)

@@ -400,7 +400,7 @@ class Branch(nn.Module):
             "is a transposed convolution with groups",
         ),
         (lambda: Widths(Branch), "the model cannot be traced"),
-        (lambda: nn.Linear(6, 3), "the model has none that are known"),
+        (lambda: nn.Linear(6, 3), "none were found in the model"),
     ],
     ids=[
         "no bias",
@@ -435,7 +435,7 @@ def test_a_preactivation_that_is_not_finite_is_refused() -> None:
 
 
 REFUSED = {
-    "no-hidden": "the model has none",
+    "no-hidden": "none were found in the model",
     "views": "spread has no bias",
     "tied": "first shares first.weight",
     "shared": "q has no bias",

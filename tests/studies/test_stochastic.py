@@ -282,7 +282,7 @@ BAD = {
     ),
     "own generator": (
         f"{LINE} -m mine.py:Hidden --stochastic 2",
-        "two answers for the same weights.*Draw random numbers from the global generators",
+        "different results for the same weights.*Draw random numbers from the global generators",
     ),
     "without it": (f"{LINE} -m mine.py:Noisy", "draws random numbers.*give --stochastic N"),
     "gauss-newton": (

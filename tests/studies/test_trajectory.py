@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import losscli
-from losscli.checkpoint import Checkpoint, CheckpointFile, list_checkpoints
+from losscli.checkpoint import Checkpoint, CheckpointFile, list_checkpoints, read
 from losscli.errors import CheckpointError, MismatchError, UsageError
 from losscli.models import MLP
 from losscli.settings import Settings
@@ -186,9 +186,27 @@ def test_reversed_the_path_has_the_same_residuals(tmp_path: Path) -> None:
     assert back["loss"] == forth["loss"][::-1]
 
 
-def test_no_more_than_three_checkpoints_are_held_at_a_time(
+def test_small_checkpoints_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = next(c for c in CASES if c.name == "mlp-relu")
+    files, _ = save_path(case, tmp_path)
+    opened: list[str] = []
+
+    def reading(name: str) -> CheckpointFile:
+        opened.append(name)
+        return read(name)
+
+    monkeypatch.setattr("losscli.studies.checkpoints.read", reading)
+    result = losscli.trajectory(files, **options(case), residuals=3)
+    assert sorted(opened) == sorted(files)
+    monkeypatch.setattr("losscli.studies.checkpoints._KEPT_BYTES", 0)
+    assert losscli.trajectory(files, **options(case), residuals=3).table == result.table
+    assert len(opened) > 3 * len(files)
+
+
+def test_no_more_than_three_large_checkpoints_are_held_at_a_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("losscli.studies.checkpoints._KEPT_BYTES", 0)
     case = next(c for c in CASES if c.name == "mlp-relu")
     files, _ = save_path(case, tmp_path)
     seen: list[weakref.ref[torch.Tensor]] = []

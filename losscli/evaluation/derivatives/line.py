@@ -23,7 +23,7 @@ from losscli.evaluation.derivatives.taylor import TaylorTensor, apply, values
 from losscli.evaluation.device import without_cudnn
 from losscli.evaluation.objective import Objective
 from losscli.evaluation.strategies.first_layer import FirstLayer, FirstLayerFound, FirstLayerWatcher
-from losscli.evaluation.strategies.point_weights import combining_type
+from losscli.evaluation.strategies.point_weights import combining_type, weights_at
 from losscli.evaluation.strategies.replicas import forward_with, is_stateless
 from losscli.weight_space.slices import Line
 from losscli.weight_space.vectors import Weights, pieces
@@ -37,7 +37,7 @@ class Method(enum.Enum):
     TAYLOR = "Taylor", True
     FORWARD = "forward", True
     REVERSE = "reverse", True
-    # PyTorch cannot differentiate its fused recurrent kernels twice, but their unfused operators.
+    # PyTorch can differentiate recurrent layers twice only with unfused operators.
     FORWARD_UNFUSED = "forward", False
     REVERSE_UNFUSED = "reverse", False
 
@@ -134,12 +134,7 @@ class LineDerivatives:
 
     def at(self, alpha: float) -> dict[str, Tensor]:
         """Computes the weights at a point of the line."""
-        weights = {}
-        for name in self.line.a:
-            own = self.objective.tensors[name]
-            ends = [end[name].to(combining_type(own)) for end in self.line.ends]
-            weights[name] = self.line.combine(ends, (alpha,)).to(own.dtype)
-        return weights
+        return weights_at(self.line, self.objective.tensors, (alpha,))
 
     def sums(
         self,
@@ -191,7 +186,7 @@ class LineDerivatives:
             raise ModelError(what) from error
 
     def _losses(self, batch: Split, weights: Weights | None = None) -> Tensor:
-        """Computes the losses of a batch, with other tensors than those of the model if given."""
+        """Computes the losses of a batch, with ``weights`` in place of the model's tensors."""
         objective = self.objective
         outputs = forward_with(objective, weights or {}, objective.prepare(batch))
         self.weight = objective.weight(outputs, batch.targets)
@@ -284,7 +279,7 @@ class LineDerivatives:
 
     @contextlib.contextmanager
     def _bound(self, weights: Weights) -> Iterator[dict[str, Tensor]]:
-        """Points the model's own tensors to other values, so that closures see these too."""
+        """Binds the model's own tensors to other values, which closures then see too."""
         leaves = {name: self.objective.tensors[name] for name in weights}
         own = [(leaf, leaf.data, leaf.requires_grad) for leaf in leaves.values()]
         try:
@@ -314,7 +309,7 @@ def _gradient(
 def _check_differentiable(value: Tensor) -> None:
     """Refuses nodes that `once_differentiable` left in the graph.
 
-    They raise only when the gradient passes through them, which that of the leaves may not.
+    They raise only if the gradient passes through them, and that of the leaves may bypass them.
     """
     visited, nodes = set(), [value.grad_fn]
     while nodes:
@@ -322,6 +317,6 @@ def _check_differentiable(value: Tensor) -> None:
         if node is None or node in visited:
             continue
         if node.name().endswith("autograd::Error"):
-            raise ModelError("a backward of the model's own cannot be differentiated")
+            raise ModelError("a custom backward of the model cannot be differentiated")
         visited.add(node)
         nodes += [child for child, _ in node.next_functions]

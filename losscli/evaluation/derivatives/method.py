@@ -42,8 +42,8 @@ _SAMPLE = 64
 
 _PROOF_POINTS = 3
 
-# The golden ratio: the fractional parts of its multiples are spread evenly over [0, 1) and are no
-# special points, such as 0 or 1/2.
+# The golden ratio: the fractional parts of its multiples are spread evenly over [0, 1), and special
+# points such as 0 or 1/2 are not among them.
 _GOLDEN = 0.6180339887498949
 
 # The largest relative difference between the two modes, by the precision of the forward pass.
@@ -60,11 +60,6 @@ def choose_method(
     derivatives: LineDerivatives, alphas: Sequence[float], split: Examples
 ) -> tuple[Method, str]:
     """Chooses the first method that works and gives no wrong derivatives on a few examples.
-
-    Args:
-        derivatives: The line.
-        alphas: The points at which it will be differentiated.
-        split: The examples to draw a few from.
 
     Returns:
         The method; and a note on what could not be verified, empty if everything was.
@@ -87,7 +82,7 @@ def choose_method(
             if method.mode != "reverse" and not _matches_reverse_mode(
                 derivatives, method, points, sample, sums
             ):
-                reason = "the numbers are not those of reverse mode"
+                reason = "the results differ from those of reverse mode"
             if not reason:
                 reason, note = test.judge(method)
         except ModelError as error:
@@ -95,17 +90,17 @@ def choose_method(
         if not reason:
             return method, note
         if method is Method.TAYLOR:
-            # Not every function of torch is known there; forward mode can do the same and more.
+            # Forward mode knows more functions of torch.
             continue
         if reason.startswith(DETACHED):
-            # What is missing from the graph is missing in both modes.
+            # A detached part is missing from the graph in both modes.
             raise ModelError(reason, f"{CURE}, or leave out --derivatives")
         reasons.setdefault(reason, {})[method.mode] = None
     failures = (f"in {' and '.join(modes)} mode {reason}" for reason, modes in reasons.items())
     raise ModelError(
         f"the model has no derivatives along the line that can be trusted: {'; '.join(failures)}",
-        "Leave out --derivatives, or take what cannot be differentiated twice (no_grad, a "
-        "backward of its own) out of the model's forward",
+        "Leave out --derivatives, or remove what cannot be differentiated twice (no_grad, a custom "
+        "backward) from the model's forward",
     )
 
 
@@ -155,8 +150,8 @@ class _DifferenceTest:
             method: How they are computed.
 
         Returns:
-            Why a derivative is wrong, empty if none is; and a note on what could not be verified,
-            empty if everything was.
+            Why a derivative is wrong, empty if none is; and a note on unverified derivatives, empty
+            if all were verified.
         """
         objective = self.line.objective
         first_rule, second_rule = rules(narrowest_type(objective, self.sample))
@@ -235,9 +230,9 @@ def _matches_reverse_mode(
     sample: Split,
     sums: Sequence[tuple[float, float]],
 ) -> bool:
-    """Whether reverse mode gives the same derivatives, or fails and so cannot be compared with."""
+    """Whether reverse mode gives the same derivatives, or fails so that they cannot be compared."""
     # PyTorch tests its forward-mode formulas by differentiating once, not twice: in version 2.13
-    # that of layer norm has a wrong second derivative.
+    # the formula of layer norm has a wrong second derivative.
     try:
         truth = [
             derivatives.sums(method.reference, derivatives.at(alpha), sample) for alpha in alphas

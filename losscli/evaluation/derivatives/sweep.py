@@ -129,15 +129,7 @@ def slopes(
 
 
 def prepare_first_batch(objective: Objective, line: Line, split: Examples) -> Callable[[], object]:
-    """Prepares the derivatives of one batch at one point, so that they can be timed.
-
-    Args:
-        objective: The model, loss and data, checked.
-        line: The line.
-        split: The examples.
-
-    Returns:
-        A function that differentiates the first batch.
+    """Returns a function that differentiates the first batch at one point, to be timed.
 
     Raises:
         ModelError: There are no derivatives that can be trusted.

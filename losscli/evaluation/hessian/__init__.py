@@ -1,1 +1,1 @@
-"""Products with the Hessian, its eigenvalues, and what they say about a point."""
+"""Products with the Hessian, its eigenvalues, and the kind of a point that they indicate."""

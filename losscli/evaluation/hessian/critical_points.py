@@ -1,8 +1,8 @@
 """Is a point of weight space critical, and is it a minimum or a saddle?
 
 The gradient and the extreme eigenvalues of the Hessian give a verdict (`verdict`), and the losses
-around the point have to confirm it (`Evidence.confirm`): that of a saddle falls to both sides along
-the most negative curvature, and a minimum is critical to the accuracy of its loss.
+around the point have to confirm it (`Evidence.confirm`): at a saddle the loss falls on both sides
+along the most negative curvature, and a minimum is critical to the accuracy of its loss.
 """
 
 from __future__ import annotations
@@ -21,14 +21,13 @@ from torch import Tensor
 from losscli.data import Examples, Split
 from losscli.evaluation.finite_differences import sample_size
 from losscli.evaluation.hessian.curvature import DENSE_LIMIT, Curvature
-from losscli.evaluation.hessian.curvature_check import check_derivatives
+from losscli.evaluation.hessian.curvature_check import check_derivatives, float64_copy
 from losscli.evaluation.hessian.eigenvalues import DenseHessian, Eigenpair, Extremes
 from losscli.evaluation.hessian.rounding import add_rounding, hessian_rounding
 from losscli.evaluation.hessian.verdict import Verdict, verdict
 from losscli.evaluation.line_search import LineSearch
 from losscli.evaluation.loss_rounding import ROUNDING_EXAMPLES, loss_rounding
 from losscli.evaluation.objective import Objective, recalibrated
-from losscli.evaluation.precision import in_float64
 from losscli.evaluation.ranks import Arrays
 from losscli.evaluation.records import idle_layers
 from losscli.evaluation.sampling import Estimate
@@ -42,7 +41,7 @@ __all__ = ["CriticalPointTest", "Evidence", "PointAnalysis", "batch_size_of", "v
 # Largest residual norm of a converged eigenpair, as a share of |λ|.
 _TOLERANCE = 1e-4
 
-# A predicted change of the loss this many times its accuracy is far beyond it.
+# A predicted change of the loss beyond this many times its accuracy is significant.
 _FAR = 10
 
 # The keys of the steps on either side in a record.
@@ -54,19 +53,19 @@ _DIRECTION = "down "
 
 @dataclass(frozen=True)
 class Evidence:
-    """What a verdict rests on beside the gradient and the eigenvalues.
+    """The evidence for a verdict in addition to the gradient and the eigenvalues.
 
     Attributes:
-        reason: Why nothing is decided; empty if something is.
+        reason: Why the verdict is undecided; empty for other verdicts.
         slope: ⟨∇L, v⟩, v the eigenvector of λ_min.
-        loss_rounding: How much of a change of the mean loss may be rounding.
+        loss_rounding: The largest change of the mean loss that may be rounding.
         change: By how much the loss is predicted to change towards a minimum (downwards) or a
             maximum (upwards); nan for other points. An upper bound if it is not exact.
         exact: Whether ``change`` is ½ gᵀ|H|⁻¹g, and not its bound ‖g‖² / 2 min abs(λ).
         sides: The best step on the negative and on the positive side along v, each None if no step
             lowers the loss; None if the curvature is not negative.
         measured: Examples on which the rounding of eigenvalues was measured.
-        scattered: Whether there was no float64 to measure it against, or to compute in.
+        scattered: Whether it was measured without float64, from the scatter at nearby points.
         unverified: Which derivatives could not be compared with differences; empty if none.
         seed_error: The standard error of the mean loss over seeds; nan without several.
     """
@@ -85,13 +84,13 @@ class Evidence:
     def confirm(
         self, decided: Verdict, smallest: Eigenpair, largest: Eigenpair, stored: float
     ) -> tuple[Verdict, Self]:
-        """Withdraws a verdict that says more than the losses show, and says why.
+        """Withdraws a verdict that the losses do not confirm, and gives the reason.
 
         Args:
             decided: The verdict by the gradient and the eigenvalues.
             smallest: λ_min.
             largest: λ_max.
-            stored: By how much rounding of the stored weights changes the loss at a minimum.
+            stored: How much rounding of the stored weights changes the loss at a minimum.
 
         Returns:
             The verdict, and this evidence with the reason.
@@ -112,7 +111,7 @@ class Evidence:
                 bound = "" if self.exact else "up to "
                 reason = (
                     f"{step} {may} {verb} the loss by {bound}{self.change:.2g}, and the loss "
-                    f"is known to {accuracy:.2g}: the point is beside a {decided}, not at it"
+                    f"is known to {accuracy:.2g}: the point is near a {decided}, not at it"
                 )
         elif decided == "undecided":
             figures = smallest.value, smallest.error, largest.value, largest.error
@@ -125,7 +124,7 @@ class Evidence:
         return "undecided" if reason else decided, replace(self, reason=reason)
 
     def summary(self) -> CheckedPoint:
-        """Returns its part of the summary."""
+        """Returns the part of the summary."""
         predicted: Predicted = {"change": self.change, "exact": self.exact}
         return {
             "reason": self.reason or None,
@@ -178,9 +177,9 @@ class PointAnalysis:
         shares: The shares of positive, negative and undecided eigenvalues, and the trace; empty if
             the Hessian was not computed as a whole.
         spectrum: Each known eigenvalue and its error, in ascending order.
-        verdict: What the point is.
+        verdict: The kind of the point.
         descent: At a point that is not critical, the best step along −∇L; None if there is none.
-        evidence: What else the verdict rests on.
+        evidence: The other evidence for the verdict.
     """
 
     loss: float
@@ -203,7 +202,7 @@ class PointAnalysis:
         return self.extremes.largest[0]
 
     def summary(self) -> CheckedPoint:
-        """Returns what a table has no column for."""
+        """Returns the results that have no column in the table."""
         return {
             "verdict": self.verdict,
             **self.evidence.summary(),
@@ -315,10 +314,7 @@ class CriticalPointTest:
     @cached_property
     def float64(self) -> Objective | None:
         """The objective in float64; None if there is none."""
-        objective = self.objective
-        split = next(iter(objective.splits.values()))
-        sample, _ = split.spread(sample_size(objective))
-        return in_float64(objective, sample.to(objective.device), inside=True)
+        return float64_copy(self.objective)
 
     def differentiated(self, weights: Weights) -> Objective:
         """Returns the objective that is differentiated: for a whole Hessian that in float64."""
@@ -333,7 +329,7 @@ class CriticalPointTest:
         Args:
             placed: The point: all tensors of the model, the parameters as they are stored.
             split: The name of the split.
-            kept: The verdicts with which the eigenvector of a negative λ_min is kept.
+            kept: The verdicts for which the eigenvector of a negative λ_min is kept.
             execution: Evaluates losses; its progress is not counted.
 
         Returns:
@@ -414,16 +410,7 @@ class CriticalPointTest:
         return analysis.to_arrays(eigenvector if is_kept else None, objective)
 
     def gradient(self, weights: Weights, every: Examples, execution: Execution) -> Tensor:
-        """Computes the gradient at a point.
-
-        Args:
-            weights: The point: all tensors of the model.
-            every: The examples.
-            execution: Fails if another rank has failed.
-
-        Returns:
-            The gradient, ``[n]``.
-        """
+        """Computes the gradient at a point, ``[n]``; fails if another rank has failed."""
         with self.curvature(weights, every, execution) as curvature:
             return curvature.gradient()
 
@@ -431,11 +418,6 @@ class CriticalPointTest:
         self, weights: Weights, every: Examples, execution: Execution
     ) -> tuple[Tensor, Extremes, DenseHessian | None]:
         """Computes the gradient and the ends of the spectrum at a point.
-
-        Args:
-            weights: The point: all tensors of the model.
-            every: The examples.
-            execution: Fails if another rank has failed.
 
         Returns:
             The gradient, ``[n]``; the ends of the spectrum, with measured rounding in their errors;
@@ -459,18 +441,7 @@ class CriticalPointTest:
         operator: Callable[..., Curvature],
         execution: Execution,
     ) -> Eigenpair:
-        """Computes the largest eigenvalue of a diagonal block of a matrix.
-
-        Args:
-            weights: The point: all tensors of the model.
-            names: The parameters of the block.
-            every: The examples.
-            operator: The matrix.
-            execution: Fails if another rank has failed.
-
-        Returns:
-            λ_max, with measured rounding in its error.
-        """
+        """Computes λ_max of a diagonal block of a matrix, with measured rounding in its error."""
         with self.curvature(weights, every, execution, names, operator) as curvature:
             extremes = curvature.extremes(1, tolerance=_TOLERANCE, seed=self.seed)
         differentiated = self.differentiated(weights)
@@ -496,18 +467,7 @@ class CriticalPointTest:
         names: Sequence[str] | None = None,
         operator: Callable[..., Curvature] = Curvature,
     ) -> Curvature:
-        """Makes the operator of second derivatives at a point.
-
-        Args:
-            weights: The point: all tensors of the model.
-            every: The examples.
-            execution: Fails if another rank has failed.
-            names: The parameters; None for those of the test.
-            operator: The matrix.
-
-        Returns:
-            The operator, in float64 for a small model.
-        """
+        """Makes the operator of second derivatives at a point, in float64 for a small model."""
 
         def poll(_: float) -> None:
             # The progress of a search is unknown, but another rank may have failed meanwhile.
@@ -537,7 +497,7 @@ class CriticalPointTest:
     def _stored_rounding(
         self, weights: Weights, dense: DenseHessian | None, largest: float
     ) -> float:
-        """Returns what rounding θ for its file does to the loss at a minimum: ½ Σ Hᵢᵢ (u θᵢ)²."""
+        """Returns how much rounding θ in a file raises the loss at a minimum: ½ Σ Hᵢᵢ (u θᵢ)²."""
         stored = {name: weights[name] for name in self.names}
         units = {name: torch.finfo(tensor.dtype).eps / 2 for name, tensor in stored.items()}
         steps = torch.cat([t.cpu().double().reshape(-1) * units[n] for n, t in stored.items()])

@@ -171,14 +171,7 @@ class Curvature:
         return total / self.split.rows
 
     def named(self, v: Tensor) -> dict[str, Tensor]:
-        """Splits a vector into the tensors of the parameters.
-
-        Args:
-            v: ``[n]``.
-
-        Returns:
-            Each parameter's part, in its shape, as a view.
-        """
+        """Splits a vector ``[n]`` into views with the shapes of the parameters."""
         return unflatten(v, self.objective.tensors, self.names)
 
     def dense(self) -> DenseHessian:
@@ -193,7 +186,7 @@ class Curvature:
         """
         if self.size > DENSE_LIMIT:
             raise UsageError(
-                f"the Hessian of {self.size:,} parameters is too large to be made as a whole",
+                f"the Hessian of {self.size:,} parameters is too large to be computed as a whole",
                 f"Choose {DENSE_LIMIT:,} or fewer with --only",
             )
         if self._dense is None:
@@ -230,7 +223,10 @@ class Curvature:
             UsageError: ``number`` or ``limit`` is below 1.
         """
         if number < 1 or limit < 1:
-            raise UsageError(f"{number} eigenvalues from {limit} products are none", "Give 1 each")
+            raise UsageError(
+                f"{number} eigenvalues and {limit} products were requested",
+                "Give 1 or more of each",
+            )
         before = self.products
         number = min(number, self.size)
         exact = self._dense is not None or self.size <= max(_SMALL, 4 * number)
@@ -289,7 +285,7 @@ class Curvature:
 
     def _products(self, vectors: Tensor) -> Tensor:
         """Multiplies the Hessian with the rows of a matrix, ``[K, n]``."""
-        # Checks that the gradient reaches every parameter: else the rows of H would be zero.
+        # Checks that the gradient reaches every parameter: otherwise rows of H would be zero.
         _ = self._loss_and_gradient
         dtype, device = self.objective.dtype, self.objective.device
         directions = [list(self.named(v.to(dtype).to(device)).values()) for v in vectors]
@@ -311,7 +307,7 @@ class Curvature:
             self._report(len(vectors) * known)
             self._add_up(derive, sums, known)
             if graphs.examples > known:
-                # The passes after that of a batch may have changed what its graph holds.
+                # Passes after that of a batch may have changed tensors that its graph holds.
                 again = self._multiply_kept(directions[:1])[0]
                 if not is_close(again, fresh, AGREEMENT[self.objective.precision]):
                     graphs.release()
@@ -324,7 +320,7 @@ class Curvature:
         sums = torch.zeros(shape, dtype=torch.float64, device=self.device)
 
         def multiply(gradients: Gradients) -> Tensor:
-            # Its modes are those of a thread.
+            # Modes apply to one thread only.
             with self._differentiable():
                 return self._rows(gradients, directions, self._differentiate_kept, keeps=True)
 
@@ -407,7 +403,7 @@ class Curvature:
         return weight
 
     def _losses(self, outputs: Any, targets: Nest) -> Tensor:
-        """Computes the numbers ``[B]`` of a batch that are differentiated: the losses."""
+        """Computes the losses of a batch, ``[B]``, which are differentiated."""
         return self.objective.per_example(self.objective.loss, outputs, targets, "loss")
 
     def _report(self, examples: int) -> None:
@@ -442,7 +438,7 @@ class Curvature:
         except Exception as error:
             raise ModelError(
                 f"the loss cannot be differentiated with respect to the weights: {one_line(error)}",
-                "Take what has no derivative out of the model's forward, or out of the loss",
+                "Remove operations without a derivative from the model's forward or from the loss",
             ) from error
 
     def _differentiate_again(
@@ -472,7 +468,7 @@ class Curvature:
     def _differentiate_kept(
         self, along: Sequence[Tensor], retains: bool
     ) -> Sequence[Tensor | None]:
-        """Does the same with a graph that `_differentiate_again` has passed; thread-safe."""
+        """Differentiates ⟨∇L, v⟩ with a graph that `_differentiate_again` accepted; thread-safe."""
         parts: Sequence[Tensor | None] = torch.autograd.grad(
             along, self._parameters, retain_graph=retains, allow_unused=True
         )

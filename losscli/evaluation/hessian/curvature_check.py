@@ -20,18 +20,26 @@ from losscli.evaluation.finite_differences import (
     are_verified,
     finer,
     rules,
+    sample_size,
     unverified,
 )
 from losscli.evaluation.hessian.curvature import Curvature
 from losscli.evaluation.objective import Objective
 from losscli.evaluation.perturbation import displaced, random_step
-from losscli.evaluation.precision import narrowest_type
+from losscli.evaluation.precision import in_float64, narrowest_type
 from losscli.weight_space.vectors import Weights, norm
 
-__all__ = ["check_derivatives"]
+__all__ = ["check_derivatives", "float64_copy"]
 
 # Distance from the point at which derivatives are compared, as a share of its norm.
 _OFFSET = 0.01
+
+
+def float64_copy(objective: Objective) -> Objective | None:
+    """Returns an objective in float64 with its loaded weights; None if there is none."""
+    split = next(iter(objective.splits.values()))
+    sample, _ = split.spread(sample_size(objective))
+    return in_float64(objective, sample.to(objective.device), inside=True)
 
 
 def check_derivatives(
@@ -114,7 +122,7 @@ def check_derivatives(
     if len(wrong_products) >= NEEDED:
         raise ModelError(
             f"the second derivative is wrong: curvature along {wrong_products[0]}",
-            "Write operators with a backward of their own in elementary ones",
+            "Write operators with a custom backward in elementary operations",
         )
     if not verified:
         return unverified("gradient and Hessian" if twice else "gradient", "loss")
@@ -131,7 +139,7 @@ def _compare_slopes(
     """Compares gradients with differences of the loss along as many directions as needed.
 
     Returns:
-        The comparisons; and a phrase on each wrong slope, by the name of its direction.
+        The comparisons, and a description of each wrong slope by the name of its direction.
     """
     objective, sample = curvature.objective, curvature.split
     length = norm(point) or 1.0

@@ -37,8 +37,8 @@ Along = Literal["gradient", "hessian"]
 class DerivativeDirections:
     """The gradient, or eigenvectors of the Hessian, of the mean loss of a split.
 
-    All directions have length one. BatchNorm's statistics are constants: what is differentiated is
-    a function of the parameters alone.
+    All directions have length one. BatchNorm's statistics are constants: the differentiated loss
+    is a function of the parameters only.
 
     Attributes:
         objective: The model, the loss and the data.
@@ -78,9 +78,6 @@ class DerivativeDirections:
     def extra_description(self, points: int) -> Description:
         """Returns the number of products with the Hessian, and the memory for them.
 
-        Args:
-            points: How many points are differentiated.
-
         Returns:
             Their number at most, and the most bytes of gradients that are kept with their graphs,
             if there are any.
@@ -95,16 +92,16 @@ class DerivativeDirections:
     def extra_cost(
         self, points: int, weights: Weights, clock: Clock, seconds: float
     ) -> CostEstimate:
-        """Estimates what gradients, or products with the Hessian, take.
+        """Estimates the cost of gradients, or of products with the Hessian.
 
         Args:
             points: How many points are differentiated.
             weights: One of them: all tensors of the model.
             clock: The clock.
-            seconds: What the evaluation of losses takes.
+            seconds: The seconds of the evaluation of losses.
 
         Returns:
-            ``seconds``, and of products the most seconds and what one takes.
+            ``seconds`` in total; for products also the most seconds, and those of one product.
         """
         took = self._measure(weights, clock)
         each = took * points
@@ -172,16 +169,7 @@ class DerivativeDirections:
         return found
 
     def direction(self, arrays: Arrays, k: int, weights: Weights) -> Weights:
-        """Reads a direction from a record.
-
-        Args:
-            arrays: The record.
-            k: The index of the direction.
-            weights: Tensors with the shapes of the parameters.
-
-        Returns:
-            The direction, by parameters.
-        """
+        """Reads the direction with index k from a record, in the shapes of the parameters."""
         return unflatten(torch.from_numpy(arrays["vectors"][k]), weights, self.names)
 
     def describe(self, arrays: Arrays) -> list[Derivative]:
@@ -212,7 +200,7 @@ class DerivativeDirections:
 
     @staticmethod
     def unverified(arrays: Arrays) -> str:
-        """Reads from a record what could not be verified; empty if everything was."""
+        """Reads from a record the note on unverified derivatives; empty if all were verified."""
         return arrays["unverified"].tobytes().decode()
 
     @cached_property

@@ -114,7 +114,7 @@ class DenseHessian:
             raise ModelError(
                 f"the second derivatives of the model are wrong: its Hessian, with eigenvalues up "
                 f"to {largest:.2g}, is asymmetric by {asymmetry:.2g}",
-                "Write its operators with a backward of their own in elementary ones",
+                "Write its operators with a custom backward in elementary operations",
             )
         return cls(matrix, asymmetry, values, vectors, max(asymmetry, rounding * largest))
 

@@ -21,11 +21,8 @@ __all__ = ["GaussNewton", "check_outputs"]
 def check_outputs(objective: Objective) -> None:
     """Checks on a first batch that the model returns one tensor, as `GaussNewton` needs.
 
-    Args:
-        objective: The model and the data.
-
     Raises:
-        UsageError: It returns something else.
+        UsageError: It returns something else, or the loss is not a function of outputs.
     """
     if objective.function is not None:
         raise UsageError(

@@ -38,14 +38,14 @@ def graph_budget(device: torch.device) -> int:
 
 
 def graph_bytes(differentiate: Callable[[], Gradients], known: Iterable[Tensor]) -> int:
-    """Measures the memory of a graph.
+    """Measures the memory of a gradient and of the tensors that its graph holds.
 
     Args:
-        differentiate: Computes a gradient and its graph, which are not kept.
+        differentiate: Computes a gradient with its graph.
         known: Tensors that exist without the graph.
 
     Returns:
-        The bytes of the gradient and of the tensors that its graph holds.
+        The bytes.
     """
     storages: dict[int, int] = {}
 
@@ -67,8 +67,8 @@ class GradientGraphs:
     """The gradients of the first batches of a split, with their graphs.
 
     The first product at a point keeps nothing, because it is often the only one. The second keeps
-    as many graphs as fit. Each thread of a CPU differentiates a graph of its own, so that none
-    waits for another within an operation.
+    as many graphs as fit. Each thread of a CPU differentiates another graph, so that
+    threads do not wait for each other within an operation.
 
     Args:
         tensors: The tensors of the model, which the graphs depend on.
@@ -106,11 +106,7 @@ class GradientGraphs:
         return self._budget // max(1, self._batch_bytes)
 
     def begin(self, measure: Callable[[], int]) -> None:
-        """Begins a product; frees graphs of weights that were changed meanwhile.
-
-        Args:
-            measure: Returns the bytes of the graph of one batch.
-        """
+        """Begins a product; ``measure`` returns the bytes of the graph of one batch."""
         versions = [(tensor._version, tensor.data_ptr()) for tensor in self._tensors]
         if versions != self._versions:
             self._versions = versions
@@ -121,14 +117,7 @@ class GradientGraphs:
             self._batch_bytes = measure()
 
     def map(self, function: Callable[[Gradients], Tensor]) -> list[Tensor]:
-        """Calls a function with each gradient.
-
-        Args:
-            function: The function; called from several threads.
-
-        Returns:
-            The results, in the order of the batches.
-        """
+        """Calls a function, from several threads, with each gradient in the order of batches."""
         gradients = [gradient for _, gradient in self.batches]
         workers = min(self._threads, len(gradients))
         if workers < 2:
@@ -142,11 +131,7 @@ class GradientGraphs:
             torch.set_num_threads(threads)
 
     def release(self) -> bool:
-        """Frees all graphs, and keeps no more.
-
-        Returns:
-            Whether there were any.
-        """
+        """Frees all graphs and keeps no more; returns whether there were any."""
         had = bool(self.batches)
         self.batches.clear()
         self._budget = 0

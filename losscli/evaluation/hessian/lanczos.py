@@ -73,10 +73,6 @@ class LanczosSearch:
     def run(self, number: int, seed: int) -> list[Eigenpair]:
         """Searches for the pairs at both ends.
 
-        Args:
-            number: How many at each end.
-            seed: Of the start.
-
         Returns:
             The pairs by ascending eigenvalue, the same number at each end: fewer than asked for,
             down to a single pair, if ``limit`` is too low; pairs of nan if H is not finite.
@@ -85,7 +81,7 @@ class LanczosSearch:
             OutOfMemoryError: The basis does not fit into memory.
         """
         width = max(4 * number + 8, min(_BASIS, _BASIS_BYTES // (8 * self._size)))
-        # If the whole space is not much larger, take it: then there is nothing to restart for.
+        # If the whole space is not much larger, take it: then no restart is needed.
         width = self._size if self._size <= 2 * width else width
         krylov = _KrylovSpace(width, self._size, self._device, seed)
         # How far below the tolerance the residuals have to lie by estimate.
@@ -178,11 +174,7 @@ class _KrylovSpace:
         self.next = self._random_vector()
 
     def add(self, image: Tensor) -> None:
-        """Adds `next` to the basis.
-
-        Args:
-            image: Its product with the operator, ``[n]``.
-        """
+        """Adds `next` to the basis; ``image`` is its product with the operator, ``[n]``."""
         self._basis[self.dimension] = self.next
         self.dimension += 1
         before = float(image.norm())
@@ -208,12 +200,7 @@ class _KrylovSpace:
         return combinations
 
     def restart(self, pairs: _RitzPairs, kept: Tensor) -> None:
-        """Replaces the basis by some of the approximate eigenvectors.
-
-        Args:
-            pairs: The eigenpairs of the space.
-            kept: The indices of those that are kept.
-        """
+        """Replaces the basis by the approximate eigenvectors with the indices ``kept``."""
         number, columns = len(kept), pairs.vectors[:, kept].T.to(self._basis)
         for part in torch.split(self._basis, _COLUMNS, dim=1):
             part[:number] = columns @ part
@@ -229,11 +216,7 @@ class _KrylovSpace:
         return unit
 
     def _orthogonalise(self, vector: Tensor) -> tuple[Tensor, Tensor]:
-        """Removes from a vector its parts along the basis.
-
-        Returns:
-            The rest, and the coefficients of the parts, ``[m]``, on the CPU.
-        """
+        """Returns the part of a vector orthogonal to the basis, and its coefficients, ``[m]``."""
         basis = self._basis[: self.dimension]
         coefficients = vector.new_zeros(len(basis))
         # Apart from rounding, the product of a vector of the basis has parts along two of them.

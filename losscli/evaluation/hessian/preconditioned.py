@@ -92,8 +92,8 @@ def adam_preconditioner(state: AdamState) -> Weights:
 def adam_threshold(learning_rate: float, beta1: float) -> float:
     """Returns the largest λ_max(P^-½ H P^-½) at which full-batch training with Adam is stable.
 
-    It is (2 + 2β₁) / ((1 − β₁) η), that of gradient descent with an exponential moving average of
-    gradients in the place of the gradient (Cohen et al. 2022, arXiv 2207.14484).
+    It is (2 + 2β₁) / ((1 − β₁) η), the threshold of gradient descent with an exponential moving
+    average of gradients instead of the gradient (Cohen et al. 2022, arXiv 2207.14484).
 
     Args:
         learning_rate: η.
@@ -109,18 +109,7 @@ def largest_preconditioned(
     preconditioner: Weights,
     execution: Execution,
 ) -> Arrays:
-    """Computes λ_max(P^-½ H P^-½) at one point on one split.
-
-    Args:
-        test: The objective, the parameters and the seed.
-        placed: The point: all tensors of the model.
-        split: The name of the split.
-        preconditioner: The diagonal of P by parameter.
-        execution: Fails if another rank has failed; its progress is not counted.
-
-    Returns:
-        The record, for `PreconditionedEigenvalue.from_arrays`.
-    """
+    """Computes a `PreconditionedEigenvalue` at one point on one split, as a record."""
     objective = test.objective
     operator = partial(PreconditionedHessian, preconditioner)
     weights = recalibrated(objective, placed)

@@ -158,14 +158,7 @@ class SpectralDensity:
 
     @classmethod
     def of(cls, probes: Sequence[Probe]) -> Self:
-        """Averages over probes.
-
-        Args:
-            probes: The probes.
-
-        Returns:
-            The density.
-        """
+        """Averages over probes."""
         nodes = np.concatenate([probe.ritz for probe in probes])
         weights = np.concatenate([probe.weights for probe in probes]) / len(probes)
         if not np.isfinite(nodes).all():

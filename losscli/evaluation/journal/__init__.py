@@ -1,4 +1,4 @@
-"""The journal of a run: the tasks that it has finished, so that it can be resumed."""
+"""The journal of a run: its finished tasks, from which it can be resumed."""
 
 from __future__ import annotations
 

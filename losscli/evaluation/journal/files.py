@@ -39,9 +39,6 @@ def _flags() -> int:
 def open_regular(path: Path) -> FileIO:
     """Opens a regular file for reading and writing, or creates it.
 
-    Args:
-        path: The path.
-
     Returns:
         The file.
 
@@ -71,15 +68,7 @@ def open_regular(path: Path) -> FileIO:
 
 
 def is_at(file: FileIO, path: Path) -> bool:
-    """Whether a path still names an open file, and not one that replaced it.
-
-    Args:
-        file: The file.
-        path: The path.
-
-    Returns:
-        Whether it does.
-    """
+    """Whether a path still names an open file, and not one that replaced it."""
     try:
         return os.path.samestat(os.fstat(file.fileno()), path.lstat())
     except FileNotFoundError:
@@ -88,10 +77,6 @@ def is_at(file: FileIO, path: Path) -> bool:
 
 def lock(file: FileIO, path: Path) -> bool:
     """Locks a file until it is closed or the process ends.
-
-    Args:
-        file: The file of a journal.
-        path: Its path.
 
     Returns:
         Whether it is locked; False if the file system has no locks.
@@ -106,7 +91,8 @@ def lock(file: FileIO, path: Path) -> bool:
     except OSError as error:
         if error.errno in _BUSY:
             raise OutputError(
-                f"{_named(path)} is held by another run{holder(file)} that writes the same results",
+                f"{_named(path)} is in use by another run{holder(file)} that writes the same "
+                "results",
                 "Wait for that run to end, or choose another --out",
             ) from None
         if error.errno in _NO_LOCKS:
@@ -118,9 +104,6 @@ def lock(file: FileIO, path: Path) -> bool:
 def set_aside(path: Path) -> str:
     """Renames a file that losscli did not write.
 
-    Args:
-        path: Its path.
-
     Returns:
         A note.
 
@@ -130,8 +113,8 @@ def set_aside(path: Path) -> str:
     other = path.with_name(f"{path.name}.old")
     if os.path.lexists(other):
         raise OutputError(
-            f"{_named(path)} is not a journal of losscli, and {_named(other)}, which it would be "
-            "called, is there already",
+            f"{_named(path)} is not a journal of losscli and cannot be renamed to "
+            f"{_named(other)}, which exists",
             "Move one of them away, or choose another --out",
         )
     path.rename(other)
@@ -178,17 +161,7 @@ def _named(path: Path) -> str:
 
 @contextlib.contextmanager
 def explained(path: Path) -> Iterator[None]:
-    """Turns errors of the operating system into an `OutputError` with advice.
-
-    Args:
-        path: The file that is written.
-
-    Yields:
-        Nothing.
-
-    Raises:
-        OutputError: An operation failed.
-    """
+    """Turns errors of the operating system for a file into an `OutputError` with advice."""
     try:
         yield
     except OSError as error:

@@ -1,6 +1,6 @@
 """The file format of a journal: a chain of frames, each with a checksum.
 
-The file STEM.journal lies beside the results and is only appended to::
+The file STEM.journal is in the folder of the results and is only appended to::
 
     losscli journal 1       magic bytes and a newline: 18 bytes
     PID HOST                the process that holds it, for messages of other runs: 110 bytes,
@@ -117,14 +117,7 @@ class Frame:
 
 
 def is_journal(file: FileIO) -> bool:
-    """Whether a file was written as a journal by losscli.
-
-    Args:
-        file: A file.
-
-    Returns:
-        Whether it starts with the magic bytes, or is a truncated or zeroed beginning.
-    """
+    """Whether a file starts with the magic bytes, or is a truncated or zeroed beginning."""
     size = os.fstat(file.fileno()).st_size
     file.seek(0)
     first = _take(file, min(size, FIRST))
@@ -134,15 +127,7 @@ def is_journal(file: FileIO) -> bool:
 
 
 def is_of_another_version(file: FileIO, size: int) -> bool:
-    """Whether another version of losscli wrote a journal.
-
-    Args:
-        file: A journal.
-        size: Its size in bytes.
-
-    Returns:
-        Whether its format has another version.
-    """
+    """Whether a journal of ``size`` bytes has the format of another version of losscli."""
     file.seek(0)
     magic = _take(file, min(size, len(_MAGIC)))
     return magic != _MAGIC and magic.startswith(_NAME) and len(magic) == len(_MAGIC)
@@ -156,14 +141,7 @@ def write_header(file: FileIO) -> None:
 
 
 def holder(file: FileIO) -> str:
-    """Reads which process holds a journal.
-
-    Args:
-        file: The journal.
-
-    Returns:
-        A phrase that starts with a space, such as `` (process 12 on node3)``; empty if unknown.
-    """
+    """Describes the process that holds a journal: `` (process 12 on node3)``, or an empty text."""
     try:
         file.seek(len(_MAGIC))
         text = (file.read(_HOLDER) or b"").decode("ascii", "replace").split()
@@ -222,10 +200,6 @@ def frames(file: FileIO, size: int) -> Iterator[Frame]:
 def read(file: FileIO, frame: Frame) -> dict[str, NDArray[Any]] | None:
     """Reads the arrays of a record.
 
-    Args:
-        file: The journal.
-        frame: The frame of the record.
-
     Returns:
         The arrays; None if the frame is no longer valid.
 
@@ -277,7 +251,7 @@ def write(
     number = length.to_bytes(_LENGTH, "little")
     seal = hashlib.sha256(before)
     file.seek(start)
-    # The rest is of a record that was not written to its end.
+    # Remove the rest of a record that was not written completely.
     file.truncate(start)
     for part in (number, len(text).to_bytes(_DESCRIPTION, "little"), text):
         seal.update(part)

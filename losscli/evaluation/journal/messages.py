@@ -18,15 +18,7 @@ _LONGEST = 60
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Describes the differences between the conditions of two runs.
-
-    Args:
-        before: Those of the earlier run, by name.
-        now: Those of the later run.
-
-    Returns:
-        A clause for each difference, such as ``--limit was 100 and is 200``.
-    """
+    """Returns a clause for each difference of conditions: ``--limit was 100 and is 200``."""
     clauses = []
     for name in dict.fromkeys([*before, *now]):
         was, is_ = (json.dumps(side.get(name), sort_keys=True) for side in (before, now))
@@ -35,13 +27,11 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
         one, other = (_value(side.get(name)) for side in (before, now))
         label = printable(name)
         if name not in now:
-            clauses.append(f"{label} is no longer there")
+            clauses.append(f"{label} is no longer given")
         elif name not in before:
-            clauses.append(f"{label} was not there")
-        elif all(_CONTENT.fullmatch(str(side[name])) for side in (before, now)):
-            clauses.append(f"{label} was changed since")
-        elif max(len(one), len(other)) > _LONGEST:
-            clauses.append(f"{label} is not what it was")
+            clauses.append(f"{label} was not given")
+        elif max(len(one), len(other)) > _LONGEST or all(map(_CONTENT.fullmatch, (one, other))):
+            clauses.append(f"{label} changed")
         else:
             clauses.append(f"{label} was {one} and is {other}")
     return clauses

@@ -108,7 +108,8 @@ def cross_entropy(
         raise LossError(
             f"cross_entropy needs outputs [B, C] and integer targets [B], not {describe(outputs)} "
             f"and {describe(targets)}",
-            advise_integers(targets) or "Choose another --loss, or a model with one output a class",
+            advise_integers(targets)
+            or "Choose another --loss, or a model with one output per class",
         )
     targets = mark_ignored(targets, outputs.shape[dim], ignore_index)
     if dim == -1:
@@ -143,7 +144,7 @@ def nll(
         raise LossError(
             f"NLLLoss needs outputs [B, C] and integer targets [B], not {describe(outputs)} and "
             f"{describe(targets)}",
-            "Choose another --loss, or a model with one output a class",
+            "Choose another --loss, or a model with one output per class",
         )
     targets = mark_ignored(targets, outputs.shape[1], ignore_index)
     return _in_float64(partial(_negative_score, weight=weight), outputs, targets)
@@ -401,44 +402,23 @@ def _targets_like(outputs: Tensor, targets: Tensor, loss: str) -> Tensor:
             f"{loss} needs outputs and targets of one shape, not {describe(outputs)} and "
             f"{describe(targets)}",
             (classes and advise_integers(targets))
-            or "Choose another --loss, or a model with one output a target",
+            or "Choose another --loss, or a model with one output per target",
         )
     return targets
 
 
 def per_example_mean(values: Tensor) -> Tensor:
-    """Reduces to one number per example.
-
-    Args:
-        values: ``[B, *]``.
-
-    Returns:
-        ``[B]``: the mean over all dimensions but the first.
-    """
+    """Averages ``[B, *]`` over all dimensions but the first."""
     return values.flatten(1).mean(1) if values.ndim > 1 else values
 
 
 def function_of(function: PerExample) -> PerExample:
-    """Returns the loss or metric without its options.
-
-    Args:
-        function: A loss or a metric; with options it is a `functools.partial`.
-
-    Returns:
-        The function.
-    """
+    """Returns a loss or metric without its options, which a `functools.partial` holds."""
     return function.func if isinstance(function, partial) else function
 
 
 def options_of(function: PerExample) -> dict[str, Any]:
-    """Returns the options of a loss or metric.
-
-    Args:
-        function: A loss or a metric; with options it is a `functools.partial`.
-
-    Returns:
-        Its keyword arguments.
-    """
+    """Returns the options of a loss or metric, which a `functools.partial` holds."""
     return dict(function.keywords) if isinstance(function, partial) else {}
 
 

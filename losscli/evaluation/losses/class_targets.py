@@ -136,7 +136,7 @@ def are_labels(targets: Tensor) -> bool:
 
 
 def are_probabilities(outputs: Tensor) -> bool:
-    """Whether all outputs lie in 0…1 and not all are 0, as those of zero weights are."""
+    """Whether all outputs lie in 0…1 and not all are 0, as with zero weights."""
     inside = outputs.is_floating_point() and ((outputs >= 0) & (outputs <= 1)).all()
     return bool(inside and outputs.any())
 

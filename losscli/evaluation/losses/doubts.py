@@ -54,16 +54,7 @@ class Doubt(enum.Enum):
 def doubts_of(
     functions: Sequence[PerExample], outputs: Tensor, targets: Tensor
 ) -> frozenset[Doubt]:
-    """Looks for signs that a loss or a metric does not fit these outputs and targets.
-
-    Args:
-        functions: The loss, then the metrics, all of which take the outputs and targets.
-        outputs: The outputs of a batch.
-        targets: Its targets.
-
-    Returns:
-        The doubts.
-    """
+    """Returns signs that the loss, or a metric after it, does not fit the outputs and targets."""
     loss, *metrics = map(function_of, functions)
     doubts = set()
     single = one_score_per_target(outputs, targets)
@@ -77,7 +68,7 @@ def doubts_of(
         dim = 1
         if outputs.ndim > 2:
             dim = class_dim_of(functions[0]) or class_dim(outputs, targets, "", None) or 1
-        # One token is enough to see that scores, of which there may be millions, are none.
+        # One token is enough to see that millions of scores are no probabilities.
         first = outputs.flatten(0, -2)[:1] if loss in TOKEN_LOSSES else outputs
         sums = are_probabilities(first) and are_probabilities(outputs) and outputs.shape[dim] > 1
         if sums and sums_to_one(outputs, dim):

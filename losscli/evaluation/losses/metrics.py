@@ -161,15 +161,7 @@ def perplexity(outputs: Tensor, targets: Tensor, *, ignore_index: int | None = N
 
 
 def of_mean(metric: PerExample, mean: float) -> float:
-    """Computes a metric from its mean over examples.
-
-    Args:
-        metric: The metric.
-        mean: Its mean over all examples.
-
-    Returns:
-        The mean itself, except for perplexity.
-    """
+    """Computes a metric from its mean over examples: the mean itself, except for perplexity."""
     if function_of(metric) is not perplexity:
         return mean
     try:

@@ -49,11 +49,6 @@ def is_of_classes(loss: PerExample) -> bool:
 def classes_of(loss: PerExample, outputs: Tensor, targets: Tensor) -> int | None:
     """Returns the number of classes that a loss reads in a model's outputs.
 
-    Args:
-        loss: The loss.
-        outputs: The outputs of a batch.
-        targets: Its targets.
-
     Returns:
         The number of classes; None if the loss has none or the shapes do not fit.
 
@@ -72,14 +67,7 @@ def classes_of(loss: PerExample, outputs: Tensor, targets: Tensor) -> int | None
 
 
 def class_dim_of(loss: PerExample) -> int | None:
-    """Returns the dimension that a loss takes for the classes, independently of the shapes.
-
-    Args:
-        loss: The loss.
-
-    Returns:
-        1 or −1; None if the shapes decide, or the loss has no classes.
-    """
+    """Returns the dimension of classes that a loss fixes, 1 or −1; None if the shapes decide."""
     function = function_of(loss)
     if function is not cross_entropy:
         return -1 if function in TOKEN_LOSSES else None
@@ -88,15 +76,7 @@ def class_dim_of(loss: PerExample) -> int | None:
 
 
 def has_label(outputs: Tensor, targets: Tensor) -> bool:
-    """Whether targets may be classes: with one score per target, the labels 0 and 1.
-
-    Args:
-        outputs: The scores of a batch.
-        targets: Its targets.
-
-    Returns:
-        Whether they may.
-    """
+    """Whether targets may be classes: with one score per target, the labels 0 and 1."""
     return not one_score_per_target(outputs, targets) or are_labels(targets)
 
 
@@ -136,11 +116,6 @@ def check_range(loss: PerExample, labels: Tensor, classes: int | None, where: st
 def check_probabilities(loss: PerExample, targets: Nest, where: str) -> None:
     """Checks that targets that are probabilities lie in 0…1.
 
-    Args:
-        loss: The loss.
-        targets: The targets.
-        where: Their name in errors.
-
     Raises:
         LossError: One is outside.
     """
@@ -162,10 +137,7 @@ def check_probabilities(loss: PerExample, targets: Nest, where: str) -> None:
 
 
 def check_lengths(lengths: Collection[torch.Size]) -> None:
-    """Checks that all examples have equally many targets, so that each counts the same in a mean.
-
-    Args:
-        lengths: The different shapes of the targets of an example.
+    """Checks that all examples have equally many targets, and so the same weight in a mean.
 
     Raises:
         LossError: There is more than one.
@@ -192,14 +164,7 @@ def _counted_by(loss: PerExample, targets: Tensor, classes: int | None) -> Tenso
 
 
 def first_not_finite(targets: Nest) -> int | None:
-    """Finds the first example with a target that is infinite or not a number.
-
-    Args:
-        targets: The targets.
-
-    Returns:
-        Its row; None if all targets are finite, or are a nest.
-    """
+    """Returns the row of the first target that is not finite; None without one, or for a nest."""
     if not isinstance(targets, Tensor) or not targets.is_floating_point():
         return None
     bad = ~targets.isfinite().flatten(1).all(1) if targets.ndim > 1 else ~targets.isfinite()
@@ -207,18 +172,9 @@ def first_not_finite(targets: Nest) -> int | None:
 
 
 def target_error(target: Tensor, where: str, position: int) -> DataError:
-    """Makes the error for a target that is infinite or not a number.
-
-    Args:
-        target: The target.
-        where: The name of the data.
-        position: The index of its example in the data.
-
-    Returns:
-        The error.
-    """
+    """Makes the error for a target that is not finite, at the position of its example in data."""
     value = float(target[~target.isfinite()].flatten()[0])
     return DataError(
         f"{where}: the target of example {position} (counted from 0) is {value}",
-        "Leave the example out, or give a --loss of your own that does",
+        "Leave the example out, or give your own --loss that skips it",
     )

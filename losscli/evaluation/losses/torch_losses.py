@@ -1,4 +1,4 @@
-"""Makes losses per example of those of torch.nn and torch.nn.functional."""
+"""Converts the losses of torch.nn and torch.nn.functional to losses per example."""
 
 from __future__ import annotations
 
@@ -55,15 +55,7 @@ class TorchLoss:
         self.of_scores = _name(function) in _OF_SCORES
 
     def __call__(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Computes the values of all elements.
-
-        Args:
-            outputs: The outputs of a batch.
-            targets: Its targets; floating-point ones are converted to the type of the outputs.
-
-        Returns:
-            The values that torch returns with ``reduction="none"``.
-        """
+        """Computes the values of all elements, as torch does with ``reduction="none"``."""
         device, dtype = outputs.device, outputs.dtype
         function = self._function
         if isinstance(function, nn.Module):
@@ -82,14 +74,7 @@ class TorchLoss:
 
 
 def is_of_torch(value: Any) -> bool:
-    """Whether an object is a loss of torch.
-
-    Args:
-        value: A class, a module, a function or a `functools.partial` of one.
-
-    Returns:
-        Whether `from_torch` accepts it.
-    """
+    """Whether `from_torch` takes an object: a loss of torch, its class, or a partial of either."""
     if isinstance(value, partial):
         return not value.args and is_of_torch(value.func)
     kind = value if isinstance(value, type) else type(value)
@@ -100,7 +85,7 @@ def is_of_torch(value: Any) -> bool:
 
 
 def from_torch(value: Any, options: Mapping[str, Any], where: str) -> tuple[PerExample, str]:
-    """Makes a loss per example of a loss of torch.
+    """Converts a loss of torch to a loss per example.
 
     The mean over all elements is the mean over examples of each example's mean, so
     ``reduction="mean"`` and ``reduction="none"`` are the same loss here.

@@ -1,4 +1,4 @@
-"""The strategies for evaluating points of a slice, and what they need of a model."""
+"""The strategies for evaluating points of a slice, and the model that they require."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Strategy(enum.Enum):
     BOUND = enum.auto()
     """Bound to the model one after the other."""
     LOADED = enum.auto()
-    """Loaded as a user would."""
+    """Loaded with ``load_state_dict``."""
 
 
 class NothingSharedError(ModelError):
@@ -59,7 +59,7 @@ class OutputRecorder(Protocol):
 
 
 class Network(Protocol):
-    """A model with weights that can be set: what evaluating points needs of an objective."""
+    """The part of an objective that strategies use: a model with weights that can be set."""
 
     model: nn.Module
     tensors: Mapping[str, Tensor]

@@ -2,7 +2,7 @@
 
 The scores of 1,024 tokens over a vocabulary of 50,000 take 200 MB, and a loss reads them once. If
 the last linear layer returns a `DeferredProduct` instead, only the rows in use are in memory. Every
-other operation on it computes it as a whole, so that nothing has to be known about the model.
+other operation on it computes it as a whole, so it works with any model.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from losscli.errors import ModelError
-from losscli.evaluation.strategies.function_mode import METADATA, FunctionMode
+from losscli.evaluation.function_mode import METADATA, FunctionMode
 
 __all__ = ["DeferredHead", "DeferredProduct", "head_weight"]
 
@@ -27,14 +27,7 @@ _SMALL = 1 << 22
 
 
 def head_weight(model: nn.Module) -> Tensor | None:
-    """Returns the weight of the last linear layer of a model, which may compute its scores.
-
-    Args:
-        model: The model.
-
-    Returns:
-        The weight; None if there is none.
-    """
+    """Returns the weight of a model's last linear layer, which may compute its scores."""
     weights = [m._parameters.get("weight") for m in model.modules() if isinstance(m, nn.Linear)]
     return weights[-1] if weights else None
 
@@ -42,7 +35,7 @@ def head_weight(model: nn.Module) -> Tensor | None:
 class DeferredProduct(Tensor):
     """The output x·Wᵀ + b of a linear layer, computed when it is used.
 
-    Slices of its rows are computed alone, everything else as a whole, once.
+    Slices of its rows are computed separately; any other use computes all of it, once.
 
     Args:
         inputs: x, ``[*, n, in]``.
@@ -99,7 +92,7 @@ class DeferredProduct(Tensor):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        """Answers what depends on no value, takes rows, or calls with the computed product."""
+        """Returns metadata, computes rows, or calls the function with the whole product."""
         del types
         if func in METADATA:
             with torch._C.DisableTorchFunctionSubclass():

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from losscli.evaluation.device import launches_kernels
-from losscli.evaluation.strategies.function_mode import METADATA, FunctionMode
+from losscli.evaluation.function_mode import METADATA, FunctionMode
 from losscli.evaluation.strategies.prefix import Prefix, PrefixRecorder
 from losscli.weight_space.slices import Slice
 
@@ -32,7 +32,7 @@ __all__ = ["FirstLayer", "FirstLayerFound", "FirstLayerWatcher"]
 _AFFINE = frozenset({F.linear, F.embedding, F.conv1d, F.conv2d, F.conv3d})
 
 # Largest ratio of the terms of a combination to the combination itself. The rounding error of a
-# shared layer is then at most so many times that of an ordinary forward pass.
+# shared layer is then at most this many times that of an ordinary forward pass.
 _LARGEST_TERMS = 8
 
 # Weights of a unit from which sharing pays on a GPU. For fewer, reading the outputs at the ends
@@ -73,9 +73,6 @@ class FirstLayer:
         larger than ‖Σ c_i W_i‖ for some unit, the combination of products has a larger error than
         the product with the combined weights.
 
-        Args:
-            points: The coordinates of the points.
-
         Returns:
             For each point, whether the terms of some unit are too large.
         """
@@ -91,33 +88,8 @@ class FirstLayer:
             cancels += too_large.any(1).tolist()
         return cancels
 
-    def replay_at(
-        self,
-        point: Sequence[float],
-        tensors: Mapping[str, Tensor],
-        on_use: Callable[[], None] | None = None,
-    ) -> TorchFunctionMode:
-        """Replaces the layer's first call by its output at a point.
-
-        Args:
-            point: The coordinates of the point.
-            tensors: The tensors of the model that is run.
-            on_use: Called before any other call that uses the layer's weight; None for nothing.
-
-        Returns:
-            A context to run the forward pass in.
-        """
-        return self.replay(self.output(point), tensors, on_use)
-
     def output(self, point: Sequence[float]) -> Tensor:
-        """Combines the outputs at the ends.
-
-        Args:
-            point: The coordinates of a point.
-
-        Returns:
-            The layer's output at the point.
-        """
+        """Combines the outputs at the ends to the layer's output at a point."""
         return self.slice_.combine(self.products, point)
 
     def replay(
@@ -158,7 +130,7 @@ class FirstLayerWatcher(FunctionMode):
 
     Attributes:
         layer: The first layer; None before the first use, or if that is not affine.
-        prefix: What is computed before it; None before the first use, or if no layer is.
+        prefix: The calls before it; None before the first use, or if they contain no layer.
     """
 
     def __init__(
@@ -358,7 +330,7 @@ class _Replay(FunctionMode):
             and _uses((*args, *kwargs.values()), self._ids)
         ):
             self._on_use()
-            # What it computes stays.
+            # It computes the weight only once.
             self._on_use = None
         return function(*args, **kwargs)
 

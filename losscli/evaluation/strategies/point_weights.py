@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from losscli.evaluation.strategies.base import Network
 from losscli.weight_space.slices import Slice
 
-__all__ = ["PointWeights", "SinglePointWeights", "combining_type"]
+__all__ = ["PointWeights", "SinglePointWeights", "combining_type", "weights_at"]
 
 # Values that are converted to another type at once: on a CPU few enough to stay in its cache.
 _PIECE = 1 << 14
@@ -22,7 +22,7 @@ _PIECE_ELSEWHERE = 1 << 22
 # combine it than the host to launch the kernels.
 _SMALL = 1 << 20
 
-# Tensors in a buffer start at multiples of so many values: the fastest kernels of a GPU need
+# Tensors in a buffer start at multiples of this many values: the fastest kernels of a GPU need
 # aligned operands.
 _ALIGNMENT = 128
 
@@ -73,12 +73,7 @@ class PointWeights:
         self._missing = {name: set(range(number)) for name in self.stacks}
 
     def fill(self, name: str, points: Iterable[int]) -> None:
-        """Computes a tensor at points where it has not been computed yet.
-
-        Args:
-            name: The name of the tensor.
-            points: The indices of the points.
-        """
+        """Computes a tensor at points, by their indices, where it has not been computed yet."""
         missing = self._missing[name]
         rows = [p for p in points if p in missing]
         if rows:
@@ -136,11 +131,7 @@ class SinglePointWeights:
             self._buffers.append(_Buffer(ends, weights, torch.empty_like(ends[0])))
 
     def move_to(self, point: Sequence[float]) -> None:
-        """Computes the weights at a point.
-
-        Args:
-            point: Its coordinates.
-        """
+        """Computes the weights at the coordinates of a point."""
         for buffer in self._buffers:
             combined = self._slice.combine(buffer.ends, point, buffer.combined)
             buffer.weights.copy_(combined)
@@ -210,14 +201,19 @@ def _fill(
                 row[piece].copy_(slice_.combine(values, point, buffer))
 
 
+def weights_at(
+    slice_: Slice, tensors: Mapping[str, Tensor], point: Sequence[float]
+) -> dict[str, Tensor]:
+    """Computes the weights at a point, in the types of the model's tensors."""
+    weights = {}
+    for name in slice_.ends[0]:
+        own = tensors[name]
+        ends = [end[name].to(combining_type(own)) for end in slice_.ends]
+        weights[name] = slice_.combine(ends, point).to(own.dtype)
+    return weights
+
+
 def combining_type(tensor: Tensor) -> torch.dtype:
-    """Returns the type in which a tensor is combined.
-
-    Args:
-        tensor: A tensor of the model.
-
-    Returns:
-        float64 or complex128; on MPS, which has neither, at least float32.
-    """
+    """Returns float64 or complex128, in which a tensor is combined; on MPS at least float32."""
     narrow = tensor.device.type == "mps"
     return torch.promote_types(tensor.dtype, torch.float32 if narrow else torch.float64)

@@ -1,6 +1,6 @@
 """Points of weight space, and how a batch of examples is evaluated at them.
 
-`LoadedPoint` and `LoadedPoints` load every point as a user would: slow, and the reference. The
+`LoadedPoint` and `LoadedPoints` load every point with `load_state_dict`: the slow reference. The
 others compute the weights of all points first and bind the model's tensors to them: one point after
 the other, in threads, or all at once. `losscli.evaluation.strategies.sequential_points` has one set
 of weights for all points. All numbers are compared with the reference before they are relied on
@@ -30,7 +30,7 @@ from losscli.evaluation.recalibration import Statistics, recording
 from losscli.evaluation.spectral import SpectralLayer, normalise
 from losscli.evaluation.strategies.base import Network, NothingSharedError, OutputRecorder, Strategy
 from losscli.evaluation.strategies.first_layer import FirstLayer, FirstLayerFound, FirstLayerWatcher
-from losscli.evaluation.strategies.point_weights import PointWeights, combining_type
+from losscli.evaluation.strategies.point_weights import PointWeights, weights_at
 from losscli.evaluation.strategies.prefix import Prefix, PrefixChanged
 from losscli.evaluation.strategies.replicas import (
     Replica,
@@ -51,7 +51,7 @@ __all__ = [
 ]
 
 _TakeBatch = Callable[[int, Replica, AbstractContextManager[Any]], None]
-"""Takes a batch to a point with a replica; the context is for the forward pass."""
+"""Evaluates a batch at a point with a replica; the context is for the forward pass."""
 
 
 class _OnePass:
@@ -80,30 +80,20 @@ class LoadedPoint(_OnePass):
     def __init__(self, network: Network) -> None:
         self._network = network
         self._statistics = Statistics(1)
+        self._point = 0
 
     def __len__(self) -> int:
         return 1
 
     def record_statistics(self, inputs: Nest) -> Iterator[int]:
-        """Records BatchNorm's statistics of a training batch at the point.
-
-        Args:
-            inputs: The batch, prepared.
-
-        Yields:
-            The point, done.
-        """
+        """Records BatchNorm's statistics of a prepared training batch; yields the point."""
         with recording(self._network.statistics) as statistics:
             self._network.forward(self._network.model, inputs)
         self._statistics.add(0, statistics)
         yield 0
 
     def use_statistics(self) -> Collection[str]:
-        """Sets the point's statistics to the means over the recorded batches.
-
-        Returns:
-            The names of these statistics.
-        """
+        """Sets the statistics to the means over the recorded batches; returns their names."""
         tensors = self._network.tensors
         means = self._statistics.at(0, tensors)
         for name, value in means.items():
@@ -111,23 +101,15 @@ class LoadedPoint(_OnePass):
         return means
 
     def evaluate(self, inputs: Nest, recorder: OutputRecorder) -> Iterator[int]:
-        """Evaluates a batch at the point.
-
-        Args:
-            inputs: The batch, prepared.
-            recorder: Records the outputs.
-
-        Yields:
-            The index of the point, when it is done.
-        """
+        """Evaluates a prepared batch; yields the point when it is done."""
         with self._network.deferring():
             outputs = self._network.forward(self._network.model, inputs)
-        recorder.one(0, outputs)
-        yield 0
+        recorder.one(self._point, outputs)
+        yield self._point
 
 
 class LoadedPoints(_OnePass):
-    """P points of a slice, each loaded for every batch: slow, and the reference.
+    """P points of a slice, each loaded for every batch: the slow reference.
 
     Args:
         network: The model.
@@ -152,14 +134,7 @@ class LoadedPoints(_OnePass):
         return len(self._coordinates)
 
     def record_statistics(self, inputs: Nest) -> Iterator[int]:
-        """Records BatchNorm's statistics of a training batch at all points, lazily.
-
-        Args:
-            inputs: The batch, prepared.
-
-        Yields:
-            Each point when it is done.
-        """
+        """Records BatchNorm's statistics of a batch; yields each point when it is done."""
         for p, point in enumerate(self._coordinates):
             self._load(p, point)
             with recording(self._network.statistics) as statistics:
@@ -168,23 +143,11 @@ class LoadedPoints(_OnePass):
             yield p
 
     def use_statistics(self) -> Collection[str]:
-        """Lets every point be loaded with the means of its statistics over the recorded batches.
-
-        Returns:
-            The names of these statistics.
-        """
+        """Loads every point with the means of its recorded statistics; returns their names."""
         return self._statistics.names
 
     def evaluate(self, inputs: Nest, recorder: OutputRecorder) -> Iterator[int]:
-        """Evaluates a batch at all points, lazily.
-
-        Args:
-            inputs: The batch, prepared.
-            recorder: Records the outputs.
-
-        Yields:
-            Each point when it is done.
-        """
+        """Evaluates a prepared batch; yields each point when it is done."""
         for p, point in enumerate(self._coordinates):
             self._load(p, point)
             with self._network.deferring():
@@ -193,11 +156,7 @@ class LoadedPoints(_OnePass):
             yield p
 
     def _load(self, p: int, point: Sequence[float]) -> None:
-        weights = {}
-        for name in self._slice.ends[0]:
-            own = self._network.tensors[name]
-            ends = [end[name].to(combining_type(own)) for end in self._slice.ends]
-            weights[name] = self._slice.combine(ends, point).to(own.dtype)
+        weights = weights_at(self._slice, self._network.tensors, point)
         estimated = self._statistics.at(p, self._network.tensors)
         self._network.load({**weights, **self._own, **estimated})
 
@@ -320,11 +279,7 @@ class BoundPoints(_OnePass):
         return self._each(take, inputs)
 
     def use_statistics(self) -> Collection[str]:
-        """Sets the statistics of every point to the means over the recorded batches.
-
-        Returns:
-            The names of these statistics.
-        """
+        """Sets the statistics of every point to the recorded means; returns their names."""
         tensors = self._network.tensors
         points = [self._statistics.at(p, tensors) for p in range(len(self))]
         for name in self._statistics.names:
@@ -334,7 +289,7 @@ class BoundPoints(_OnePass):
         return self._statistics.names
 
     def _each(self, take: _TakeBatch, inputs: Nest) -> Iterator[int]:
-        """Takes a batch to all points; what comes before the first moving tensor is shared."""
+        """Evaluates a batch at all points; all before the first moving tensor is shared."""
         layer, prefix, done = self._find_first_layer(take)
         # In a user's code the weight may also be used where no watcher sees it.
         if layer is not None and self._lazy is None and self._stateless:
@@ -366,7 +321,7 @@ class BoundPoints(_OnePass):
     def _shared(
         self, p: int, replica: Replica, layer: FirstLayer | None, prefix: Prefix | None
     ) -> Iterator[None]:
-        """Replaces what is shared in a forward pass at a point."""
+        """Replaces the shared parts of a forward pass at a point."""
         shares = layer is not None and p not in (self._unshared or ())
         fill: Callable[[], None] | None = partial(self._fill_lazy, p)
         if layer is None or not shares or layer.weight != self._lazy:
@@ -374,7 +329,8 @@ class BoundPoints(_OnePass):
             fill = None
         with ExitStack() as stack:
             if layer is not None and shares:
-                replay = layer.replay_at(self._coordinates[p], replica.tensors, fill)
+                output = layer.output(self._coordinates[p])
+                replay = layer.replay(output, replica.tensors, fill)
                 stack.enter_context(replay)
             if prefix is not None:
                 stack.enter_context(prefix.replay(replica.tensors))
@@ -398,7 +354,7 @@ class BoundPoints(_OnePass):
         )
 
     def _find_first_layer(self, take: _TakeBatch) -> tuple[FirstLayer | None, Prefix | None, range]:
-        """Finds the first layer on a batch, what comes before it, and the points that are done."""
+        """Finds the first layer on a batch, the prefix before it, and the points that are done."""
         if not self._shares:
             return None, None, range(0)
         for name in self._weights.stacks:
@@ -517,28 +473,13 @@ class StackedPoints(BoundPoints):
 
 
 def moving_spectral_layers(network: Network, slice_: Slice) -> list[SpectralLayer]:
-    """Finds the spectrally normalised weights that move along a slice.
-
-    Args:
-        network: The model.
-        slice_: The slice.
-
-    Returns:
-        The weights.
-    """
+    """Returns the spectrally normalised weights that move along a slice."""
     moving = slice_.ends[0].keys()
     return [layer for layer in network.spectral if not moving.isdisjoint(layer.sources)]
 
 
 def cudnn_weights(network: Network) -> frozenset[str]:
-    """Finds the weights that cuDNN keeps in one buffer: those of recurrent layers on a GPU.
-
-    Args:
-        network: The model.
-
-    Returns:
-        Their names. They must be copied into that buffer.
-    """
+    """Returns the weights of recurrent layers on a GPU, which cuDNN keeps in one buffer."""
     # `flatten_parameters` made them views of it. If they were bound to other memory, every call
     # would warn and copy them into a new buffer.
     flat = {
@@ -556,4 +497,4 @@ def _is_in_cudnn(weight: Tensor) -> bool:
 
 
 Points = LoadedPoint | LoadedPoints | BoundPoints
-"""Points of any class: what `Objective.evaluate` takes."""
+"""Points of any class, for `Objective.evaluate`."""

@@ -1,4 +1,4 @@
-"""What a forward pass computes before its first use of a moving tensor, kept for all points.
+"""The results of a forward pass before its first use of a moving tensor, kept for all points.
 
 Until then nothing depends on the point: every call of a function of torch has the same arguments
 and the same result. So the calls of one pass are recorded, and in the passes at other points each
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from losscli.errors import ModelError
-from losscli.evaluation.strategies.function_mode import FunctionMode
+from losscli.evaluation.function_mode import FunctionMode
 
 __all__ = ["Prefix", "PrefixChanged", "PrefixRecorder"]
 
@@ -65,14 +65,7 @@ class Prefix:
     versions: tuple[tuple[Tensor, int], ...]
 
     def replay(self, tensors: Mapping[str, Tensor]) -> FunctionMode:
-        """Returns the results of the recorded calls instead of making them.
-
-        Args:
-            tensors: The tensors of the model that is run.
-
-        Returns:
-            A context to run the forward pass in.
-        """
+        """Returns the results of recorded calls instead of making them, in a context."""
         return _Replay(self, {id(tensor): name for name, tensor in tensors.items()})
 
     def check_unmodified(self) -> None:
@@ -83,7 +76,7 @@ class Prefix:
         """
         if any(tensor._version != version for tensor, version in self.versions):
             raise ModelError(
-                "the model modifies in place what it computed before its first moving tensor"
+                "the model modifies in place a result from before its first moving tensor"
             )
 
 
@@ -109,16 +102,7 @@ class PrefixRecorder:
     def record(
         self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> Any:
-        """Makes a call and records it.
-
-        Args:
-            function: The function.
-            args: Its positional arguments.
-            kwargs: Its keyword arguments.
-
-        Returns:
-            Its result.
-        """
+        """Makes a call, records it and returns its result."""
         if self._kept is not None:
             return function(*args, **kwargs)
         try:
@@ -138,11 +122,7 @@ class PrefixRecorder:
         return result
 
     def finish(self) -> Prefix | None:
-        """Ends the recording.
-
-        Returns:
-            The prefix; None if no layer of the model lies in it.
-        """
+        """Ends the recording; returns None if no layer of the model lies in the prefix."""
         if self._kept is None:
             self._end()
         if not self._has_layer or self._kept is None:
@@ -223,7 +203,7 @@ def _modifies(function: Callable[..., Any], kwargs: Mapping[str, Any]) -> bool:
 
 
 def _key(value: Any, key_of: Callable[[Tensor], _Key]) -> _Key:
-    """Returns what equal arguments have in common."""
+    """Returns a key that equal arguments share."""
     if isinstance(value, Tensor):
         return key_of(value)
     if isinstance(value, tuple | list):

@@ -20,7 +20,7 @@ __all__ = ["Replica", "forward_with", "is_stateless", "make_replicas"]
 
 @dataclass(frozen=True)
 class Replica:
-    """A model with tensors that can be bound to values of their own."""
+    """A model with tensors that can be bound to separate values."""
 
     model: nn.Module
     tensors: Mapping[str, Tensor]
@@ -28,15 +28,7 @@ class Replica:
 
 
 def make_replicas(network: Network, number: int) -> list[Replica]:
-    """Makes replicas of a model that share its memory.
-
-    Args:
-        network: The model.
-        number: How many.
-
-    Returns:
-        The replicas; the model itself is the first.
-    """
+    """Makes replicas of a model that share its memory; the model itself is the first."""
     replicas = [Replica(network.model, network.tensors, network.statistics)]
     for _ in range(number - 1):
         shared: dict[int, Any] = {
@@ -62,30 +54,14 @@ class _Forward(nn.Module):
 
 
 def forward_with(network: Network, tensors: Mapping[str, Tensor], inputs: Nest) -> Any:
-    """Runs a network with other tensors, see `torch.func.functional_call`.
-
-    Args:
-        network: The network.
-        tensors: The tensors by name; the others are those of the model.
-        inputs: A prepared batch.
-
-    Returns:
-        Its outputs.
-    """
+    """Runs a network with other tensors by name, see `torch.func.functional_call`."""
     named = {f"model.{name}": tensor for name, tensor in tensors.items()}
     return functional_call(_Forward(network), named, (inputs,))
 
 
 def is_stateless(network: Network) -> bool:
-    """Whether a forward pass is known to keep no state but the tensors of the model.
-
-    Args:
-        network: The model.
-
-    Returns:
-        Whether its replicas may run concurrently, and a forward pass may be interrupted.
-    """
-    # A user's code may keep state: a closure that copying does not reach, a table filled by a hook.
+    """Whether a forward pass is known to keep no state but the tensors of the model."""
+    # User code may keep state: in a closure that is not copied, or in a table filled by a hook.
     return network.function is None and all(
         type(module).__module__.startswith(("torch.nn.", "losscli.models"))
         and not module._forward_hooks

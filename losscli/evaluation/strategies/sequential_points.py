@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Self
 
-from losscli.data import Nest
 from losscli.evaluation.recalibration import Statistics
 from losscli.evaluation.spectral import normalise
-from losscli.evaluation.strategies.base import Network, OutputRecorder
+from losscli.evaluation.strategies.base import Network
 from losscli.evaluation.strategies.point_weights import SinglePointWeights
 from losscli.evaluation.strategies.points import (
     LoadedPoint,
@@ -78,18 +77,3 @@ class SequentialPoints(LoadedPoint):
             self._statistics = Statistics(1)
             self._point = p
             yield range(p, p + 1)
-
-    def evaluate(self, inputs: Nest, recorder: OutputRecorder) -> Iterator[int]:
-        """Evaluates a batch at the point of the pass.
-
-        Args:
-            inputs: The batch, prepared.
-            recorder: Records the outputs.
-
-        Yields:
-            The index of the point, when it is done.
-        """
-        with self._network.deferring():
-            outputs = self._network.forward(self._network.model, inputs)
-        recorder.one(self._point, outputs)
-        yield self._point

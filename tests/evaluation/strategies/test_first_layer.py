@@ -123,7 +123,7 @@ def test_after_the_layer_has_run_no_call_is_looked_at(monkeypatch: pytest.Monkey
     with torch.no_grad():
         expected = model(inputs)
         monkeypatch.setattr(first_layer, "_uses", None)
-        with layer.replay_at((0.5,), tensors):
+        with layer.replay(layer.output((0.5,)), tensors):
             assert torch.equal(model(inputs), expected)
 
 
@@ -142,6 +142,6 @@ def test_the_first_other_use_of_the_weight_is_the_last_that_is_looked_for(
 
     with torch.no_grad():
         expected = model(inputs)
-        with layer.replay_at((0.5,), model.state_dict(keep_vars=True), filling):
+        with layer.replay(layer.output((0.5,)), model.state_dict(keep_vars=True), filling):
             assert torch.equal(model(inputs), expected)
     assert calls == [1]

@@ -1,4 +1,4 @@
-"""A base class for modes that see each call of a function of torch, and what they ask of it."""
+"""A base class for modes that intercept each call of a function of torch."""
 
 from __future__ import annotations
 
