@@ -28,7 +28,7 @@ pytestmark = [
     pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork"),
     # Of a fork beside threads: the child has one thread, and uses no other.
     pytest.mark.filterwarnings("ignore:This process .* is multi-threaded"),
-    pytest.mark.usefixtures("folder"),
+    pytest.mark.usefixtures("folder", "unlaid"),
 ]
 
 TO = ["--no-figure", "-o", "out"]
