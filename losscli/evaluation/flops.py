@@ -109,9 +109,9 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kwargs = kwargs or {}
         read = addresses(tree_leaves((args, kwargs)))
         self._trace.read |= read.keys()
-        for place, tensor in read.items():
+        for address, tensor in read.items():
             if isinstance(tensor, nn.Parameter):
-                self._trace.parameters[place] = tensor.shape
+                self._trace.parameters[address] = tensor.shape
         if not isinstance(func, torch._ops.OpOverload):
             return NotImplemented
         with self:
@@ -120,7 +120,7 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return result
         result = func(*args, **kwargs)
         used = addresses(tree_leaves((args, kwargs, result))).items()
-        own = [t for place, t in used if place not in self._trace.parameters]
+        own = [t for address, t in used if address not in self._trace.parameters]
         size = sum(tensor.untyped_storage().nbytes() for tensor in own)
         self._trace.largest = max(self._trace.largest, size)
         formula = flop_registry.get(func.overloadpacket)

@@ -277,7 +277,7 @@ def _check_parameters(objective: Objective, trace: Trace) -> None:
     if not unread or not trace.read or _have_influence(objective, unread):
         return
     objective.unused = tuple(unread)
-    foreign = {shape for place, shape in trace.parameters.items() if place not in own}
+    foreign = {shape for address, shape in trace.parameters.items() if address not in own}
     other = next((name for name in unread if parameters[name].shape in foreign), None)
     if len(unread) == len(parameters):
         what = "no parameter of the model has an influence on its outputs"
@@ -391,17 +391,17 @@ def _check_targets(objective: Objective, name: str) -> None:
     split = objective.splits[name]
     sample = split if isinstance(split, Split) else split.first(objective.batch_size)
     check_probabilities(objective.loss, sample.targets, f"the split {name!r}")
-    place = first_not_finite(split.targets) if isinstance(split, Split) else None
-    if place is None or not isinstance(split, Split) or objective.batch_loss:
+    row = first_not_finite(split.targets) if isinstance(split, Split) else None
+    if row is None or not isinstance(split, Split) or objective.batch_loss:
         return
-    start = place - place % objective.batch_size
+    start = row - row % objective.batch_size
     batch = split.take(slice(start, start + objective.batch_size)).to(objective.device)
     inputs = objective.prepare(batch.map(Tensor.clone))
     with objective.deferring():
         outputs = objective.forward(objective.model, inputs)
     losses = objective.per_example(objective.loss, outputs, batch.targets, "loss")
-    if not losses[place - start].isfinite():
-        raise target_error(split.targets[place], objective.where(split), split.position(place))
+    if not losses[row - start].isfinite():
+        raise target_error(split.targets[row], objective.where(split), split.position(row))
 
 
 def classifies(loss: PerExample) -> bool:

@@ -374,11 +374,11 @@ def barriers_views(run: Run[BarriersSummary]) -> list[View]:
             values = square.heights.copy()
             np.fill_diagonal(values, np.nan)
             hover = [(quantities[quantity], "z", "error" if more else "")]
-            said: dict[str, list[list[float]]] = {}
+            further: dict[str, list[list[float]]] = {}
             if more:
-                said = {"error": more[k].heights.tolist()}
+                further = {"error": more[k].heights.tolist()}
             if quantity == "barrier":
-                said["alpha"] = alphas[k].heights.tolist()
+                further["alpha"] = alphas[k].heights.tolist()
                 hover.append(("α of the barrier", "alpha", ""))
             trace = {
                 "type": "heatmap",
@@ -391,7 +391,7 @@ def barriers_views(run: Run[BarriersSummary]) -> list[View]:
                 "ygap": 1,
             }
             tags = {"quantity": quantity, "split": square.split}
-            items.append(Item(trace, tags, hover, said, pairs, counted=False))
+            items.append(Item(trace, tags, hover, further, pairs, counted=False))
     layout = layout_2d("")
     ticks = {"tickvals": at, "ticktext": [escape(label) for label in labels]}
     layout["xaxis"] |= ticks

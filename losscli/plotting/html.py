@@ -56,7 +56,7 @@ DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
 # Columns of names that distinguish curves.
 _NAMED = frozenset({"a", "b", "block", "checkpoint", "direction", "rho", "split"})
 
-_SAID = ("checkpoint", "block", "verdict")
+_HOVER_COLUMNS = ("checkpoint", "block", "verdict")
 _WORDS = {"block": "{} alone", "rho": "ρ = {}"}
 
 # Columns that order checkpoints.
@@ -355,7 +355,7 @@ def table_view(
         order = np.argsort(at, kind="stable")
         order = order[np.isfinite(at[order])]
         words = [_WORDS.get(tag, "{}").format(value) for tag, value in tags.items()]
-        said = [c for c in _SAID if c in rows.columns and c not in tags]
+        shown = [c for c in _HOVER_COLUMNS if c in rows.columns and c not in tags]
         for column, label in quantities.items():
             if column not in rows.columns:
                 continue
@@ -370,8 +370,8 @@ def table_view(
                 tags={"quantity": column} | {k: v for k, v in tags.items() if k != "checkpoint"},
                 labels=(short or axis, label),
                 step=slider.step(tags.get("checkpoint")),
-                more={c: [escape(str(rows[c][k])) for k in order] for c in said},
-                hover=[(c, c, "") for c in said],
+                more={c: [escape(str(rows[c][k])) for k in order] for c in shown},
+                hover=[(c, c, "") for c in shown],
             )
             items.append(item)
             if x in _ORDERS and slider.names:
@@ -622,7 +622,7 @@ def path_items(
         values = {**further, "loss": list(loss)}
         if errors:
             values["error"] = list(errors[split])
-        said = [*hover, ("own loss", "loss", "error" if errors else ""), *after]
+        shown = [*hover, ("own loss", "loss", "error" if errors else ""), *after]
         for view, items in found.items():
             solid = view == "surface"
             data: dict[str, Any] = {
@@ -646,7 +646,7 @@ def path_items(
             if not colour:
                 letters = {"mode": "markers+text", "text": list("ABCD"[: len(names)])}
                 trace |= {**letters, "textposition": "top right"}
-            dots = Item(trace, tags, said, values, list(map(escape, names)), counted=solid)
+            dots = Item(trace, tags, shown, values, list(map(escape, names)), counted=solid)
             items.extend([dots, *(ends(dots, names, colour) if colour else ()), ring(dots, at)])
     return found
 

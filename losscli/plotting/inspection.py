@@ -317,8 +317,8 @@ def inspection_views(run: Run[InspectionSummary]) -> list[View]:
             "showlegend": False,
         }
         hover = [("tensor", "x", ""), (label, "y", ""), *((name, name, "") for name in about)]
-        said = {name: [escape(str(cell)) for cell in cells] for name, cells in about.items()}
-        items.append(Item(trace, {"quantity": column}, hover, said, counted=False))
+        further = {name: [escape(str(cell)) for cell in cells] for name, cells in about.items()}
+        items.append(Item(trace, {"quantity": column}, hover, further, counted=False))
     layout = layout_2d("")
     layout["xaxis"] |= {"type": "category"}
     positive = [column for column in quantities if column != "cosine"]

@@ -30,6 +30,7 @@ from losscli.plotting.style import (
     INK,
     end_names,
     error_label,
+    evenly_spaced,
     house_style,
     loss_name,
     name_split,
@@ -161,8 +162,7 @@ def _name_blocks(
         (Line2D([], [], color=INK, linewidth=2.4), "all blocks together")
     ]
     lines = {s.run: s for s in curves}
-    named = np.linspace(0, len(names) - 1, min(len(names), _MOST_NAMES)).round().astype(int)
-    for index in named.tolist():
+    for index in evenly_spaced(len(names), _MOST_NAMES):
         if index in lines:
             s = lines[index]
             handle = Line2D([], [], color=s.colour, linestyle=s.dashes, linewidth=1.8)

@@ -444,8 +444,8 @@ def _notes(
     paths = groups[1:]
     notes = blank_notes(contours) + _checkpoint_notes(figure, groups[0], view)
     notes += _path_notes(paths, view)
-    theirs = [p.loss(c.grid.split) for p in paths for c in contours]
-    if drawing.ylim is None and any(map(scale.is_beyond, theirs)):
+    path_losses = [p.loss(c.grid.split) for p in paths for c in contours]
+    if drawing.ylim is None and any(map(scale.is_beyond, path_losses)):
         notes.append(
             "Dots with losses beyond an end of the colour bar have the colour of that end."
         )

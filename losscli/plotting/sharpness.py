@@ -125,7 +125,7 @@ def draw_sharpness(run: Run[SharpnessSummary], drawing: Drawing = FULL) -> Figur
             notes += _draw_critical(axes[2], critical, number, run.summary, drawing)
             scale_checkpoints(axes[2], numbers, label)
             if label == IN_ORDER and len(names) <= len(PALETTE):
-                room = 0.8 * figure.get_figwidth() * INCH / len(names)
+                room = min(0.8 * figure.get_figwidth() * INCH / len(names), narrow(figure, 120))
                 shown = [shorten(figure, name, room, text_size()) for name in distinct]
                 axes[2].set_xticks(numbers, shown)
                 axes[2].set_xlabel("checkpoint")

@@ -23,6 +23,7 @@ from losscli.plotting.style import (
     PALETTE,
     columns,
     drawable,
+    evenly_spaced,
     extent,
     format_number,
     name_checkpoint,
@@ -96,7 +97,7 @@ def spectra_rows(
         panels = len(splits) if len(names) > 1 else 1
         yield Row(
             2.4 * panels / columns(drawing, panels),
-            lambda *place: _draw_densities(run, density, names, splits, drawing, *place),
+            lambda *cell: _draw_densities(run, density, names, splits, drawing, *cell),
         )
     if blocks is not None and blocks.rows:
         many = len(names) > 1
@@ -104,7 +105,7 @@ def spectra_rows(
         draw = _draw_block_curves if many else _draw_blocks
         height *= 1.5 if drawing.compact and not many else 1.0
         height *= len(_PANELS) / columns(drawing, len(_PANELS))
-        yield Row(height, lambda *place: draw(run, blocks, names, splits, drawing, *place))
+        yield Row(height, lambda *cell: draw(run, blocks, names, splits, drawing, *cell))
 
 
 def matrix_name(run: Run[CheckSummary]) -> str:
@@ -149,14 +150,14 @@ def _draw_densities(
     splits: Sequence[str],
     drawing: Drawing,
     figure: Figure,
-    place: SubplotSpec,
+    cell: SubplotSpec,
 ) -> Drawn:
     """Draws the density of one checkpoint on all splits, or a panel of several for each split."""
     several = len(names) > 1
-    shown = [names[i] for i in _spread(len(names), _MOST_CURVES)]
+    shown = [names[i] for i in evenly_spaced(len(names), _MOST_CURVES)]
     panels = splits if several else splits[:1]
     across = columns(drawing, max(len(panels), 1))
-    grid = place.subgridspec(max(len(panels), 1) // across, across)
+    grid = cell.subgridspec(max(len(panels), 1) // across, across)
     notes: list[str] = []
     entries: list[tuple[Artist, str]] = []
     if len(shown) < len(names):
@@ -242,13 +243,13 @@ def _draw_blocks(
     splits: Sequence[str],
     drawing: Drawing,
     figure: Figure,
-    place: SubplotSpec,
+    cell: SubplotSpec,
 ) -> Drawn:
     """Draws the blocks of one checkpoint from top to bottom, in a panel for each quantity."""
     blocks = [str(block) for block in table.unique("block")]
     rank = {block: i for i, block in enumerate(blocks)}
     across = columns(drawing, len(_PANELS))
-    grid = place.subgridspec(len(_PANELS) // across, across)
+    grid = cell.subgridspec(len(_PANELS) // across, across)
     first: Axes | None = None
     for i, (column, error, label) in enumerate(_PANELS):
         axes = figure.add_subplot(grid[divmod(i, across)], sharey=first)
@@ -270,7 +271,7 @@ def _draw_blocks(
         axes.grid(visible=False, axis="y")
         if first is None:
             first = axes
-            shown = _spread(len(blocks), _MOST_LABELS)
+            shown = evenly_spaced(len(blocks), _MOST_LABELS)
             labels = [shorten(figure, plain(blocks[k]), narrow(figure, 90)) for k in shown]
             axes.set_yticks(shown, labels, fontsize=small_size())
             axes.set_ylim(len(blocks) - 0.5, -0.5)
@@ -286,7 +287,7 @@ def _draw_block_curves(
     splits: Sequence[str],
     drawing: Drawing,
     figure: Figure,
-    place: SubplotSpec,
+    cell: SubplotSpec,
 ) -> Drawn:
     """Draws each block over the checkpoints on the first split, in a panel for each quantity."""
     table = table.where("split", splits[0])
@@ -295,7 +296,7 @@ def _draw_block_curves(
     numbers, under = number_checkpoints(names)
     number = dict(zip(names, numbers.tolist(), strict=True))
     across = columns(drawing, len(_PANELS))
-    grid = place.subgridspec(len(_PANELS) // across, across)
+    grid = cell.subgridspec(len(_PANELS) // across, across)
     for i, (column, error, label) in enumerate(_PANELS):
         axes = figure.add_subplot(grid[divmod(i, across)])
         log = column == "gradient_norm"
@@ -323,7 +324,7 @@ def _draw_block_curves(
         notes.append(f"The legend names {_MOST_NAMES} of the {len(blocks)} blocks.")
     entries: list[tuple[Artist, str]] = [
         (Line2D([], [], color=colours[k]), shorten(figure, plain(blocks[k]), narrow(figure, 120)))
-        for k in _spread(len(blocks), _MOST_NAMES)
+        for k in evenly_spaced(len(blocks), _MOST_NAMES)
     ]
     return notes, entries
 
@@ -332,9 +333,3 @@ def _errors(rows: Table, column: str) -> Floats:
     """Returns the errors in a column; 0 where they are unknown, or without a column."""
     errors = np.array(rows.floats(column)) if column else np.zeros(len(rows.rows))
     return np.where(drawable(errors, log=False), errors, 0.0)
-
-
-def _spread(number: int, most: int) -> list[int]:
-    """Returns up to ``most`` evenly spaced indices, the first and the last among them."""
-    places = np.linspace(0, number - 1, min(number, most)).round().astype(int)
-    return [int(place) for place in places]

@@ -60,6 +60,7 @@ __all__ = [
     "drawable",
     "end_names",
     "error_label",
+    "evenly_spaced",
     "examples_notes",
     "extent",
     "format_number",
@@ -520,6 +521,12 @@ def title_panel(figure: Figure, axes: Axes, text: str, width: float = 250.0) -> 
     axes.set_title(shorten(figure, text, narrow(figure, width), text_size()), loc="left")
 
 
+def evenly_spaced(number: int, most: int) -> list[int]:
+    """Returns up to ``most`` evenly spaced indices below ``number``, both ends among them."""
+    indices = np.linspace(0, number - 1, min(number, most)).round()
+    return [int(index) for index in indices]
+
+
 def extent(values: NDArray[np.float64]) -> tuple[float, float]:
     """Returns the range of values; for constant values, an interval around them."""
     low, high = float(values.min()), float(values.max())
@@ -565,7 +572,9 @@ def scale_y(
     if values.size and (values.max() < low or values.min() > high):
         side = "lower" if values.max() < low else "higher"
         text = f"no value between {format_number(low)} and {format_number(high)}: all are {side}"
-        axes.text(0.5, 0.5, text, ha="center", color=PALE, transform=axes.transAxes)
+        look: dict[str, Any] = {"color": PALE, "fontsize": small_size()}
+        look["bbox"] = {"fc": "white", "ec": "none", "pad": 2}
+        axes.text(0.5, 0.5, text, ha="center", transform=axes.transAxes, zorder=4, **look)
     if not log:
         if fraction:
             low, high = max(low, 0.0), min(high, 1.0)

@@ -267,7 +267,7 @@ BAD: dict[str, tuple[Callable[[], None], list[str], int, str]] = {
 
 @pytest.mark.usefixtures("unseen")
 @pytest.mark.parametrize("case", BAD)
-def test_what_cannot_be_computed_is_refused_in_one_line(
+def test_an_unusable_state_of_an_optimiser_is_refused_in_one_line(
     case: str, losscli: Losscli, folder: Path
 ) -> None:
     write, options, status, text = BAD[case]
@@ -337,11 +337,11 @@ def test_adam_stays_at_its_threshold_and_has_the_dense_eigenvalues(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("losscli.evaluation.hessian.critical_points.DENSE_LIMIT", 0)
-    files = [CHEBYSHEV / "adam" / "path" / f"step-{t:05}.pt" for t in (200, 1400, 3000, 4000)]
+    files = [CHEBYSHEV / "adam" / "path" / f"step-{t:05}.pt" for t in (200, 1400, 4000)]
     result = losscli.check([str(file) for file in files], optimizer="adam")
     values = result.table.floats(COLUMNS[0])
     edges = [state["threshold"] for state in result.summary["preconditioners"]]
-    assert edges == pytest.approx([38_000] * 4)
+    assert edges == pytest.approx([38_000] * 3)
     assert values[0] < 0.1 * edges[0]
     assert all(0.9 < value / edges[0] < 1.05 for value in values[1:])
     # As a plain loop has them, in float64.

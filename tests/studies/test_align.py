@@ -79,7 +79,9 @@ def test_the_summary_as_json(losscli: Losscli, folder: Path) -> None:
     assert 0 <= found["check"]["largest_difference"] < 1e-13
 
 
-def test_it_has_bs_metadata_and_needs_no_options_then(losscli: Losscli, folder: Path) -> None:
+def test_the_aligned_checkpoint_has_the_metadata_of_b_and_needs_no_options(
+    losscli: Losscli, folder: Path
+) -> None:
     state = torch.load("b.pt")
     torch.save({**state, "losscli.loss": "cross_entropy", "epoch": 7}, "b.pt")
     assert losscli(*ALIGN).status == 0
@@ -151,7 +153,7 @@ def test_a_network_that_was_shuffled_is_found_again_with_its_buffers(tmp_path: P
 
 
 # The stream and the heads of transformers, normalised groups, time steps, units without variance.
-@pytest.mark.parametrize("name", sample(["grouped", "gpt", "gru", "shared", "resnet"], 1, 3))
+@pytest.mark.parametrize("name", sample(["gpt", "grouped", "gru", "shared", "resnet"], 0, 5))
 def test_by_activations_a_shuffled_network_is_found_again(name: str) -> None:
     network = next(n for n in NETWORKS if n.name == name)
     a = network.model(3).float().state_dict()
@@ -187,7 +189,9 @@ def test_by_activations_the_text_names_the_examples_and_units_without_variance(
     assert losscli(*ALIGN, "--by", "weights", "--force").status == 0
 
 
-def test_several_checkpoints_are_aligned_as_each_alone(losscli: Losscli, folder: Path) -> None:
+def test_several_checkpoints_are_each_aligned_as_on_their_own(
+    losscli: Losscli, folder: Path
+) -> None:
     (folder / "runs/one").mkdir(parents=True)
     (folder / "runs/two").mkdir()
     for seed, name in enumerate(("one/x.pt", "two/x.pt")):
@@ -218,7 +222,7 @@ def test_several_checkpoints_are_aligned_as_each_alone(losscli: Losscli, folder:
     assert "exists" in losscli("align", "a.pt", "runs", "-o", "new").stderr
 
 
-def test_of_several_files_all_are_written_or_none(
+def test_all_of_several_files_are_written_or_none(
     losscli: Losscli, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (folder / "c.pt").write_bytes((folder / "b.pt").read_bytes())
@@ -237,7 +241,7 @@ def test_of_several_files_all_are_written_or_none(
     assert there(folder) == before
 
 
-def test_initialisations_are_aligned_too_and_the_seed_is_the_orders(
+def test_initialisations_are_aligned_too_and_the_seed_is_that_of_the_order(
     losscli: Losscli, folder: Path
 ) -> None:
     arguments = ["align", "init:0", "init:1", "-m", "mlp:6-9-8-7-3", "-d", "npz:data.npz", "-q"]
@@ -250,7 +254,7 @@ def test_initialisations_are_aligned_too_and_the_seed_is_the_orders(
     assert any(not torch.equal(one[n], other[n]) for n in one)
 
 
-def test_a_model_that_knows_float32_alone_is_held_against_b_in_it(
+def test_a_model_that_only_supports_float32_is_compared_in_float32(
     losscli: Losscli, folder: Path
 ) -> None:
     write("""
@@ -267,7 +271,7 @@ def test_a_model_that_knows_float32_alone_is_held_against_b_in_it(
     assert json.loads(done.stdout)["check"]["dtype"] == "float32"
 
 
-def test_what_a_model_computes_in_float32_is_held_to_its_rounding(
+def test_a_model_that_computes_in_float32_is_compared_within_its_rounding(
     losscli: Losscli, folder: Path
 ) -> None:
     write("""
@@ -395,7 +399,7 @@ def test_force_overwrites(losscli: Losscli, folder: Path) -> None:
     assert "0 of them moved" in losscli(*again).stdout
 
 
-def test_another_function_is_refused_and_not_written(
+def test_a_permutation_that_changes_the_function_is_refused_and_not_written(
     losscli: Losscli, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import losscli.studies.alignment as module

@@ -7,6 +7,7 @@ import json
 import math
 import statistics
 from collections.abc import Iterator, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +109,7 @@ def derivatives(case: Case, state: State, names: Sequence[str]) -> tuple[np.ndar
     return gradient.detach().numpy(), rows.detach().numpy()
 
 
-def test_a_quadratic_loss_is_met_exactly_and_so_is_the_radius(tmp_path: Path) -> None:
+def test_losses_and_radius_of_a_quadratic_loss_are_exact(tmp_path: Path) -> None:
     (file,) = save(LINEAR, tmp_path, 1)
     state = LINEAR.state(1)
     more = {"directions": 5, "basin": 1.5, "points": 9, "range": (0, 4), "dtype": "float64"}
@@ -172,7 +173,7 @@ def test_the_summary_says_what_the_table_holds(tmp_path: Path) -> None:
             assert point["high"][p] == pytest.approx(tenths[-1])
 
 
-def test_further_directions_change_none_of_the_first(tmp_path: Path) -> None:
+def test_more_directions_do_not_change_the_first(tmp_path: Path) -> None:
     files = save(TANH, tmp_path, 1, 2)
     few = losscli.around(files, directions=1, **options(TANH, points=3))
     more = losscli.around(files[::-1], directions=3, **options(TANH, points=3))
@@ -201,7 +202,7 @@ def test_only_chosen_tensors_move_and_statistics_do_not(tmp_path: Path) -> None:
     assert any("re-estimated at every point" in note for note in again.summary["notes"])
 
 
-def test_with_few_examples_known_well_enough_the_rest_is_not_evaluated(tmp_path: Path) -> None:
+def test_examples_are_added_only_until_the_error_is_small(tmp_path: Path) -> None:
     repeats = 3000 // len(TANH.targets) + 1
     data = {"all": (torch.cat([TANH.inputs] * repeats), torch.cat([TANH.targets] * repeats))}
     (file,) = save(TANH, tmp_path, 1)
@@ -247,15 +248,14 @@ def test_eigenvectors_are_those_of_the_dense_hessian(case: Case, tmp_path: Path)
 
 
 def test_derivatives_are_those_of_check(folder: Path) -> None:
-    for split in ("train", "test"):
-        found = losscli.around("a.pt", along="hessian", points=3, split=split)
-        (row,) = losscli.check("a.pt", eigenvalues=2, split=split).table.records()
-        first, *_, last = found.summary["derivatives"]["a.pt"]
-        assert (first["eigenvalue"], first["error"]) == (row["lambda_max"], row["lambda_max_error"])
-        assert (last["eigenvalue"], last["error"]) == (row["lambda_min"], row["lambda_min_error"])
-        found = losscli.around("a.pt", along="gradient", points=3, split=split)
-        ((told,),) = found.summary["derivatives"].values()
-        assert told["gradient_norm"] == row["gradient_norm"]
+    found = losscli.around("a.pt", along="hessian", points=3, split="test")
+    (row,) = losscli.check("a.pt", eigenvalues=2, split="test").table.records()
+    first, *_, last = found.summary["derivatives"]["a.pt"]
+    assert (first["eigenvalue"], first["error"]) == (row["lambda_max"], row["lambda_max_error"])
+    assert (last["eigenvalue"], last["error"]) == (row["lambda_min"], row["lambda_min_error"])
+    found = losscli.around("a.pt", along="gradient", points=3, split="test")
+    ((told,),) = found.summary["derivatives"].values()
+    assert told["gradient_norm"] == row["gradient_norm"]
 
 
 def cut(flat: np.ndarray, state: State, names: Sequence[str]) -> State:
@@ -351,7 +351,7 @@ def test_a_gradient_needs_no_second_derivative() -> None:
 # --- Thresholds and losses that are not finite ---------------------------------------------------
 
 
-def test_a_loss_not_above_0_has_no_multiple_for_a_threshold(tmp_path: Path) -> None:
+def test_a_loss_of_zero_or_less_gives_no_threshold(tmp_path: Path) -> None:
     (file,) = save(TANH, tmp_path, 1)
 
     def negative(outputs: Tensor, targets: Tensor) -> Tensor:
@@ -381,7 +381,7 @@ def test_a_radius_before_the_first_point_is_a_bound(tmp_path: Path) -> None:
     assert "basin radius    at most " in COMMANDS["around"].as_text(result)
 
 
-def test_losses_that_are_not_finite_lose_nothing_else(tmp_path: Path) -> None:
+def test_losses_that_are_not_finite_do_not_affect_the_other_numbers(tmp_path: Path) -> None:
     (file,) = save(TANH, tmp_path, 1)
 
     def overflowing(outputs: Tensor, targets: Tensor) -> Tensor:
@@ -420,9 +420,13 @@ def test_a_checkpoint_without_a_direction_is_named(tmp_path: Path) -> None:
         assert "\n" not in str(raised.value)
 
 
-@pytest.mark.parametrize("more", [{}, {"along": "hessian"}, {"along": "gradient"}], ids=str)
-@pytest.mark.parametrize("last", [False, True])
-def test_a_checkpoint_that_is_not_finite_loses_nothing_of_others(
+@pytest.mark.usefixtures("unlaid")
+@pytest.mark.parametrize(
+    ("more", "last"),
+    sample(product(({}, {"along": "hessian"}, {"along": "gradient"}), (False, True)), 0, 2),
+    ids=str,
+)
+def test_a_checkpoint_that_is_not_finite_does_not_affect_the_others(
     more: dict[str, Any], last: bool, tmp_path: Path
 ) -> None:
     whole, broken = save(TANH, tmp_path, 1, 2)
@@ -463,7 +467,7 @@ def test_a_checkpoint_that_is_not_finite_loses_nothing_of_others(
         ("float64", 1e-17, 6),
     ],
 )
-def test_points_that_rounding_separates_are_noted(
+def test_points_that_differ_only_by_rounding_are_noted(
     dtype: str, reach: float, rounded: int, tmp_path: Path
 ) -> None:
     (file,) = save(TANH, tmp_path, 1)
@@ -478,16 +482,24 @@ def test_points_that_rounding_separates_are_noted(
 
 
 @pytest.mark.parametrize(
-    ("study", "more"),
+    ("study", "more", "buffers"),
     [
-        (losscli.around, {"directions": 2, "points": 3}),
-        (losscli.around, {"along": "gradient", "points": 3}),
-        (losscli.check, {}),
-        (losscli.sharpness, {"samples": 2}),
+        (losscli.around, {"directions": 2, "points": 3}, "interpolate"),
+        (losscli.around, {"along": "gradient", "points": 3}, "a"),
+        (losscli.check, {}, "a"),
+        (losscli.sharpness, {"samples": 2}, "interpolate"),
+        *(
+            pytest.param(*case, marks=pytest.mark.stress)
+            for case in (
+                (losscli.around, {"directions": 2, "points": 3}, "a"),
+                (losscli.around, {"along": "gradient", "points": 3}, "interpolate"),
+                (losscli.check, {}, "interpolate"),
+                (losscli.sharpness, {"samples": 2}, "a"),
+            )
+        ),
     ],
 )
-@pytest.mark.parametrize("buffers", ["interpolate", "a"])
-def test_tensors_that_do_not_move_are_each_checkpoint_s_own(
+def test_tensors_that_do_not_move_are_those_of_each_checkpoint(
     study: Any, more: dict[str, Any], buffers: str, tmp_path: Path
 ) -> None:
     files = save(BATCHNORM, tmp_path, 1, 2)

@@ -36,9 +36,10 @@ from losscli.weight_space.slices import Line
 from tests.cases import sample
 from tests.conftest import Losscli
 from tests.promises.test_ranks import assert_same, forked, forks
-from tests.promises.test_resume import broken_anywhere
+from tests.promises.test_resume import EVERY, resume_each
 
 N = 22
+WIDTHS = "6-3-3"
 X = torch.randn(N, 6, generator=torch.Generator().manual_seed(3))
 Y = torch.arange(N) % 3
 
@@ -117,15 +118,15 @@ SOURCES = {
 }
 
 
-def state(seed: int) -> dict[str, Tensor]:
+def state(seed: int, widths: str = WIDTHS) -> dict[str, Tensor]:
     torch.manual_seed(seed)
-    return MLP("6-5-3").state_dict()
+    return MLP(widths).state_dict()
 
 
 def truth(source: Source, alpha: float, loss: Callable[..., Tensor] = contrast) -> list[float]:
     """The loss of each batch in float64."""
     a, b = state(0), state(1)
-    model = MLP("6-5-3").double()
+    model = MLP(WIDTHS).double()
     model.load_state_dict({n: (1 - alpha) * a[n].double() + alpha * b[n].double() for n in a})
     model.eval()
     with torch.no_grad():
@@ -144,7 +145,7 @@ def run(
         folder / "0.pt",
         folder / "1.pt",
         **{
-            "model": "mlp:6-5-3",
+            "model": f"mlp:{WIDTHS}",
             "data": source.make(),
             "batch_loss": True,
             "batch_size": source.size,
@@ -202,10 +203,10 @@ def test_the_loss_is_the_mean_over_the_batches_of_the_data(
 
 
 @pytest.mark.parametrize("way", Strategy)
-def test_every_way_to_evaluate_gives_the_same_numbers(way: Strategy) -> None:
+def test_every_strategy_gives_the_same_numbers(way: Strategy) -> None:
     data = DataSet({"all": Batches.of(Split(X, Y), 5)})
     objective = Objective(
-        MLP("6-5-3"),
+        MLP(WIDTHS),
         contrast,
         {},
         data,
@@ -232,7 +233,7 @@ def test_batches_that_differ_in_the_shape_of_their_examples_are_not_joined(tmp_p
 
     data = {"all": DataLoader(Growing(), batch_size=4)}  # type: ignore[arg-type]
     result = run(
-        Source(lambda: data, []), tmp_path, model=lambda: Folding("6-5-3"), loss=contrast_mean
+        Source(lambda: data, []), tmp_path, model=lambda: Folding(WIDTHS), loss=contrast_mean
     )
     expected = truth(Source(lambda: data, sequential(4, 12)), 0.0)
     assert result.table["loss"][0] == pytest.approx(math.fsum(expected) / 3, rel=1e-12)
@@ -254,7 +255,7 @@ def test_derivatives_are_those_of_the_mean_over_batches(
         assert slope == pytest.approx(float(line.gradient(point) @ line.d), rel=1e-8)
         assert curvature == pytest.approx(float(line.d @ line.hessian(point) @ line.d), rel=1e-8)
     options: dict[str, Any] = {
-        "model": "mlp:6-5-3",
+        "model": f"mlp:{WIDTHS}",
         "loss": contrast_mean,
         "metric": "none",
         "batch_loss": True,
@@ -269,7 +270,7 @@ def test_derivatives_are_those_of_the_mean_over_batches(
     assert found["lambda_max"] == pytest.approx(float(values[-1]), rel=1e-5)
     assert found["trace"] == pytest.approx(float(hessian.trace()), rel=1e-5)
     assert checked.summary["batches"] == {"all": len(source.batches)}
-    for block, own in (("layers.0", slice(0, 35)), ("layers.1", slice(35, None))):
+    for block, own in (("layers.0", slice(0, 21)), ("layers.1", slice(21, None))):
         largest = float(torch.linalg.eigvalsh(hessian[own, own])[-1])
         row = found_in(checked.more["curvature"], "block", block)
         assert row["lambda_max"] == pytest.approx(largest, rel=1e-5)
@@ -302,12 +303,13 @@ def test_batches_are_drawn_until_the_error_over_them_is_small(
     rows = torch.randn(299, 6, generator=torch.Generator().manual_seed(0))
     data = [(x, 0) for x in rows]
     source = Source(lambda: {"all": DataLoader(data, batch_size=2)}, [])  # type: ignore[arg-type]
-    result = run(source, tmp_path, loss=contrast_mean, sampling_error=0.15, seed=3, points=2)
+    a, b = ends = [state(seed, "6-5-3") for seed in (0, 1)]
+    options = {"model": "mlp:6-5-3", "sampling_error": 0.15, "seed": 3, "points": 2}
+    result = run(source, tmp_path, ends, loss=contrast_mean, **options)
     order = torch.randperm(150, generator=torch.Generator().manual_seed(3)).tolist()
     for size in (64, 128, 150):
         table = {}
         for alpha in (0.0, 1.0, 1.5):
-            a, b = state(0), state(1)
             model = MLP("6-5-3").double()
             blend = {n: (1 - alpha) * a[n].double() + alpha * b[n].double() for n in a}
             model.load_state_dict(blend)
@@ -374,7 +376,7 @@ class Dense:
         shapes = {name: tensor.shape for name, tensor in state(0).items()}
         parts = point.split([shape.numel() for shape in shapes.values()])
         weights = {n: p.view(shapes[n]) for n, p in zip(shapes, parts, strict=True)}
-        model = MLP("6-5-3").double()
+        model = MLP(WIDTHS).double()
         losses = [
             contrast_mean(functional_call(model, weights, (X[list(rows)].double(),)), Y)
             for rows in self.source.batches
@@ -405,7 +407,7 @@ def test_the_order_of_a_loader_is_drawn_once_by_the_seed(tmp_path: Path) -> None
     assert one.table != other.table
 
 
-def test_a_loss_of_the_batch_is_part_of_what_a_run_is(folder: Path) -> None:
+def test_a_loss_per_batch_is_part_of_the_identity(folder: Path) -> None:
     arguments = {"points": 3, "batch_size": 29, "split": ("train",)}
     one = losscli.interpolate("a.pt", "b.pt", **arguments)
     two = losscli.interpolate("a.pt", "b.pt", batch_loss=True, **arguments)
@@ -451,14 +453,14 @@ def loader():
 
 @pytest.fixture
 def mine(folder: Path) -> Path:
-    for seed in (2, 3):
+    for seed, name in enumerate("abcd"):
         torch.manual_seed(seed)
-        torch.save(MLP("6-5-3").state_dict(), f"{'abcd'[seed]}.pt")
+        torch.save(MLP(WIDTHS).state_dict(), f"{name}.pt")
     (folder / "mine.py").write_text(CODE)
     return folder
 
 
-OPTIONS = "-m mlp:6-5-3 -d mine.py:loader --loss mine.py:loss --batch-loss -q --no-figure"
+OPTIONS = f"-m mlp:{WIDTHS} -d mine.py:loader --loss mine.py:loss --batch-loss -q --no-figure"
 COMMANDS = [
     f"interpolate a.pt b.pt --points 9 --refine 0.05 {OPTIONS}",
     f"interpolate a.pt b.pt --points 5 --layerwise {OPTIONS}",
@@ -468,7 +470,7 @@ COMMANDS = [
     f"around a.pt b.pt --points 4 --directions 2 {OPTIONS}",
     f"around a.pt --points 4 --along hessian {OPTIONS}",
     f"interpolate a.pt b.pt --points 4 --derivatives {OPTIONS}",
-    f"check a.pt b.pt --blocks --probes 2 {OPTIONS}",
+    f"check a.pt --blocks --probes 2 {OPTIONS}",
     f"sharpness a.pt --samples 3 {OPTIONS}",
 ]
 
@@ -482,13 +484,14 @@ def test_every_study_reports_batches(mine: Path, losscli: Losscli) -> None:
         assert json.loads(Path(f"x{i}.json").read_text())["batches"] == {"val": 5}
         dry = losscli(*command.split(), "--dry-run")
         assert "val 5 batches" in dry.stdout
-        # One mean and one error of a picture and of its table.
+    # One mean and one error of a picture and of its table.
+    for i in (0, 3, 8):
         drawn = losscli("plot", f"x{i}.csv", "-o", f"x{i}.png")
         assert drawn.status == 0, drawn
 
 
 @pytest.mark.usefixtures("unseen")
-def test_of_one_batch_no_error_is_known(mine: Path, losscli: Losscli) -> None:
+def test_one_batch_has_no_standard_error(mine: Path, losscli: Losscli) -> None:
     for i, command in enumerate(COMMANDS):
         done = losscli(*command.split(), "--limit", 1, "-o", f"x{i}")
         assert done.status == 0, done
@@ -508,7 +511,8 @@ def test_of_one_batch_no_error_is_known(mine: Path, losscli: Losscli) -> None:
 @pytest.mark.parametrize(
     "commands",
     [
-        [COMMANDS[k] for k in (0, 3, 8)],  # points of a line and of a plane, and derivatives
+        # Points of a line and of a plane, and derivatives.
+        [COMMANDS[0], COMMANDS[3], f"check a.pt b.pt {OPTIONS}"],
         pytest.param(COMMANDS, marks=pytest.mark.stress),
     ],
     ids=["sample", "all"],
@@ -527,32 +531,34 @@ def test_two_processes_give_the_results_of_one(
             assert_same(path.name, path.name.replace("one", "two"))
 
 
-def test_a_run_that_was_broken_off_ends_with_the_same_numbers(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("most", [2, EVERY])
+def test_an_interrupted_run_ends_with_the_same_numbers(
+    most: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("losscli.evaluation.journal.journal.sync", lambda _: None)
     monkeypatch.setattr("losscli.evaluation.journal.journal.sync_folder", lambda _: None)
     # So that there is more than one chunk.
     monkeypatch.setattr("losscli.evaluation.memory._WORK", {"cpu": 1})
+    monkeypatch.setattr("losscli.evaluation.memory._LEAST", 4)
     for seed in (0, 1):
         torch.save(state(seed), tmp_path / f"{seed}.pt")
 
     def study(journal: Any) -> str:
         settings = Settings(
-            model="mlp:6-5-3",
+            model=f"mlp:{WIDTHS}",
             data={"all": loader(batch_size=5)},
             loss=contrast,
             metric=("none",),
             batch_loss=True,
         )
         ends = (str(tmp_path / "0.pt"), str(tmp_path / "1.pt"))
-        plan = Interpolation.plan(*ends, settings, points=41, range_=(0.0, 1.0))
+        plan = Interpolation.plan(*ends, settings, points=11, range_=(0.0, 1.0))
         return plan.run(Execution(journal=journal)).table.to_csv()
 
     whole = study(None)
-    found = broken_anywhere(tmp_path / "run", study, study)
-    assert len(found) >= 4
-    assert set(found) == {whole}
+    found = resume_each(tmp_path / "run", study, study, most)
+    assert len(found) >= min(most, 4)
+    assert {*found.values()} == {whole}
     with Journal.open(tmp_path / "kept", "i", {}) as journal:
         study(journal)
         known = len(journal)
@@ -567,7 +573,7 @@ def test_a_run_that_was_broken_off_ends_with_the_same_numbers(
         ("interpolate a.pt b.pt -d npz:data.npz", "split 'train' has no batches.*--batch-size"),
     ],
 )
-def test_what_is_not_built_is_refused_in_one_line(
+def test_unusable_sizes_of_batches_are_refused_in_one_line(
     command: str, message: str, mine: Path, losscli: Losscli
 ) -> None:
     before = sorted(mine.iterdir())
@@ -599,7 +605,7 @@ def test_an_invalid_loss_of_a_batch_is_refused(
         run(SOURCES["loader"], tmp_path, loss=loss)
 
 
-def test_out_of_memory_no_batch_is_halved(tmp_path: Path) -> None:
+def test_a_batch_is_not_halved_when_memory_runs_out(tmp_path: Path) -> None:
     calls = []
 
     def greedy(outputs: Tensor, targets: Tensor) -> Tensor:
@@ -613,7 +619,7 @@ def test_out_of_memory_no_batch_is_halved(tmp_path: Path) -> None:
     assert set(calls) == {5}
 
 
-def test_out_of_memory_no_batch_is_differentiated_in_parts(tmp_path: Path) -> None:
+def test_a_batch_is_not_differentiated_in_parts_when_memory_runs_out(tmp_path: Path) -> None:
     def greedy(outputs: Tensor, targets: Tensor) -> Tensor:
         if torch.is_grad_enabled():
             raise torch.OutOfMemoryError("on purpose")
@@ -624,7 +630,7 @@ def test_out_of_memory_no_batch_is_differentiated_in_parts(tmp_path: Path) -> No
     with pytest.raises(OutOfMemoryError, match=message):
         losscli.check(
             tmp_path / "0.pt",
-            model="mlp:6-5-3",
+            model=f"mlp:{WIDTHS}",
             data=SOURCES["loader"].make(),
             loss=greedy,
             batch_loss=True,
@@ -632,14 +638,14 @@ def test_out_of_memory_no_batch_is_differentiated_in_parts(tmp_path: Path) -> No
         )
 
 
-def test_without_the_option_a_loader_that_drops_is_refused_as_before() -> None:
+def test_a_loader_that_drops_examples_is_refused_without_batch_loss() -> None:
     data = {"all": loader(batch_size=5, drop_last=True)}
     with pytest.raises(DataError, match="drops the last batch"):
         from_object(data, "data")
     assert len(from_object(data, "data", batching=Batching(None)).splits["all"]) == 4
 
 
-def test_batches_are_told_apart_by_how_they_are_cut() -> None:
+def test_batches_of_different_sizes_have_different_digests() -> None:
     split = Split(X, Y)
     five, two = Batches.of(split, 5), Batches.of(split, 2)
     assert len({split.digest, five.digest, two.digest}) == 3

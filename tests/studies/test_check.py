@@ -20,6 +20,7 @@ from losscli.errors import ModelError, UsageError
 from losscli.evaluation import precision
 from losscli.models import CNN, MLP
 from tests import oracle, stopped
+from tests.cases import sample
 from tests.conftest import ROOT, Losscli
 
 
@@ -68,7 +69,7 @@ def test_least_squares_has_the_minimum_and_the_hessian_of_the_closed_form(tmp_pa
     assert result.more["spectrum"].floats("eigenvalue") == pytest.approx(values, rel=1e-10)
 
 
-def test_the_same_point_upside_down_is_a_maximum_and_its_way_down_is_shown(tmp_path: Path) -> None:
+def test_the_minimum_of_the_negative_loss_is_a_maximum_with_an_escape(tmp_path: Path) -> None:
     x, y, solution = regression()
     file = save(tmp_path, "a", weight=solution)
     given = {"model": linear, "data": {"all": (x, y)}, "loss": negated, "dtype": "float64"}
@@ -228,7 +229,7 @@ def test_eigenvalues_by_search_are_those_of_the_dense_hessian(
     assert not point["exact"]
 
 
-def test_only_a_block_is_looked_at_where_asked(tmp_path: Path) -> None:
+def test_only_chosen_tensors_are_checked(tmp_path: Path) -> None:
     torch.manual_seed(0)
     file = save(tmp_path, "a", **MLP("6-4-3", activation="tanh").state_dict())
     x, y = torch.rand(20, 6), torch.arange(20) % 3
@@ -292,7 +293,7 @@ def test_the_kernel_of_attention_is_noted(tmp_path: Path) -> None:
     assert any("math kernel" in note for note in result.summary["notes"])
 
 
-def test_several_checkpoints_have_rows_in_their_order_and_the_saddles_way_out(
+def test_several_checkpoints_have_rows_in_their_order_and_the_escape_of_the_saddle(
     tmp_path: Path,
 ) -> None:
     x = torch.linspace(-1, 2, 30, dtype=torch.float64).unsqueeze(1)
@@ -310,7 +311,7 @@ def test_several_checkpoints_have_rows_in_their_order_and_the_saddles_way_out(
     assert result.summary["escape"]["checkpoint"] == files[0]
 
 
-def test_a_loss_that_is_not_finite_decides_nothing(tmp_path: Path) -> None:
+def test_a_loss_that_is_not_finite_leaves_the_verdict_undecided(tmp_path: Path) -> None:
     x, y, solution = regression()
     file = save(tmp_path, "a", weight=solution * math.inf)
     given = {"model": linear, "data": {"all": (x, y)}, "loss": squared}
@@ -330,7 +331,7 @@ def test_a_loss_that_is_not_finite_decides_nothing(tmp_path: Path) -> None:
         ("momentum", 0.9),
     ],
 )
-def test_options_that_make_no_sense_are_refused(option: str, value: float, tmp_path: Path) -> None:
+def test_invalid_options_are_refused(option: str, value: float, tmp_path: Path) -> None:
     x, y, solution = regression()
     file = save(tmp_path, "a", weight=solution)
     given = {"model": linear, "data": {"all": (x, y)}, "loss": squared}
@@ -339,13 +340,14 @@ def test_options_that_make_no_sense_are_refused(option: str, value: float, tmp_p
 
 
 @pytest.mark.usefixtures("unlaid")
-def test_the_samples_saddle_is_one_and_the_picture_is_drawn_again(
+def test_the_saddle_of_the_samples_is_recognised_and_its_figure_is_drawn_again(
     losscli: Losscli, folder: Path
 ) -> None:
     saddle = ROOT / "sample_checkpoints" / "saddle" / "saddle.pt"
-    done = losscli("check", saddle, "--split", "train", "-o", "out")
+    few = ("--split", "train", "--limit", 300, "--tolerance", 0.1)
+    done = losscli("check", saddle, *few, "-o", "out")
     assert done.status == 0, done.stderr
-    assert "1,438 examples: saddle" in done.stdout
+    assert "300 examples: saddle" in done.stdout
     names = {p.name for p in folder.glob("out*")}
     assert names == {"out.csv", "out.spectrum.csv", "out.escape.csv", "out.json", "out.png"}
     header = Path("out.csv").read_text().splitlines()[0]
@@ -426,7 +428,7 @@ def test_a_slope_along_negative_curvature_is_not_a_saddle(
 
 @pytest.mark.parametrize("u", [0.0, 1e-6, 1e-4])
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_a_saddle_is_one_also_beside_its_critical_point(
+def test_a_saddle_is_recognised_next_to_its_critical_point(
     u: float, dtype: str, tmp_path: Path
 ) -> None:
     function = lambda w, u: 1 + w * w - u * u + u**4  # noqa: E731
@@ -436,7 +438,7 @@ def test_a_saddle_is_one_also_beside_its_critical_point(
     assert falls(result) == (True, True)
 
 
-def test_a_fall_that_is_close_to_a_saddle_is_in_the_table(tmp_path: Path) -> None:
+def test_a_descent_close_to_a_saddle_is_in_the_table(tmp_path: Path) -> None:
     # To one side the loss falls by 2.5e-7 at 5e-4, to the other far away.
     def function(w: Tensor, u: Tensor) -> Tensor:
         return w * w - u * u + torch.where(u < 0, 2e6 * u**4, u**4 / 100) + 1e-3
@@ -467,7 +469,7 @@ def test_a_minimum_is_critical_to_the_accuracy_of_the_loss(
         assert point["reason"].startswith(f"a Newton step would {way} the loss by 1.6e-07, and")
 
 
-def test_a_minimum_that_was_rounded_for_its_file_is_one_in_float64(tmp_path: Path) -> None:
+def test_a_minimum_rounded_for_its_file_is_a_minimum_in_float64(tmp_path: Path) -> None:
     x, y, solution = regression(40, 200)
     file = save(tmp_path, "a", weight=solution.float())
     given = {"model": lambda: linear(40), "data": {"all": (x, y)}, "loss": squared}
@@ -490,13 +492,19 @@ def trained(seed: int) -> tuple[Tensor, Tensor, dict[str, Tensor], np.ndarray]:
     y = torch.randint(3, (50,), generator=generator)
     torch.manual_seed(seed)
     model = MLP("3-5-3", activation="tanh").double()
-    optimizer = torch.optim.SGD(model.parameters(), 0.5, momentum=0.9)
-    for _ in range(20_000):
+    optimizer = torch.optim.LBFGS(model.parameters(), max_iter=1, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
         optimizer.zero_grad()
-        smoothed(model(x), y).mean().backward()
+        loss = smoothed(model(x), y).mean()
+        loss.backward()
+        return loss
+
+    for _ in range(1000):
+        optimizer.step(closure)
+        closure()
         if sum(float(p.grad.square().sum()) for p in model.parameters()) < 9e-4**2:
             break
-        optimizer.step()
     state = model.float().state_dict()
     return x, y, state, dense_hessian_of(smoothed, copy.deepcopy(model).double(), x, y)
 
@@ -561,12 +569,18 @@ def test_a_stopped_gradient_is_an_error_of_one_line(losscli: Losscli, folder: Pa
 # Errors of eigenvalues.
 
 
+@pytest.fixture
+def searching(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Searches for eigenvalues as of a network with many weights."""
+    monkeypatch.setattr("losscli.evaluation.hessian.critical_points.DENSE_LIMIT", 0)
+
+
 class Offset(nn.Module):
-    """More than 1,000 weights, and LayerNorm of features with an offset."""
+    """LayerNorm of features with an offset."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.body, self.norm, self.head = nn.Linear(20, 42), nn.LayerNorm(42), nn.Linear(42, 5)
+        self.body, self.norm, self.head = nn.Linear(20, 12), nn.LayerNorm(12), nn.Linear(12, 5)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(torch.tanh(self.norm(self.body(x) + 1000)))
@@ -577,7 +591,7 @@ class Shifted(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.body, self.head = nn.Linear(20, 42), nn.Linear(42, 5)
+        self.body, self.head = nn.Linear(20, 12), nn.Linear(12, 5)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(torch.tanh(self.body(x))) + 1e5
@@ -596,6 +610,7 @@ def offset_or_shifted(
     return x, y, state, dense_hessian(plain.double(), x.double(), y)
 
 
+@pytest.mark.usefixtures("searching")
 @pytest.mark.parametrize("model", [Offset, Shifted])
 def test_errors_in_float32_cover_the_eigenvalues_of_the_dense_float64_hessian(
     model: type[nn.Module], tmp_path: Path
@@ -604,7 +619,6 @@ def test_errors_in_float32_cover_the_eigenvalues_of_the_dense_float64_hessian(
     file = save(tmp_path, "a", **state)
     result = losscli.check([file], model=model, data={"all": (x, y)}, eigenvalues=2)
     values = np.linalg.eigvalsh(hessian)
-    assert len(values) > 1000
     found = result.more["spectrum"]
     expected = [*values[:2], *values[-2:]]
     for value, error, true in zip(
@@ -616,10 +630,11 @@ def test_errors_in_float32_cover_the_eigenvalues_of_the_dense_float64_hessian(
 
 
 @pytest.mark.parametrize("only", [(), ("head.*",)])
-def test_without_a_copy_errors_cover_the_dense_float64_hessian_and_a_note_tells_it(
+def test_without_a_copy_errors_cover_the_dense_float64_hessian_and_a_note_says_so(
     only: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Of more than 1,000 weights, and of fewer: the whole spectrum.
+    # Of more weights than that, and of fewer: the whole spectrum.
+    monkeypatch.setattr("losscli.evaluation.hessian.critical_points.DENSE_LIMIT", 100)
     monkeypatch.setattr(
         "losscli.evaluation.hessian.curvature_check.in_float64", lambda *_, **__: None
     )
@@ -636,7 +651,7 @@ def test_without_a_copy_errors_cover_the_dense_float64_hessian_and_a_note_tells_
 
 
 @pytest.mark.parametrize("limited", [False, True])
-def test_what_rounding_hides_is_noted(
+def test_derivatives_that_cannot_be_verified_are_noted(
     limited: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if limited:
@@ -678,7 +693,10 @@ def write_small() -> None:
 
 
 @pytest.mark.usefixtures("unseen")
-@pytest.mark.parametrize(("momentum", "limit"), [(None, 40.0), (0.0, 40.0), (0.9, 76.0)])
+@pytest.mark.parametrize(
+    ("momentum", "limit"),
+    [(None, 40.0), pytest.param(0.0, 40.0, marks=pytest.mark.stress), (0.9, 76.0)],
+)
 def test_momentum_raises_the_limit_of_the_largest_eigenvalue(
     momentum: float | None, limit: float, losscli: Losscli, folder: Path
 ) -> None:
@@ -695,9 +713,7 @@ def test_momentum_raises_the_limit_of_the_largest_eigenvalue(
 
 
 @pytest.mark.parametrize("given", [["0.9"], ["1", "0.1"], ["-0.1", "0.1"], ["nan", "0.1"]])
-def test_a_momentum_that_makes_no_sense_is_refused(
-    given: list[str], losscli: Losscli, folder: Path
-) -> None:
+def test_an_invalid_momentum_is_refused(given: list[str], losscli: Losscli, folder: Path) -> None:
     momentum, *rate = given
     write_small()
     options = [*(["--learning-rate", *rate] if rate else []), f"--momentum={momentum}"]
@@ -723,7 +739,7 @@ def normed() -> nn.Module:
     return nn.utils.parametrizations.weight_norm(nn.Linear(2, 1, bias=False))
 
 
-def test_weight_norm_is_flat_along_the_length_that_it_takes_out(tmp_path: Path) -> None:
+def test_weight_norm_is_flat_along_the_length_that_it_removes(tmp_path: Path) -> None:
     torch.manual_seed(0)
     state = normed().state_dict()
     file = save(tmp_path, "a", **state)
@@ -819,7 +835,7 @@ class Caching(nn.Module):
         return self.body(x) + x @ self.kept.T
 
 
-def test_a_model_that_keeps_what_it_computed_from_its_weights_is_refused() -> None:
+def test_a_model_that_caches_results_of_its_weights_is_refused() -> None:
     torch.manual_seed(0)
     data = {"all": (torch.randn(20, 6), torch.arange(20) % 3)}
     with pytest.raises(ModelError, match="It keeps state computed from earlier weights"):
@@ -838,9 +854,24 @@ class StoppedForOne(nn.Module):
         return self.head(torch.where(x[:, 4:] == 1, h.detach(), h))
 
 
-@pytest.mark.parametrize("classes", [4, 10])
-@pytest.mark.parametrize("is_sorted", [False, True])
-@pytest.mark.parametrize("command", ["check", "interpolate"])
+@pytest.mark.parametrize(
+    ("command", "is_sorted", "classes"),
+    [
+        ("check", True, 4),
+        ("check", False, 10),
+        ("interpolate", False, 4),
+        ("interpolate", True, 10),
+        *(
+            pytest.param(*case, marks=pytest.mark.stress)
+            for case in (
+                ("check", False, 4),
+                ("check", True, 10),
+                ("interpolate", True, 4),
+                ("interpolate", False, 10),
+            )
+        ),
+    ],
+)
 def test_a_gradient_that_is_stopped_for_one_kind_of_examples_is_refused(
     command: str, is_sorted: bool, classes: int
 ) -> None:
@@ -873,7 +904,8 @@ class Head(nn.Module):
 
 @pytest.mark.parametrize("dtype", ["float32", pytest.param("float64", marks=pytest.mark.stress)])
 @pytest.mark.parametrize(
-    ("offset", "scale"), [(0.0, 1.0), (1e3, 1.0), (1e5, 1.0), (1e8, 1.0), (0.0, 1e-4), (0.0, 1e4)]
+    ("offset", "scale"),
+    sample([(1e3, 1.0), (1e8, 1.0), (1e5, 1.0), (0.0, 1e-4), (0.0, 1.0), (0.0, 1e4)], 1, 2),
 )
 def test_a_convex_head_has_no_negative_eigenvalue(offset: float, scale: float, dtype: str) -> None:
     generator = torch.Generator().manual_seed(5)
@@ -904,7 +936,7 @@ class Stepped(nn.Module):
 @pytest.mark.parametrize(
     "levels", [2**6, *(pytest.param(2**k, marks=pytest.mark.stress) for k in (12, 14)), 2**16]
 )
-def test_a_rounding_to_many_levels_is_called_detached(levels: int) -> None:
+def test_a_rounding_to_many_levels_is_reported_as_detached(levels: int) -> None:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(16, 4, generator=generator)
     y = torch.randint(0, 3, (16,), generator=generator)
@@ -919,12 +951,13 @@ class OffsetOfTheExample(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.body, self.norm, self.head = nn.Linear(9, 64), nn.LayerNorm(64), nn.Linear(64, 4)
+        self.body, self.norm, self.head = nn.Linear(9, 12), nn.LayerNorm(12), nn.Linear(12, 4)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.norm(self.body(x[:, :9]).tanh() + x[:, 9:]).tanh())
 
 
+@pytest.mark.usefixtures("searching")
 def test_errors_cover_rounding_that_only_the_last_examples_show() -> None:
     generator = torch.Generator().manual_seed(5)
     x = torch.randn(600, 10, generator=generator)
@@ -934,7 +967,6 @@ def test_errors_cover_rounding_that_only_the_last_examples_show() -> None:
     model = OffsetOfTheExample()
     found = losscli.check([model.state_dict()], model=model, data={"all": (x, y)}).table
     values = np.linalg.eigvalsh(dense_hessian(copy.deepcopy(model).double(), x.double(), y))
-    assert len(values) > 1000
     for end, true in (("lambda_min", values[0]), ("lambda_max", values[-1])):
         (value,), (error,) = found.floats(end), found.floats(f"{end}_error")
         assert abs(value - true) <= error

@@ -218,7 +218,7 @@ def test_a_check_differentiates_by_the_chosen_tensors_alone(
         ({"except_": ("head.weight",)}, False),
     ],
 )
-def test_a_tied_tensor_is_meant_by_either_of_its_names(
+def test_a_tied_tensor_is_selected_by_either_of_its_names(
     choice: dict[str, Any], moves: bool, tmp_path: Path
 ) -> None:
     case = next(c for c in CASES if c.name == "attention-tied")
@@ -292,7 +292,7 @@ def test_a_choice_is_in_the_plan_and_in_the_summary(
     assert (told["only"], told["except"]) == (["layers.1.*"], ["*.bias"])
 
 
-def test_a_check_of_buffers_alone_is_refused(folder: Path, losscli: Losscli) -> None:
+def test_a_check_of_only_buffers_is_refused(folder: Path, losscli: Losscli) -> None:
     from losscli.models import CNN
 
     torch.save(CNN("4", channels=1, classes=3, batchnorm=True).state_dict(), folder / "n.pt")
@@ -313,7 +313,7 @@ def test_a_check_of_buffers_alone_is_refused(folder: Path, losscli: Losscli) -> 
         ({"only": ["body.weight"]}, False, True),
     ],
 )
-def test_what_stays_is_told_of_only_where_it_makes_a_difference(
+def test_tensors_that_stay_are_noted_only_if_they_differ(
     choice: dict[str, Any], same: bool, noted: bool, tmp_path: Path
 ) -> None:
     class Tied(torch.nn.Module):

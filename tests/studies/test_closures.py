@@ -129,7 +129,9 @@ def test_a_copy_that_computes_with_the_original_is_refused(
 
 
 @pytest.mark.parametrize("name", BOUND)
-def test_a_function_that_builds_it_is_proven_by_its_numbers(name: str, tmp_path: Path) -> None:
+def test_a_function_that_builds_the_model_gives_the_losses_of_a_plain_loop(
+    name: str, tmp_path: Path
+) -> None:
     paths = ends(BOUND[name](), tmp_path)
     inputs = data(features_of(BOUND[name]()))
     build = BOUND[name]
@@ -237,7 +239,7 @@ def test_a_forward_pass_that_reads_other_parameters_is_refused(
             study(points(build(), tmp_path), model=model, data=data())
 
 
-def test_it_is_one_line_and_nothing_is_written(folder: Path, losscli: Losscli) -> None:
+def test_a_refusal_is_one_line_and_nothing_is_written(folder: Path, losscli: Losscli) -> None:
     (folder / "mine.py").write_text(
         "from losscli.models import MLP\n"
         "GLOBAL = MLP('6-5-3')\n"
@@ -301,13 +303,13 @@ def test_models_of_every_kind_read_their_own_parameters(case: Case, tmp_path: Pa
     assert tables[0] == tables[-1]
 
 
-def test_a_module_that_remembers_its_first_weights_is_refused(tmp_path: Path) -> None:
+def test_a_module_that_caches_its_first_weights_is_refused(tmp_path: Path) -> None:
     model = foreign.Remembering()
     with pytest.raises(ModelError, match="after the model was at another point"):
         losscli.interpolate(*ends(model, tmp_path), model=model, data=data(4))
 
 
-def test_a_frozen_network_beside_the_model_is_no_fault(folder: Path) -> None:
+def test_a_frozen_network_next_to_the_model_is_accepted(folder: Path) -> None:
     teacher = net(9)
 
     class Distilled(MLP):

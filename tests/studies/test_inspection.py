@@ -95,7 +95,9 @@ def test_a_picture_that_cannot_be_drawn_is_refused(
     is_refused(losscli, folder, ["inspect", *arguments], status, message)
 
 
-def test_what_does_not_match_is_counted_below_the_bars(losscli: Losscli, folder: Path) -> None:
+def test_tensors_that_do_not_match_are_counted_below_the_bars(
+    losscli: Losscli, folder: Path
+) -> None:
     torch.save({**state("a.pt"), "layers.1.bias": torch.ones(4)}, "c.pt")
     figure = library.inspect(["a.pt", "c.pt"]).figure()
     said = [legend.get_title().get_text() for legend in figure.legends]
@@ -140,7 +142,7 @@ def write(rows: list[tuple[float, str, float]], name: str = "x.csv") -> None:
     Path(name).write_bytes(table.to_csv().encode())
 
 
-def test_of_equal_losses_the_first_counts_and_those_not_finite_do_not(
+def test_the_first_of_equal_losses_counts_and_losses_that_are_not_finite_do_not(
     losscli: Losscli, folder: Path
 ) -> None:
     write([(0.75, "t", 2.0), (0.25, "t", 2.0), (0.5, "t", math.nan), (0.6, "t", -math.inf),
@@ -200,7 +202,7 @@ ERRORS = {
 
 
 @pytest.mark.parametrize("case", ERRORS)
-def test_what_names_no_point_is_refused(case: str, losscli: Losscli, folder: Path) -> None:
+def test_options_that_name_no_point_are_refused(case: str, losscli: Losscli, folder: Path) -> None:
     arguments, status, message = ERRORS[case]
     write([(0.0, "train", 1.0), (1.0, "test", 1.0)])
     write([(0.0, "t", math.nan), (1.0, "t", math.inf)], "nan.csv")
@@ -322,7 +324,7 @@ NETWORK = "cnn:3,channels=1,classes=3,batchnorm=true"
         ),
     ],
 )  # fmt: skip
-def test_what_stayed_on_the_line_stays_in_the_exported_point(
+def test_tensors_that_did_not_move_on_the_line_stay_in_the_exported_point(
     prefix: str,
     more: list[str],
     at_a: list[str],
@@ -386,7 +388,7 @@ def bits(tensor: Tensor) -> bytes:
     return tensor.detach().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes()
 
 
-def test_at_0_and_1_the_floating_tensors_are_those_of_a_and_b_to_the_bit(
+def test_at_0_and_1_the_floating_tensors_are_exactly_those_of_a_and_b(
     losscli: Losscli, folder: Path
 ) -> None:
     generator = torch.Generator().manual_seed(0)
@@ -540,7 +542,7 @@ def test_very_many_state_dicts_are_listed_by_the_beginnings_of_their_keys(
     assert len(inner["rows"]) == 50
 
 
-def test_of_several_state_dicts_two_are_not_compared_and_none_is_drawn(
+def test_several_state_dicts_in_a_file_are_neither_compared_nor_drawn(
     losscli: Losscli, folder: Path
 ) -> None:
     name, _ = training(folder)
@@ -623,7 +625,7 @@ def normed(seed: int, norm: Callable[[nn.Module], nn.Module]) -> nn.Module:
 
 @pytest.mark.parametrize("prefix", ["", "module."])
 @pytest.mark.parametrize("has", ["A", "B", "neither"])
-def test_a_count_of_batches_that_one_alone_has_is_exported(
+def test_a_count_of_batches_in_only_one_checkpoint_is_exported(
     has: str, prefix: str, tmp_path: Path
 ) -> None:
     for seed, name in ((5, "A"), (7, "B")):
@@ -661,7 +663,7 @@ def test_old_and_new_names_of_weight_norm_are_those_of_one_model(
 
 @pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated")
 @pytest.mark.parametrize("lost", ["0.weight_g", "0.weight_v", "0.bias"])
-def test_of_weight_norm_nothing_is_taken_for_granted(lost: str, tmp_path: Path) -> None:
+def test_incomplete_tensors_of_weight_norm_are_refused(lost: str, tmp_path: Path) -> None:
     given = normed(2, old_norm).state_dict()
     del given[lost]
     torch.save(normed(1, new_norm).state_dict(), tmp_path / "a")

@@ -169,7 +169,7 @@ ORACLE: dict[str, dict[str, list[str]]] = {
 
 
 @pytest.mark.parametrize("name", ORACLE)
-def test_each_block_moves_alone_as_in_a_plain_float64_loop(name: str, tmp_path: Path) -> None:
+def test_each_block_moves_on_its_own_as_in_a_plain_float64_loop(name: str, tmp_path: Path) -> None:
     case = case_of(name)
     result = swept(case, tmp_path)
     blocks = ORACLE[name] or {str(b): [str(b)] for b in result.more["blocks"].unique("block")}
@@ -190,7 +190,7 @@ def test_each_block_moves_alone_as_in_a_plain_float64_loop(name: str, tmp_path: 
     assert result.summary["endpoint_difference"] <= 1e-12
 
 
-def test_what_is_said_of_a_block_is_that_of_a_plain_loop(tmp_path: Path) -> None:
+def test_the_summary_of_a_block_is_that_of_a_plain_loop(tmp_path: Path) -> None:
     case = case_of("mlp-sigmoid")
     result = swept(case, tmp_path, points=9)
     first, second = case.state(1), case.state(2)
@@ -284,7 +284,7 @@ def test_the_ends_are_a_and_a_with_that_block_of_b(folder: Path) -> None:
             assert said["loss_at_1"] == pytest.approx(plain(end), rel=1e-6)
 
 
-def test_the_line_of_the_whole_is_as_it_was(folder: Path) -> None:
+def test_layerwise_does_not_change_the_line_of_all_blocks(folder: Path) -> None:
     arguments = {"points": 7, "seed": 3}
     alone = library.interpolate("a.pt", "b.pt", **arguments)
     both = library.interpolate("a.pt", "b.pt", layerwise=True, **arguments)
@@ -295,7 +295,7 @@ def test_the_line_of_the_whole_is_as_it_was(folder: Path) -> None:
     assert both.summary["identity"] != alone.summary["identity"]
 
 
-def test_where_1_is_out_of_range_it_is_told_and_not_in_the_table(folder: Path) -> None:
+def test_a_range_without_1_is_noted_and_1_is_not_in_the_table(folder: Path) -> None:
     part = library.interpolate("a.pt", "b.pt", points=3, range=(0.1, 0.3), layerwise=True)
     whole = library.interpolate("a.pt", "b.pt", points=3, range=(0.0, 1.0), layerwise=True)
     assert part.more["blocks"].unique("alpha") == [0.1, 0.2, 0.3]
@@ -336,7 +336,7 @@ def test_blocks_that_do_not_move_are_left_out(folder: Path) -> None:
     }
 
 
-def test_a_sample_is_as_large_as_the_curves_together_ask_for(folder: Path) -> None:
+def test_a_sample_is_as_large_as_the_curves_together_need(folder: Path) -> None:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(4096, 6, generator=generator)
     data = {"all": (x, torch.randint(3, (4096,), generator=generator))}
@@ -396,7 +396,7 @@ def block(outputs: Tensor, targets: Tensor) -> Tensor:
     return outputs[:, 0] + targets
 
 
-def test_a_metric_may_not_be_called_as_the_column_of_blocks(folder: Path) -> None:
+def test_a_metric_may_not_have_the_name_of_the_column_of_blocks(folder: Path) -> None:
     with pytest.raises(UsageError, match="the name 'block' is that of another column"):
         library.interpolate("a.pt", "b.pt", metric=(block,), layerwise=True)
 
@@ -454,7 +454,7 @@ def test_a_dry_run_counts_the_blocks(losscli: Losscli, folder: Path) -> None:
         (["--only", "layers.1.weight"], "one block to move, layers.1, and"),
     ],
 )
-def test_what_has_no_blocks_to_compare_is_refused(
+def test_options_that_leave_no_blocks_to_compare_are_refused(
     more: list[str], message: str, losscli: Losscli, folder: Path
 ) -> None:
     line = ("interpolate", "a.pt", "b.pt", "-o", "whole", "--points", "3", "--no-figure")
@@ -479,7 +479,9 @@ def test_without_two_blocks_that_move_there_is_nothing_to_compare(
     assert not list(folder.glob("x*"))
 
 
-def test_a_table_of_blocks_is_not_that_of_a_line(losscli: Losscli, folder: Path) -> None:
+def test_a_table_of_blocks_is_not_accepted_as_that_of_a_line(
+    losscli: Losscli, folder: Path
+) -> None:
     assert losscli(*LAYERWISE).status == 0
     before = sorted(folder.iterdir())
     alone = losscli("plot", "x.blocks.csv", "-o", "y")

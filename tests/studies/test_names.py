@@ -216,7 +216,7 @@ def test_missing_tensors_do_not_move() -> None:
     assert result.summary["allow_missing"] == ["backbone.*"]
 
 
-def test_a_head_alone_is_put_on_the_module_given_as_the_model() -> None:
+def test_a_checkpoint_of_a_head_is_loaded_into_the_module_given_as_the_model() -> None:
     base = Net()
     base.load_state_dict(whole(7))
     case = Case("", whole, lambda s: {**whole(7), **only(whole(s), "head")})
@@ -314,7 +314,7 @@ def test_modules_and_state_dicts_are_one_model_in_python() -> None:
         assert loss == pytest.approx(truth, rel=1e-12)
 
 
-def test_an_existing_file_of_that_name_wins(parts: Path) -> None:
+def test_an_existing_file_of_that_name_takes_precedence(parts: Path) -> None:
     name = "backbone=backbone0.pt+head=head0.pt"
     torch.save(whole(5), name)
     rows = run(name, "whole1.pt").table.rows

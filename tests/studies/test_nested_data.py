@@ -445,7 +445,7 @@ def test_bad_nests_are_refused(data: Any, kind: type[LosscliError], text: str) -
          "split 's': 13 inputs for 13 and 5 targets. Give one target per example"),
     ],
 )  # fmt: skip
-def test_what_does_not_fit_a_nest_is_one_line(
+def test_targets_and_losses_that_do_not_fit_a_nest_are_refused_in_one_line(
     arguments: tuple[str, ...], text: str, losscli: Losscli, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip

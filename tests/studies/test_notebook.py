@@ -99,10 +99,10 @@ def test_a_display_has_the_text_of_the_command_line_with_notes_and_escapes(
 ) -> None:
     name = "<script>&amp;.pt"
     Path("a.pt").rename(name)
-    result = library.check(["b.pt", name], split="test", limit=5)
+    result = library.check(name, split="test", limit=5)
     page = result._repr_html_()
     assert "<script>" not in page
-    outcome = losscli("check", "b.pt", name, "--split", "test", "--limit", "5", "--no-figure")
+    outcome = losscli("check", name, "--split", "test", "--limit", "5", "--no-figure")
     assert outcome.stdout in unescape(page)
     notes = [line for line in outcome.stderr.splitlines() if line.startswith("note: ")]
     shown = [line for line in unescape(page).splitlines() if line.startswith("note: ")]
@@ -113,7 +113,7 @@ def test_a_display_has_the_text_of_the_command_line_with_notes_and_escapes(
     assert size["width"] == result.figure().get_figwidth() * 96
 
 
-def test_what_has_no_figure_is_shown_as_text(tmp_path: Path) -> None:
+def test_a_result_without_a_figure_is_shown_as_text(tmp_path: Path) -> None:
     states = {"model": {"w": torch.ones(3)}, "average": {"w": torch.zeros(3)}}
     torch.save(states, tmp_path / "both.pt")
     result = library.inspect(tmp_path / "both.pt")
@@ -164,7 +164,7 @@ TABLE = Table.build(
 )
 
 
-def test_a_table_goes_to_pandas_as_it_is() -> None:
+def test_a_table_is_converted_to_pandas_unchanged() -> None:
     pandas = pytest.importorskip("pandas")
     frame = TABLE.to_pandas()
     assert tuple(frame.columns) == TABLE.columns
@@ -179,7 +179,7 @@ def test_a_table_goes_to_pandas_as_it_is() -> None:
     assert empty.shape == (0, 6)
 
 
-def test_without_pandas_it_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_pandas_is_reported_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pandas", None)
     with pytest.raises(UsageError) as caught:
         TABLE.to_pandas()

@@ -26,6 +26,7 @@ from losscli.evaluation.task_checks import check_task
 from losscli.settings import Settings
 from losscli.studies.interpolation import Interpolation
 from losscli.weight_space.slices import Line
+from tests.cases import sample
 from tests.conftest import Losscli
 from tests.promises.test_ranks import assert_same, forked, forks
 
@@ -257,7 +258,7 @@ CASES = {
 }
 
 
-@pytest.fixture(params=CASES)
+@pytest.fixture
 def case(request: pytest.FixtureRequest) -> Case:
     found: Case = CASES[request.param]
     return found
@@ -271,6 +272,7 @@ def files(case: Case, tmp_path: Path) -> list[Path]:
     return paths
 
 
+@pytest.mark.parametrize("case", sample(CASES, 0), indirect=True)
 def test_losses_and_derivatives_on_a_line(
     case: Case, files: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -298,6 +300,7 @@ def test_losses_and_derivatives_on_a_line(
     assert not X.requires_grad
 
 
+@pytest.mark.parametrize("case", sample(CASES, 1), indirect=True)
 def test_the_hessian_and_sharpness(case: Case, files: list[Path]) -> None:
     point = case.vector(0)
     gradient = torch.autograd.functional.jacobian(case.loss, point)
@@ -320,6 +323,7 @@ STUDIES: dict[str, Callable[..., losscli.Result[Any]]] = {
 }
 
 
+@pytest.mark.parametrize("case", sample(CASES, 2), indirect=True)
 def test_every_study_has_the_losses_of_the_checkpoints(case: Case, files: list[Path]) -> None:
     expected = {case.value(case.vector(seed)) for seed in range(3)}
     for name, study in STUDIES.items():
@@ -334,7 +338,7 @@ PER_EXAMPLE = [name for name, case in CASES.items() if not case.per_batch]
 
 
 @pytest.mark.parametrize("name", PER_EXAMPLE)
-def test_every_way_to_evaluate_gives_the_same_numbers(name: str) -> None:
+def test_every_strategy_gives_the_same_numbers(name: str) -> None:
     case = CASES[name]
     data = from_object(case.data(), "here", whole=True)
     a, b = ({n: t.double() for n, t in case.state(seed).items()} for seed in (0, 1))
@@ -574,23 +578,30 @@ def test_align_evaluates_no_objective(mine: Path) -> None:
 
 @pytest.mark.usefixtures("unseen")
 @forks
-def test_two_processes_give_the_results_of_one(mine: Path, losscli: Losscli) -> None:
+@pytest.mark.parametrize(
+    "commands",
+    [
+        [f"interpolate a.pt b.pt --points 4 --derivatives {OPTIONS}"],
+        pytest.param([f"check a.pt b.pt {OPTIONS}"], marks=pytest.mark.stress),
+    ],
+    ids=["line", "check"],
+)
+def test_two_processes_give_the_results_of_one(
+    commands: list[str], mine: Path, losscli: Losscli
+) -> None:
     torch.set_num_threads(1)
-    commands = [
-        f"interpolate a.pt b.pt --points 4 --derivatives {OPTIONS} --objective mine.py:residual",
-        f"check a.pt b.pt {OPTIONS} --objective mine.py:residual",
-    ]
+    commands = [f"{command} --objective mine.py:residual" for command in commands]
     for i, command in enumerate(commands):
         assert losscli(*command.split(), "-o", f"one{i}").status == 0
         assert losscli(*command.split(), "--dry-run").status == 0
-        assert losscli("plot", f"one{i}.csv", "-o", f"x{i}.png").status == 0
+    assert losscli("plot", "one0.csv", "-o", "x.png").status == 0
     first, other = forked([f"{c} -o two{i}" for i, c in enumerate(commands)], 2)
-    assert [outcome.status for outcome in (*first, *other)] == [0] * 4, first
+    assert [outcome.status for outcome in (*first, *other)] == [0] * 2 * len(commands), first
     for path in mine.glob("one*.csv"):
         assert_same(path.name, path.name.replace("one", "two"))
 
 
-def test_the_code_is_part_of_what_a_run_is(mine: Path) -> None:
+def test_the_code_is_part_of_the_identity(mine: Path) -> None:
     def plan(objective: str) -> Interpolation:
         settings = Settings(model="mine.py:Net", data="mine.py:pairs", objective=objective)
         return Interpolation.plan("a.pt", "b.pt", settings, points=3, range_=(0.0, 1.0))

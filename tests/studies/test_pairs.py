@@ -104,7 +104,7 @@ def test_the_statistics_of_batchnorm_are_those_of_each_checkpoint(buffers: str, 
     assert row["cka"] == pytest.approx(cka(*outputs), rel=1e-9)
 
 
-def test_of_a_permuted_and_of_a_rotated_copy(data: Any) -> None:
+def test_disagreement_and_cka_of_a_permuted_and_a_rotated_copy(data: Any) -> None:
     state = states(1)[0]
     order = torch.randperm(8, generator=torch.Generator().manual_seed(1))
     first, last = (name.rpartition(".")[0] for name in state if name.endswith("weight"))

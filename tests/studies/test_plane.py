@@ -327,7 +327,7 @@ class Remembering(torch.nn.Module):
         return x @ self.first[0].T + self.layer.bias
 
 
-def test_a_model_that_remembers_the_checkpoint_is_found_out(tmp_path: Path) -> None:
+def test_a_model_that_caches_the_checkpoint_is_refused(tmp_path: Path) -> None:
     torch.manual_seed(0)
     torch.save(Remembering().state_dict(), tmp_path / "a.pt")
     data = {"all": (torch.rand(9, 4), torch.arange(9) % 3)}

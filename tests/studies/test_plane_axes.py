@@ -104,7 +104,7 @@ def bowl(*curvatures: float) -> dict[str, Any]:
     return {"names": model.state_dict(), "axes": "hessian", **given}
 
 
-def test_by_default_the_curvature_alone_changes_the_loss_by_a_tenth() -> None:
+def test_by_default_the_curvature_changes_the_loss_by_a_tenth() -> None:
     result = losscli.plane(**bowl(100.0, 2.0, -1.0), points=3)
     own = 0.5 * (100 + 2 - 1)
     ranges = result.summary["x_range"], result.summary["y_range"]
@@ -146,7 +146,7 @@ def test_equal_eigenvalues_are_noted(curvatures: Sequence[float], ends: Sequence
         assert f": {letter} is one of many directions with this curvature" in note
 
 
-def test_no_curvature_and_one_number_span_no_plane() -> None:
+def test_a_zero_hessian_and_a_single_parameter_give_no_plane() -> None:
     with pytest.raises(ModelError, match=r"Hessian at .* is zero within rounding.*--axes"):
         losscli.plane(**bowl(0.0, 0.0))
     with pytest.raises(UsageError, match="at least two parameters, and only one moves"):
@@ -313,6 +313,7 @@ def test_a_folder_is_a_path_in_the_order_of_training(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("unlaid")
+@pytest.mark.usefixtures("unlaid")
 def test_files_text_and_json(folder: Path, losscli: Losscli) -> None:
     run = [
         *("plane", "a.pt", "--axes", "hessian", "--path", "b.pt", "--path", "init:3"),
@@ -331,8 +332,9 @@ def test_files_text_and_json(folder: Path, losscli: Losscli) -> None:
     ):
         assert line in done.stdout
     assert "last, at (0, 0)" not in done.stdout
-    again = json.loads(losscli(*run, "--json").stdout)
-    assert [checkpoint["name"] for checkpoint in again["checkpoints"]] == ["a.pt", "b.pt", "init:3"]
+    summary = json.loads((folder / "out.json").read_text())
+    names = [checkpoint["name"] for checkpoint in summary["checkpoints"]]
+    assert names == ["a.pt", "b.pt", "init:3"]
     drawn = losscli("plot", "out.csv", "-o", "again")
     assert drawn.status == 0
     assert (folder / "again.png").read_bytes() == (folder / "out.png").read_bytes()

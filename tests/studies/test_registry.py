@@ -48,7 +48,7 @@ def trained_by_adam() -> Result:
 RUNS: dict[str, Callable[[], Sequence[Result]]] = {
     "interpolate": lambda: [
         library.interpolate("a.pt", "b.pt", layerwise=True, **LINE),
-        library.interpolate("a.pt", "b.pt", derivatives=True, refine=0.1, **LINE),
+        library.interpolate("a.pt", "b.pt", derivatives=True, refine=0.1, split="test", **LINE),
         library.interpolate("a.pt", "b.pt", batch_loss=True, batch_size=9, limit=2, **LINE),
         library.interpolate("a.pt", "b.pt", sampling_error=0.5, range=(2.0, 3.0), **LINE),
         library.interpolate("a.pt", "b.pt", repair=True, range=(0.0, 1.0), **LINE),
@@ -63,12 +63,14 @@ RUNS: dict[str, Callable[[], Sequence[Result]]] = {
     ],
     "check": lambda: [
         library.check("a.pt", eigenvalues=2),
-        library.check(PATH, learning_rate=0.1, momentum=0.9, limit=5),
+        library.check(PATH[1:], learning_rate=0.1, momentum=0.9, limit=5, split="test"),
         trained_by_adam(),
-        library.check("a.pt", density=True, blocks=True, probes=2, lanczos=3, limit=5),
+        library.check(
+            "a.pt", density=True, blocks=True, probes=2, lanczos=3, limit=5, split="test"
+        ),
     ],
     "sharpness": lambda: [
-        library.sharpness(PATH, rho=[0.1, 0.2], samples=2, limit=5),
+        library.sharpness(PATH[1:], rho=[0.1, 0.2], samples=2, limit=5, split="test"),
         library.sharpness("a.pt", samples=1, direction_split="test"),
     ],
     "barriers": lambda: [
@@ -79,7 +81,7 @@ RUNS: dict[str, Callable[[], Sequence[Result]]] = {
         library.around("a.pt", along="hessian", points=3, basin_loss=9.0, model="mlp:6-5-3"),
         library.around("a.pt", directions=1, points=3, sampling_error=0.5),
     ],
-    "connect": lambda: [library.connect("a.pt", "b.pt", steps=2, points=3, limit=5)],
+    "connect": lambda: [library.connect("a.pt", "b.pt", steps=2, points=3, limit=5, split="test")],
     "soup": lambda: [library.soup(PATH, greedy="test", model="mlp:6-5-3")],
     "inspect": lambda: [library.inspect("a.pt"), library.inspect(["a.pt", "b.pt"])],
 }

@@ -24,7 +24,7 @@ from losscli.settings import Settings
 from losscli.studies.interpolation import Interpolation
 from tests.conftest import Losscli
 from tests.networks import NETWORKS, Network
-from tests.promises.test_resume import broken_anywhere
+from tests.promises.test_resume import resume_each
 
 States = Sequence[dict[str, Tensor]]
 
@@ -245,18 +245,19 @@ def test_a_unit_without_variance_is_skipped() -> None:
     assert "at most 1 unit at a point had no variance and stayed unchanged\n" in report(result)
 
 
-def test_a_run_that_was_broken_off_ends_with_the_same_bytes(tmp_path: Path) -> None:
+def test_an_interrupted_run_ends_with_the_same_bytes(tmp_path: Path) -> None:
     plan = planned("mlp", states_of("mlp"))
 
     def run(journal: Any) -> str:
         return plan.run(Execution(journal=journal)).table.to_csv()
 
     truth = run(None)
-    found = broken_anywhere(tmp_path / "run", run, run)
+    found = resume_each(tmp_path / "run", run, run, 3)
     assert len(found) == 3
-    assert all(csv == truth for csv in found)
+    assert {*found.values()} == {truth}
 
 
+@pytest.mark.usefixtures("unseen")
 def test_the_command_line(losscli: Losscli, folder: Path) -> None:
     done = losscli(
         "interpolate", "a.pt", "b.pt", "--range", 0, 1, "--points", 3, "--repair", "-o", "x"
@@ -311,7 +312,7 @@ def test_the_command_line(losscli: Losscli, folder: Path) -> None:
         (["--range", "0", "1", "--limit", "1"], "--repair has no more than one example of train"),
     ],
 )
-def test_what_does_not_go_with_it(
+def test_options_that_contradict_repair_are_refused(
     options: Sequence[str], says: str, losscli: Losscli, folder: Path
 ) -> None:
     Path("whole.csv").write_text("alpha,split,loss,loss_stderr\n0.0,train,1.0,0.1\n")

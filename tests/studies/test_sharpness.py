@@ -154,7 +154,7 @@ def largest_in_ball(slope: np.ndarray, hessian: np.ndarray, radius: float) -> fl
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_closed_forms_of_a_quadratic_loss(dtype: str, tmp_path: Path) -> None:
     (file,) = save(LINEAR, tmp_path, 1)
-    more = {"rho": [0.05, 0.5], "samples": 400, "dtype": dtype}
+    more = {"rho": [0.05, 0.5], "samples": 100, "dtype": dtype}
     result = losscli.sharpness(file, **options(LINEAR, **more))
     slope, hessian = dense(LINEAR, LINEAR.state(1))
     precision = {"float32": 1e-4, "float64": 1e-7}[dtype]
@@ -300,7 +300,7 @@ def test_a_zero_gradient_has_no_sam_and_no_critical_sharpness() -> None:
     assert "no SAM sharpness, because the gradient · |θ| is 0" in "; ".join(still.summary["notes"])
 
 
-def test_losses_that_are_not_finite_lose_nothing_else(tmp_path: Path) -> None:
+def test_losses_that_are_not_finite_do_not_affect_the_other_numbers(tmp_path: Path) -> None:
     names = save(TANH, tmp_path, 1, 2)
     broken = {n: torch.full_like(t, math.nan) for n, t in TANH.state(1).items()}
     torch.save(broken, tmp_path / "broken.pt")
@@ -410,14 +410,15 @@ def test_files_text_and_json(folder: Path, losscli: Losscli) -> None:
     assert "sharpness does not correlate well with generalisation (And" in done.stderr
     assert "arXiv 2302.07011" in done.stderr
     assert "they are not comparable at the same ρ" in done.stderr
-    again = losscli(*run, "--json", "--no-figure")
-    assert again.stdout.count("\n") == 1
-    assert json.loads(again.stdout)["rho"] == [0.05, 0.1]
     drawn = losscli("plot", "out.csv", "-o", "again")
     assert drawn.status == 0
     assert (folder / "again.png").read_bytes() == (folder / "out.png").read_bytes()
-    out = losscli(*run[:-1], "-", "-q")
-    assert out.stdout.encode() == (folder / "out.csv").read_bytes()
+    small = ["sharpness", "a.pt", "--samples", 1, "--split", "test", "-o"]
+    one = losscli(*small, "small", "--json", "--no-figure")
+    assert one.stdout.count("\n") == 1
+    assert json.loads(one.stdout)["rho"] == [0.05]
+    out = losscli(*small, "-", "-q")
+    assert out.stdout.encode() == (folder / "small.csv").read_bytes()
 
 
 def test_a_dry_run_counts_gradients(folder: Path, losscli: Losscli) -> None:

@@ -138,7 +138,7 @@ def test_singular_vectors_are_those_of_the_averaged_weights(tmp_path: Path) -> N
     assert float(torch.linalg.svdvals(weight)[0]) == pytest.approx(1, abs=1e-5)
 
 
-def test_a_count_of_batches_that_one_file_alone_has_is_kept(tmp_path: Path) -> None:
+def test_a_count_of_batches_in_only_one_file_is_kept(tmp_path: Path) -> None:
     files = [tmp_path / f"{seed}.pt" for seed in range(3)]
     for seed, file in enumerate(files):
         tensors = batchnorm(seed)
@@ -225,7 +225,7 @@ def test_weights_are_read_from_text(text: str, expected: tuple[float, ...]) -> N
 
 
 @pytest.mark.parametrize("text", ["", "-", "1-", "1--", "1+0", "nan-1", "inf-1", "1 - 0", "1-0x"])
-def test_other_text_is_not_weights(text: str) -> None:
+def test_text_that_is_not_weights_is_refused(text: str) -> None:
     with pytest.raises(UsageError, match=r"is not a list of numbers.*such as 1/2-1/2"):
         parse_weights(text, 2)
 
@@ -315,6 +315,7 @@ def greedy_by_hand(names: list[str], score: str) -> tuple[list[tuple[str, int, f
     return rows, average(kept)
 
 
+@pytest.mark.usefixtures("unlaid")
 @pytest.mark.parametrize("score", ["", "accuracy"])
 def test_a_greedy_soup_is_that_of_a_plain_loop(
     score: str, losscli: Losscli, relatives: list[str]
@@ -349,7 +350,7 @@ def wrong(outputs: Tensor, targets: Tensor) -> Tensor:
     return (outputs.argmax(1) != targets).float()
 
 
-def test_a_metric_of_which_less_is_better_is_the_negative_score(relatives: list[str]) -> None:
+def test_a_metric_where_lower_is_better_gives_its_negative_as_score(relatives: list[str]) -> None:
     wrong.higher_is_better = False  # type: ignore[attr-defined]
     found, expected = (
         library.soup(relatives, greedy="test", metric=metric) for metric in (wrong, "accuracy")
@@ -360,6 +361,7 @@ def test_a_metric_of_which_less_is_better_is_the_negative_score(relatives: list[
     )
 
 
+@pytest.mark.usefixtures("unlaid")
 def test_a_result_saves_what_the_command_line_writes(
     losscli: Losscli, relatives: list[str]
 ) -> None:
@@ -382,7 +384,7 @@ def test_a_result_saves_what_the_command_line_writes(
     assert losscli(*other, "--force", "--json").status == 0
 
 
-def test_objects_are_searched_too(relatives: list[str]) -> None:
+def test_a_greedy_soup_takes_objects_too(relatives: list[str]) -> None:
     data = {"held": (torch.rand(9, 6), torch.arange(9) % 3)}
     states = [state(name) for name in relatives]
     done: list[float] = []
@@ -450,7 +452,7 @@ GREEDY = {
 
 
 @pytest.mark.parametrize("case", GREEDY)
-def test_a_search_that_cannot_be_is_refused(
+def test_invalid_options_of_a_search_are_refused(
     case: str, losscli: Losscli, folder: Path, three: list[str]
 ) -> None:
     options, status, message = GREEDY[case]
@@ -458,6 +460,7 @@ def test_a_search_that_cannot_be_is_refused(
     is_refused(losscli, folder, command, status, message)
 
 
+@pytest.mark.usefixtures("unseen")
 def test_a_checkpoint_without_a_finite_score_is_not_kept(
     losscli: Losscli, three: list[str]
 ) -> None:
@@ -479,7 +482,8 @@ def test_a_file_to_write_is_needed(losscli: Losscli, folder: Path, three: list[s
     is_refused(losscli, folder, ["soup", *three], 2, message)
 
 
-def test_a_killed_search_goes_on(
+@pytest.mark.usefixtures("unlaid")
+def test_a_killed_search_is_resumed(
     losscli: Losscli, relatives: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     line = ["soup", *relatives, "--greedy", "test", "-o"]
@@ -630,9 +634,9 @@ def planes(losscli: Losscli, folder: Path, three: list[str]) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("case", OFF_PLANE)
-def test_an_invalid_point_of_a_plane_is_refused(case: str, losscli: Losscli, planes: Path) -> None:
-    line, status, message = OFF_PLANE[case]
-    if case == "changed":
-        torch.save({"state_dict": MLP("6-5-3").state_dict()}, "b.pt")
-    is_refused(losscli, planes, ["export", *line.split(), "-o", "y.safetensors"], status, message)
+def test_an_invalid_point_of_a_plane_is_refused(losscli: Losscli, planes: Path) -> None:
+    for case, (line, status, message) in OFF_PLANE.items():
+        if case == "changed":
+            torch.save({"state_dict": MLP("6-5-3").state_dict()}, "b.pt")
+        command = ["export", *line.split(), "-o", "y.safetensors"]
+        is_refused(losscli, planes, command, status, message)

@@ -80,7 +80,7 @@ def test_the_table_holds_the_losses_of_a_plain_float64_loop(case: Case, tmp_path
     assert not any("does not reproduce" in note for note in result.summary["notes"])
 
 
-def test_the_ends_have_the_loss_of_the_checkpoints_to_the_last_bit(folder: Path) -> None:
+def test_the_ends_have_exactly_the_loss_of_the_checkpoints(folder: Path) -> None:
     result = losscli.interpolate("a.pt", "b.pt", points=4, range=(-0.3, 1.2))
     arrays = np.load("data.npz")
     x, y = torch.from_numpy(arrays["train_inputs"]), torch.from_numpy(arrays["train_targets"])
@@ -116,7 +116,7 @@ def test_the_distance_is_that_of_all_moving_tensors(folder: Path) -> None:
 @pytest.mark.parametrize(
     "name", ["mlp-relu", "cnn-batchnorm", "attention-tied", "normalising", "convolving", "lstm"]
 )
-def test_distances_are_over_the_parameters_alone(name: str, tmp_path: Path) -> None:
+def test_distances_are_over_the_parameters_only(name: str, tmp_path: Path) -> None:
     case = next(c for c in CASES if c.name == name)
     one, other = case.state(1), case.state(2)
     files = save(case, tmp_path)
@@ -143,7 +143,7 @@ def test_distances_are_over_the_parameters_alone(name: str, tmp_path: Path) -> N
         assert losscli.inspect(files).summary["distance"] == pytest.approx(length, rel=1e-12)
 
 
-def test_the_ends_alone_may_be_asked_for(folder: Path) -> None:
+def test_only_the_ends_can_be_evaluated(folder: Path) -> None:
     wide = losscli.interpolate("a.pt", "b.pt", points=3, range=(0.0, 1.0))
     ends = losscli.interpolate("a.pt", "b.pt", points=2, range=(0.0, 1.0))
     assert ends.table["alpha"] == [0, 0, 1, 1]
@@ -311,7 +311,7 @@ def test_the_same_command_gives_the_same_table_and_identity(folder: Path) -> Non
     assert one.summary["identity"] != other.summary["identity"]
 
 
-def test_a_loss_that_blows_up_is_recorded_and_stops_nothing(folder: Path) -> None:
+def test_a_loss_that_overflows_is_recorded_and_does_not_stop_the_run(folder: Path) -> None:
     torch.save({k: v * 1e30 for k, v in MLP("6-5-3").state_dict().items()}, "huge.pt")
     result = losscli.interpolate("a.pt", "huge.pt", points=5, range=(0.0, 1.0))
     losses = result.table.where("split", "train").floats("loss")
@@ -328,7 +328,7 @@ def test_two_equal_checkpoints_give_a_constant_curve_and_a_note(folder: Path) ->
     assert "nothing moves" in result.summary["notes"][0]
 
 
-def test_a_model_whose_weights_can_only_be_loaded_is_loaded_at_every_point(folder: Path) -> None:
+def test_a_model_with_weights_that_must_be_loaded_is_loaded_at_every_point(folder: Path) -> None:
     class Stubborn(nn.Module):
         """Computes with a copy of its weights that it took when they were loaded."""
 
@@ -353,7 +353,7 @@ def test_a_model_whose_weights_can_only_be_loaded_is_loaded_at_every_point(folde
     np.testing.assert_allclose(result.table.floats("loss"), plain.table.floats("loss"), rtol=1e-6)
 
 
-def test_a_model_that_keeps_something_of_its_first_weights_is_refused(tmp_path: Path) -> None:
+def test_a_model_that_caches_its_first_weights_is_refused(tmp_path: Path) -> None:
     case = Case("remembering", foreign.Remembering, torch.rand(9, 4), torch.arange(9) % 3)
     a, b = save(case, tmp_path)
     with pytest.raises(ModelError, match="after the model was at another point"):
@@ -391,7 +391,7 @@ def test_models_that_no_line_can_move_are_refused(
         losscli.interpolate("a.pt", "b.pt", model=build)
 
 
-def test_a_scripted_body_is_seen_through_by_numbers(tmp_path: Path) -> None:
+def test_a_scripted_module_gives_the_losses_of_a_plain_loop(tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         for case in (
@@ -422,7 +422,7 @@ def test_a_scripted_body_is_seen_through_by_numbers(tmp_path: Path) -> None:
                 assert loss == pytest.approx(oracle.mean(expected), rel=1e-10)
 
 
-def test_a_model_that_returns_no_tensor_says_so(folder: Path) -> None:
+def test_a_model_that_returns_no_tensor_is_refused(folder: Path) -> None:
     class Pair(MLP):
         def forward(self, inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:  # type: ignore[override]
             return super().forward(inputs), inputs
@@ -470,7 +470,7 @@ def test_a_model_that_returns_no_tensor_says_so(folder: Path) -> None:
     ],
     ids=str,
 )
-def test_bad_settings_are_one_line_that_says_what_is_wrong(
+def test_invalid_settings_are_refused_in_one_line_that_says_what_is_wrong(
     settings: dict, error: type[Exception], message: str, folder: Path
 ) -> None:
     with pytest.raises(error, match=message) as caught:
@@ -487,7 +487,7 @@ def test_without_any_model_or_data_the_error_says_what_to_give(folder: Path) -> 
         losscli.interpolate("a.pt", "b.pt")
 
 
-def test_what_does_not_fit_is_listed_for_both_checkpoints_at_once(folder: Path) -> None:
+def test_tensors_that_do_not_fit_are_listed_for_both_checkpoints_at_once(folder: Path) -> None:
     state = MLP("6-5-3").state_dict()
     torch.save({"extra": torch.ones(2), **state}, "more.pt")
     torch.save({k: v for k, v in state.items() if k != "layers.1.bias"}, "less.pt")
@@ -526,7 +526,7 @@ def test_files_may_not_name_code(kind: str, place: str, folder: Path) -> None:
     assert not Path("ran").exists()
 
 
-def test_a_losscli_toml_that_is_not_understood_is_refused(folder: Path) -> None:
+def test_an_invalid_losscli_toml_is_refused(folder: Path) -> None:
     for content in ("data = 3\n", 'modle = "mlp:6-5-3"\n', "data = \n", "\xff"):
         Path("losscli.toml").write_text(content, encoding="latin-1")
         with pytest.raises(SpecError, match=r"losscli\.toml"):
@@ -623,7 +623,7 @@ def noisy_data(n: int, *, seed: int = 0) -> dict:
     return {"all": (x, torch.randint(3, (n,), generator=generator))}
 
 
-def test_sampling_looks_at_no_more_examples_than_the_error_asks_for(folder: Path) -> None:
+def test_sampling_evaluates_no_more_examples_than_the_error_needs(folder: Path) -> None:
     arguments = {"data": noisy_data(8192), "points": 9, "range": (-3.0, 4.0)}
     whole = losscli.interpolate("a.pt", "b.pt", **arguments)
     height = np.ptp(whole.table.floats("loss"))
@@ -667,13 +667,13 @@ def test_standard_errors_of_a_sample_cover_the_truth_as_often_as_they_say(folder
 
 
 @pytest.mark.parametrize("tolerance", [0.0, -1.0, math.inf, math.nan])
-def test_a_sampling_error_that_is_no_share_is_refused(tolerance: float, folder: Path) -> None:
+def test_an_invalid_sampling_error_is_refused(tolerance: float, folder: Path) -> None:
     with pytest.raises(UsageError, match="must be above 0, not"):
         losscli.interpolate("a.pt", "b.pt", sampling_error=tolerance)
 
 
 @pytest.mark.parametrize("limit", [30, 100, 300])
-def test_rounding_of_a_small_loss_is_no_fault_of_a_model(limit: int) -> None:
+def test_rounding_of_a_small_loss_is_not_reported_as_a_fault_of_the_model(limit: int) -> None:
     ends = (ROOT / f"sample_checkpoints/cnn/{name}.safetensors" for name in ("init", "final"))
     result = losscli.interpolate(*ends, points=3, limit=limit, split=["train"])
     assert result.summary["endpoint_difference"] < 1e-4
@@ -687,7 +687,7 @@ def test_checkpoints_may_be_paths(folder: Path) -> None:
         losscli.trajectory(names, surface=False),
         losscli.plane(names, points=2),
         losscli.barriers(names, points=3),
-        losscli.check(names),
+        losscli.check(names, split="test"),
         losscli.inspect([a, b]),
         losscli.align(a, b),
     ]

@@ -19,6 +19,7 @@ from losscli.errors import LosscliError, LossError
 from losscli.evaluation.losses.built_in import cross_entropy
 from losscli.evaluation.losses.metrics import accuracy
 from tests import oracle
+from tests.cases import sample
 from tests.conftest import Losscli
 
 ALPHAS = [0.0, 0.5, 1.0]
@@ -86,12 +87,17 @@ def share_of_the_second(scores: Tensor, targets: Tensor) -> Tensor:
     return (scores.argmax(1) == targets).double().mean()
 
 
+SHAPES = [((9, 5), 3), ((9, 5), 6), ((9, 2, 3), 3), ((9, 2, 3), 2), ((9, 3, 3), 4), ((9, 1), 3)]
+
+
 @pytest.mark.parametrize(
-    ("shape", "classes"),
-    [((9, 5), 3), ((9, 5), 6), ((9, 2, 3), 3), ((9, 2, 3), 2), ((9, 3, 3), 4), ((9, 1), 3)],
+    ("shape", "classes", "derivatives"),
+    [
+        *sample([(*shape, False) for shape in SHAPES], 0, 2),
+        *sample([(*shape, True) for shape in SHAPES], 1, 2),
+    ],
     ids=str,
 )
-@pytest.mark.parametrize("derivatives", [False, True])
 def test_scores_of_tokens_are_read_along_their_last_dimension(
     tmp_path: Path, shape: tuple[int, ...], classes: int, *, derivatives: bool
 ) -> None:
@@ -123,7 +129,7 @@ def test_scores_of_tokens_are_read_along_their_last_dimension(
         ("cross_entropy,dim=1", of_the_second, share_of_the_second),
     ],
 )
-def test_where_both_readings_fit_an_option_chooses_one_and_accuracy_follows(
+def test_an_option_chooses_between_two_dimensions_of_classes_and_accuracy_follows(
     tmp_path: Path, shape: tuple[int, ...], loss: str, per_example: Any, right: Any
 ) -> None:
     def make() -> nn.Module:
@@ -144,7 +150,7 @@ def test_where_both_readings_fit_an_option_chooses_one_and_accuracy_follows(
     np.testing.assert_allclose(found.table["accuracy"], expected, rtol=1e-6)
 
 
-def test_an_ambiguous_shape_is_one_line_and_nothing_is_written(
+def test_an_ambiguous_shape_is_refused_in_one_line_and_nothing_is_written(
     losscli: Losscli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -178,7 +184,7 @@ def test_labels_of_tokens_are_compared_with_the_number_of_scores(
         line(tmp_path, Tagger(5), whole(7, 9, 3), targets)
 
 
-def test_a_dimension_that_is_none_of_classes_is_refused(tmp_path: Path) -> None:
+def test_a_dimension_that_does_not_hold_classes_is_refused(tmp_path: Path) -> None:
     checkpoints(tmp_path, lambda: Tagger(5))
     with pytest.raises(LosscliError, match=r"dim=2 is not a dimension of classes\. Give dim=1"):
         line(tmp_path, Tagger(5), whole(7, 9, 3), whole(5, 9, 3), loss="cross_entropy,dim=2")
@@ -256,7 +262,7 @@ def test_float_targets_that_are_all_0_or_1_get_a_note_under_the_default_loss(
 @pytest.mark.parametrize(
     "targets", [LABELS_OF_ONE * 0.5, LABELS_OF_ONE * 0, LABELS_OF_ONE + 1, LABELS_OF_ONE - 1]
 )
-def test_other_float_targets_get_none(tmp_path: Path, targets: Tensor) -> None:
+def test_other_float_targets_get_no_note(tmp_path: Path, targets: Tensor) -> None:
     assert not notes(tmp_path, targets, lambda: Outputs(1))[1]
 
 
@@ -401,7 +407,7 @@ def test_the_source_of_the_loss_does_not_identify_a_run(losscli: Losscli, folder
     assert again.status == 0, again.stderr
 
 
-def test_bce_is_said_to_take_scores_before_the_sigmoid(losscli: Losscli) -> None:
+def test_the_list_of_losses_says_that_bce_takes_scores_before_the_sigmoid(losscli: Losscli) -> None:
     assert "scores before the sigmoid" in losscli("list", "losses").stdout
 
 
@@ -421,7 +427,7 @@ def sure(folder: Path, gap: float, losscli: Losscli, *more: object) -> tuple[str
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_a_loss_that_becomes_ever_smaller_is_never_rounded_to_nothing(
+def test_a_very_small_loss_is_never_rounded_to_zero(
     losscli: Losscli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -558,7 +564,7 @@ def test_targets_that_are_not_probabilities_are_refused(
         between(tmp_path, lambda: nn.Linear(4, 3), torch.randn(9, 4), targets, loss=loss)
 
 
-def test_a_loss_that_writes_on_the_outputs_does_not_spoil_the_metrics(tmp_path: Path) -> None:
+def test_a_loss_that_modifies_the_outputs_does_not_change_the_metrics(tmp_path: Path) -> None:
     def negative(outputs: Tensor, targets: Tensor) -> Tensor:
         return F.cross_entropy(outputs.neg_().neg(), targets, reduction="none")
 

@@ -172,7 +172,7 @@ def test_scaling_all_weights_scales_all_lengths(tmp_path: Path) -> None:
     assert four["turn_degrees"] == one["turn_degrees"]
 
 
-def test_reversed_the_path_has_the_same_residuals(tmp_path: Path) -> None:
+def test_reversing_the_path_gives_the_same_residuals(tmp_path: Path) -> None:
     case = next(c for c in CASES if c.name == "mlp-sigmoid")
     files, _ = save_path(case, tmp_path)
     forth, back = (
@@ -251,7 +251,7 @@ def test_random_walks_have_the_step_lengths_of_the_path(tmp_path: Path) -> None:
         assert rows.floats("distance")[1] == pytest.approx(one.table.floats("distance")[1])
 
 
-def test_with_few_examples_known_well_enough_the_rest_is_not_looked_at(tmp_path: Path) -> None:
+def test_examples_are_added_only_until_the_error_is_small(tmp_path: Path) -> None:
     case = next(c for c in CASES if c.name == "mlp-relu")
     files, _ = save_path(case, tmp_path)
     repeats = 3000 // len(case.targets) + 1
@@ -267,7 +267,7 @@ def test_with_few_examples_known_well_enough_the_rest_is_not_looked_at(tmp_path:
     assert np.any(off > 0)
 
 
-def test_what_stays_by_choice_is_no_part_of_the_path(tmp_path: Path) -> None:
+def test_tensors_left_out_by_choice_are_not_part_of_the_path(tmp_path: Path) -> None:
     case = next(c for c in CASES if c.name == "cnn-batchnorm")
     files, states = save_path(case, tmp_path)
     result = losscli.trajectory(files, **options(case), surface=False, buffers="b")
@@ -340,7 +340,7 @@ def test_a_path_that_ends_where_it_began_has_no_line(tmp_path: Path) -> None:
         losscli.trajectory([*files[:2], files[0]], **options(case))
 
 
-def test_a_mixed_bag_of_models_is_one_error_that_names_them(tmp_path: Path) -> None:
+def test_checkpoints_of_different_models_are_one_error_that_names_them(tmp_path: Path) -> None:
     case = next(c for c in CASES if c.name == "mlp-relu")
     files, _ = save_path(case, tmp_path)
     for name in ("other-1", "other-2"):

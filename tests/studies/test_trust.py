@@ -139,7 +139,7 @@ def test_trusted_code_gives_the_bytes_that_options_give(
     assert not Path("../evil").exists()
 
 
-def test_python_trusts_too(project: Path) -> None:
+def test_trust_is_needed_in_python_too(project: Path) -> None:
     names = ("project/runs/a.pt", "project/runs/b.pt")
     with pytest.raises(UntrustedCodeError, match="give --trust"):
         losscli.interpolate(*names, points=3)
@@ -167,7 +167,7 @@ def test_several_metrics(project: Path) -> None:
             losscli.interpolate(*names, points=3, trust=True)
 
 
-def test_an_objective_stands_in_the_place_of_a_loss(project: Path) -> None:
+def test_an_objective_replaces_a_loss(project: Path) -> None:
     names = ("project/runs/a.pt", "project/runs/b.pt")
     file, code = project / "losscli.toml", "src/trusted_code.py"
     start = f'model = "mlp:6-5-3"\ndata = "{code}:data"\n'
@@ -332,7 +332,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("content", BAD)
-def test_a_configuration_that_is_not_understood_is_one_line(
+def test_an_invalid_configuration_is_refused_in_one_line(
     content: str, project: Path, config: Callable[[str], Path], losscli: Losscli
 ) -> None:
     config(f"{content}\n")
@@ -347,7 +347,7 @@ def test_a_configuration_that_is_not_understood_is_one_line(
     assert cure_for_distrust(project / "losscli.toml", trust=True) == ""
 
 
-def test_a_configuration_that_is_cut_anywhere_trusts_nothing(
+def test_a_truncated_configuration_trusts_nothing(
     project: Path, config: Callable[[str], Path]
 ) -> None:
     content = f'# mine\ntrusted = ["{project}", "{project.parent}/other"]'
@@ -408,7 +408,7 @@ def test_files_that_others_may_have_written(
 
 
 @forks
-def test_each_process_trusts_by_itself(
+def test_each_process_needs_trust_of_its_own(
     project: Path, config: Callable[[str], Path], losscli: Losscli
 ) -> None:
     run = "interpolate project/runs/a.pt project/runs/b.pt --points 3 --no-figure -q -o"

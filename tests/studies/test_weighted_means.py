@@ -192,7 +192,7 @@ def test_errors_of_paired_differences_are_those_of_ratios(study: str) -> None:
     assert barrier["stderr"] == pytest.approx(ratio_error(v[top] - chord, w), rel=1e-9)
 
 
-def test_blocks_that_move_alone_have_the_errors_of_ratios() -> None:
+def test_blocks_that_move_on_their_own_have_the_errors_of_ratios() -> None:
     x, y = classes()
     found = line("cross_entropy,weight=0.2-1-5", {"all": (x, y)}, layerwise=True)
     a, b = states()
@@ -296,7 +296,7 @@ def images(void: int) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("void", [-100, 255, 1])
-def test_pixels_without_a_label_count_for_nothing(void: int) -> None:
+def test_pixels_without_a_label_are_ignored(void: int) -> None:
     x, y = images(void)
     loss = f"cross_entropy,ignore_index={void}" if void == 1 else "cross_entropy"
     found = line(loss, {"all": (x, y)}, model=image_net)
@@ -363,7 +363,7 @@ def test_a_split_without_a_target_that_counts_is_refused() -> None:
 
 @pytest.mark.parametrize("loss", ["cross_entropy,weight=1-1-1", "cross_entropy,ignore_index=9"])
 @pytest.mark.parametrize("option", ["derivatives", "layerwise"])
-def test_weights_of_one_change_no_digit(loss: str, option: str) -> None:
+def test_weights_of_one_do_not_change_the_results(loss: str, option: str) -> None:
     x, y = classes()
     data, more = {"all": (x, y.clamp(min=0))}, {"dtype": "float32", option: True}
     plain, weighted = (line(given, data, **more) for given in ("cross_entropy", loss))
@@ -376,7 +376,7 @@ WAYS = [Strategy.LOADED, Strategy.BOUND, Strategy.SHARED, Strategy.THREADS, Stra
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_every_way_to_evaluate_weighs_alike(way: Strategy) -> None:
+def test_every_strategy_gives_the_same_weights(way: Strategy) -> None:
     def mlp() -> nn.Module:
         return MLP("4-6-3")
 
@@ -455,7 +455,7 @@ def test_a_sample_of_all_examples_has_the_numbers_of_all() -> None:
     assert told == pytest.approx(same, rel=1e-9)
 
 
-def test_a_stream_is_weighed_as_it_comes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stream_is_weighted_like_data_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     x, y = classes()
     in_memory = line("cross_entropy,weight=0.2-1-5", {"all": (x, y)}, derivatives=True)
     monkeypatch.setattr(objects_, "host_budget", lambda: 0)
@@ -474,7 +474,7 @@ def test_a_stream_is_weighed_as_it_comes(monkeypatch: pytest.MonkeyPatch) -> Non
         assert found.table.floats(column) == pytest.approx(expected, rel=1e-12)
 
 
-def test_what_was_recorded_has_its_weights() -> None:
+def test_an_evaluation_read_from_a_record_has_its_weights() -> None:
     x, y = classes()
     objective = objective_of(partial(cross_entropy, weight=WEIGHT), (x, y))
     check_task(objective, states()[0])
@@ -487,7 +487,7 @@ def test_what_was_recorded_has_its_weights() -> None:
     assert back["all"].counts == found["all"].counts == {"accuracy": 54}
 
 
-def test_a_run_that_goes_on_from_its_journal_has_the_same_numbers(
+def test_a_resumed_run_has_the_same_numbers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("losscli.evaluation.journal.journal.sync", lambda _: None)

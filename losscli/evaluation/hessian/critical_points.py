@@ -322,12 +322,12 @@ class CriticalPointTest:
         return (self.float64 if small else None) or self.objective
 
     def analyse(
-        self, placed: Weights, split: str, kept: Collection[str], execution: Execution
+        self, point: Weights, split: str, kept: Collection[str], execution: Execution
     ) -> Arrays:
         """Analyses one point on one split.
 
         Args:
-            placed: The point: all tensors of the model, the parameters as they are stored.
+            point: The point: all tensors of the model, the parameters as they are stored.
             split: The name of the split.
             kept: The verdicts for which the eigenvector of a negative λ_min is kept.
             execution: Evaluates losses; its progress is not counted.
@@ -341,7 +341,7 @@ class CriticalPointTest:
         objective, quiet, seed = self.objective, execution.quiet, self.seed
         every = objective.splits[split]
         examples = {split: every}
-        weights = recalibrated(objective, placed)
+        weights = recalibrated(objective, point)
         # The loss that is differentiated and followed is a function of the parameters alone.
         with objective.frozen_statistics():
             (losses,) = sweep_plain(objective, [weights], splits=examples, execution=quiet)

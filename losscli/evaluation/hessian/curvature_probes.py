@@ -79,12 +79,12 @@ class CurvatureProbes:
         return sum(self.test.objective.tensors[name].numel() for name in names)
 
     def probe(
-        self, placed: Weights, split: str, number: int, size: float, execution: Execution
+        self, point: Weights, split: str, number: int, size: float, execution: Execution
     ) -> Arrays:
         """Runs the probe of a number at one point on one split.
 
         Args:
-            placed: The point: all tensors of the model.
+            point: The point: all tensors of the model.
             split: The name of the split.
             number: The number of the probe. It is the same vector at all points.
             size: Its size in the unit of progress.
@@ -104,7 +104,7 @@ class CurvatureProbes:
             done += share / (steps + 1)
             execution.report(size * min(done, 1.0))
 
-        weights = recalibrated(objective, placed)
+        weights = recalibrated(objective, point)
         with (
             objective.frozen_statistics(),
             self.operator(
@@ -116,12 +116,12 @@ class CurvatureProbes:
         return {**found.to_arrays(), **objective_state(objective)}
 
     def block(
-        self, placed: Weights, split: str, index: int, names: Sequence[str], execution: Execution
+        self, point: Weights, split: str, index: int, names: Sequence[str], execution: Execution
     ) -> Arrays:
         """Computes the curvature of a block at one point on one split.
 
         Args:
-            placed: The point: all tensors of the model.
+            point: The point: all tensors of the model.
             split: The name of the split.
             index: The number of the block, which determines its probes.
             names: The parameters of the block.
@@ -133,7 +133,7 @@ class CurvatureProbes:
         test = self.test
         objective = test.objective
         every = objective.splits[split]
-        weights = recalibrated(objective, placed)
+        weights = recalibrated(objective, point)
         with objective.frozen_statistics():
             with test.curvature(weights, every, execution, names) as curvature:
                 norm = float(curvature.gradient().norm())

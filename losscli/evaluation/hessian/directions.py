@@ -209,9 +209,9 @@ class DerivativeDirections:
             self.objective, self.names, tolerance=math.inf, eigenvalues=2, seed=self.seed
         )
 
-    def _find(self, placed: Weights, of: str, execution: Execution) -> Arrays:
+    def _find(self, point: Weights, of: str, execution: Execution) -> Arrays:
         objective, every = self.objective, self.objective.splits[self.split]
-        weights = recalibrated(objective, placed)
+        weights = recalibrated(objective, point)
         numbers: list[list[float]]
         with objective.frozen_statistics():
             objective.load(weights)

@@ -159,9 +159,9 @@ class _KrylovSpace:
 
     def __init__(self, width: int, size: int, device: torch.device, seed: int) -> None:
         self._generator = torch.Generator().manual_seed(seed)
-        place = device if 8 * width * size <= _BASIS_BYTES else torch.device("cpu")
+        home = device if 8 * width * size <= _BASIS_BYTES else torch.device("cpu")
         try:
-            self._basis = torch.empty(width, size, dtype=torch.float64, device=place)
+            self._basis = torch.empty(width, size, dtype=torch.float64, device=home)
         except (RuntimeError, MemoryError) as error:
             raise OutOfMemoryError(
                 f"{width} vectors of {size:,} weights do not fit into memory",

@@ -104,7 +104,7 @@ def adam_threshold(learning_rate: float, beta1: float) -> float:
 
 def largest_preconditioned(
     test: CriticalPointTest,
-    placed: Weights,
+    point: Weights,
     split: str,
     preconditioner: Weights,
     execution: Execution,
@@ -112,7 +112,7 @@ def largest_preconditioned(
     """Computes a `PreconditionedEigenvalue` at one point on one split, as a record."""
     objective = test.objective
     operator = partial(PreconditionedHessian, preconditioner)
-    weights = recalibrated(objective, placed)
+    weights = recalibrated(objective, point)
     with objective.frozen_statistics():
         found = test.largest_eigenvalue(
             weights, test.names, objective.splits[split], operator, execution
