@@ -308,12 +308,14 @@ def test_a_folder_of_own_code_shadows_nothing_installed_now_or_later(
     assert str(shadowed) not in done.stdout
 
 
+# In `make test`, test_faults.py runs such a command in a process of its own.
+@pytest.mark.stress
 @pytest.mark.parametrize(
     ("model", "data"),
     [
         ("net:net", "net.py:data"),
-        pytest.param("net:net", "net:data", marks=pytest.mark.stress),
-        pytest.param("net.py:net", "net.py:data", marks=pytest.mark.stress),
+        ("net:net", "net:data"),
+        ("net.py:net", "net.py:data"),
     ],
 )
 def test_a_run_with_own_code_never_runs_files_with_the_names_of_libraries(

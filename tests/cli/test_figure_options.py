@@ -14,7 +14,7 @@ from tests.conftest import Losscli
 STUDIES: dict[str, tuple[object, ...]] = {
     "interpolate": ("interpolate", "a.pt", "b.pt", "--points", 5),
     "layerwise": ("interpolate", "a.pt", "b.pt", "--points", 5, "--layerwise"),
-    "trajectory": ("trajectory", "a.pt", "init:5", "b.pt"),
+    "trajectory": ("trajectory", "a.pt", "init:5", "b.pt", "--residuals", 3),
     "plane": ("plane", "a.pt", "b.pt", "init:5", "--points", 4),
     "around": ("around", "a.pt", "b.pt", "--directions", 2, "--points", 3),
     "check": ("check", "a.pt", "b.pt"),

@@ -449,7 +449,15 @@ def test_a_clock_that_jumps_changes_no_number(
 def test_a_locale_without_utf_8_a_foreign_path_and_a_missing_backend(
     folder: Path,
 ) -> None:
-    """The whole command with α and Δ to write, in an encoding that has neither."""
+    """The whole command with α and Δ to write, in an encoding that has neither.
+
+    With own code, whose folder has files with the names of libraries.
+    """
+    for name in ("torch", "numpy", "matplotlib", "sqlite3", "json", "losscli"):
+        (folder / f"{name}.py").write_text("raise SystemExit('a file of the folder was run')\n")
+    (folder / "own.py").write_text(
+        "from losscli.models import MLP\ndef net():\n    import sqlite3\n    return MLP('6-5-3')\n"
+    )
     place = folder / "a b\n'\"中é"
     place.mkdir()
     for name in ("a.pt", "b.pt"):
@@ -461,8 +469,8 @@ def test_a_locale_without_utf_8_a_foreign_path_and_a_missing_backend(
         "    try:\n        main([*sys.argv[1:-2], out])\n"
         "    except SystemExit as ended:\n        assert not ended.code\n"
     )
-    done = python("-c", code, "interpolate", *names, "--points", "3", "-o", "-",
-                  str(place / "out"), LC_ALL="C", PYTHONUTF8="0",
+    done = python("-P", "-c", code, "interpolate", *names, "-m", "own.py:net", "--points", "3",
+                  "-o", "-", str(place / "out"), LC_ALL="C", PYTHONUTF8="0",
                   PYTHONCOERCECLOCALE="0", MPLBACKEND="nope")  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert done.stdout.decode("ascii")
