@@ -62,13 +62,15 @@ def place() -> Iterator[Path]:
 )
 @pytest.mark.filterwarnings("default")
 def test_damaged_files_are_read_or_refused_and_nothing_else(
-    name: str, cases: int, place: Path
+    name: str, cases: int, place: Path, request: pytest.FixtureRequest
 ) -> None:
     """Each is read, or refused with the error of its kind, in one line.
 
     No other error, no warning, nothing printed, no import, no code, no file opened for writing, no
     process, no more than 128 MB, and never as long as five seconds.
     """
+    if cases <= SAMPLE:
+        request.getfixturevalue("unlaid")
     verdict = judge_in_fork(name, place, cases)
     assert verdict["faults"] == []
     assert verdict["read"] + verdict["refused"] == cases
@@ -298,7 +300,7 @@ def test_linked_shards_are_read_and_nothing_is_written_next_to_them(
     assert done.stderr.count("\n") == 1
 
 
-@pytest.mark.usefixtures("unseen")
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize(
     "stem",
     ["a b", "-dash", "é中", "per%cent", "$HOME", "semi;colon", "quote'\"", "new\nline", "..x",
