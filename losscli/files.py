@@ -7,21 +7,25 @@ add the name of the file. Creating never overwrites a file.
 from __future__ import annotations
 
 import errno
+import json
 import os
 import stat
 from collections.abc import Callable
 from io import BufferedReader, FileIO
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
+
+from losscli.errors import LosscliError
 
 __all__ = [
     "IrregularError",
     "create",
-    "find_placeholder",
     "open_regular",
+    "read_object",
     "read_pipe",
     "read_regular",
     "read_text",
+    "refuse_placeholder",
 ]
 
 # The largest table from a pipe and the longest first line, in bytes. The largest tables are planes,
@@ -104,31 +108,38 @@ def read_regular(path: Path) -> bytes:
         return file.read()
 
 
-def find_placeholder(path: Path) -> tuple[str, str] | None:
-    """Detects a placeholder for a file that was not downloaded: a Git LFS pointer or HTML.
+def read_object(path: Path) -> dict[str, Any]:
+    """Reads the JSON object in a regular file; ``{}`` if the file is missing or has none."""
+    try:
+        content = json.loads(read_regular(path))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def refuse_placeholder(path: Path, name: str, error: type[LosscliError]) -> None:
+    """Refuses a placeholder for a file that was not downloaded: a Git LFS pointer or HTML.
 
     Args:
         path: The file.
-
-    Returns:
-        The kind of placeholder and how to fix it; None if the file is not a placeholder.
+        name: Its name in the error.
+        error: The kind of error that is raised.
     """
     try:
         with open_regular(path) as file:
             start = file.read(512).lstrip().lower()
     except OSError:
-        return None
+        return
     if start.startswith(b"version https://git-lfs"):
-        return (
-            "a pointer of Git LFS, not the file itself",
+        raise error(
+            f"{name} is a pointer of Git LFS, not the file itself",
             f"Fetch the file: git lfs pull --include {path.name}",
-        )
+        ) from None
     if start.startswith((b"<!doctype html", b"<html")):
-        return (
-            "an HTML page, not the file itself",
+        raise error(
+            f"{name} is an HTML page, not the file itself",
             "Download the file itself, not the page that shows it",
-        )
-    return None
+        ) from None
 
 
 def read_pipe(path: Path) -> bytes:

@@ -13,6 +13,7 @@ from torch import Size, Tensor, nn
 
 from losscli.checkpoint.names import strip_wrappers
 from losscli.errors import CheckpointError, one_line
+from losscli.wording import list_first
 
 __all__ = ["AdamState", "ModelParameters", "find_adam_state", "find_optimizers"]
 
@@ -99,15 +100,10 @@ class _Entry:
 
 
 def find_optimizers(content: Any, label: str = "", depth: int = 0) -> Iterator[tuple[str, Any]]:
-    """Finds the state dicts of optimisers in the content of a file.
+    """Yields the state dicts of optimisers in the content of a file, each with its dotted key.
 
-    Args:
-        content: The content, or the value at `label`.
-        label: The dotted key of the content.
-        depth: The number of keys in `label`.
-
-    Yields:
-        The dotted key, and the state dict with ``state`` and ``param_groups``.
+    A state dict of an optimiser has ``state`` and ``param_groups``. ``label`` is the dotted key of
+    ``content``, and ``depth`` the number of keys in it.
     """
     if depth > _DEPTH:
         return
@@ -128,7 +124,7 @@ def find_optimizers(content: Any, label: str = "", depth: int = 0) -> Iterator[t
 def find_adam_state(
     name: str, optimizers: Mapping[str, Any], parameters: ModelParameters, wanted: Sequence[str]
 ) -> AdamState:
-    """Finds the state of Adam that belongs to a model.
+    """Returns the state of Adam for the ``wanted`` parameters of a model.
 
     Parameters are matched by ``param_names``. Without these, each group of the optimiser must have
     its parameters in the order of the model, and only one assignment may have the right shapes.
@@ -138,9 +134,6 @@ def find_adam_state(
         optimizers: The state dicts of `find_optimizers`.
         parameters: Those of the model.
         wanted: The parameters of which the moments are needed.
-
-    Returns:
-        The state for these parameters.
 
     Raises:
         CheckpointError: There is no state of Adam, its moments are quantised, or they cannot be
@@ -187,9 +180,8 @@ def _read(
         matched, how = _match(where, groups, parameters)
         missing = [name for name in wanted if name not in matched or not matched[name].steps]
         if missing:
-            more = f" and {len(missing) - 1:,} more" if len(missing) > 1 else ""
             raise CheckpointError(
-                f"{where} has no moments of {missing[0]}{more}",
+                f"{where} has no moments of {list_first(missing)}",
                 "Choose the parameters that were trained with --only or --except",
             )
         own = {name: matched[name] for name in wanted}
@@ -296,7 +288,7 @@ def _match(
     if most and len(fitting) > 1 and fitting[0]:
         raise CheckpointError(
             f"{where} has parameters of several parts with these names: {', '.join(fitting[:3])}",
-            "Give a checkpoint with the optimiser of this model alone",
+            "Give a checkpoint with only the optimiser of this model",
         )
     if most:
         return found_under[fitting[0]], "names"
@@ -323,7 +315,7 @@ def _assign(
 
     Returns:
         The group and the place in it for the index of each parameter that has an entry; None if
-        there is no such assignment, or more than one.
+        there is not exactly one such assignment.
     """
     skips = len(shapes) - sum(map(len, groups))
     # How many entries of each group are assigned -> in how many ways, and the last step there.

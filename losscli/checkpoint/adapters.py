@@ -45,14 +45,7 @@ _NEUTRAL_INITIALISATIONS = (True, False, None, "gaussian", "eva", "orthogonal")
 
 
 def parse_config(config: Mapping[str, Any], where: Path) -> Adapter:
-    """Creates an adapter from the content of its config file.
-
-    Args:
-        config: The content.
-        where: The path of the file.
-
-    Returns:
-        The adapter.
+    """Returns the adapter that the content of a config file describes.
 
     Raises:
         CheckpointError: The type of the adapter is not supported, or a value is invalid.

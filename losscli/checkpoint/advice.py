@@ -16,15 +16,10 @@ _MOST = 3
 
 
 def fitting_options(found: Weights, expected: Weights) -> str:
-    """Returns the options with which tensors fit a model.
+    """Returns the command-line options with which the tensors ``found`` fit a model.
 
-    Args:
-        found: The tensors of a checkpoint, by the model's names as far as they have these.
-        expected: The state dict of the model.
-
-    Returns:
-        The options as on the command line; empty if a shape differs, or if the tensors have little
-        in common with the model.
+    ``found`` has the model's names as far as it has its tensors. The result is empty if a shape
+    differs, or if the tensors have little in common with the model.
     """
     missing = {name: t.shape for name, t in expected.items() if name not in found}
     unexpected = {name: t.shape for name, t in found.items() if name not in expected}

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_map
 
 from losscli.checkpoint.names import EXTRA_STATE, StateDict, state_dicts
 from losscli.checkpoint.pickles import ForbiddenPickleError, load
-from losscli.checkpoint.standins import PathText, StandIn, load_tensors
+from losscli.checkpoint.standins import PATHS, StandIn, load_tensors
 from losscli.checkpoint.state import CheckpointFile
 from losscli.errors import CheckpointError, one_line
 from losscli.files import open_regular, read_regular
@@ -43,14 +43,6 @@ class _Key(StandIn):
     """MetadataIndex."""
 
 
-class _Tuple(StandIn):
-    """torch.Size."""
-
-    def __new__(cls, items: Any = ()) -> Any:
-        """Creates a tuple."""
-        return tuple(items)
-
-
 _METADATA = "torch.distributed.checkpoint.metadata"
 
 # None of these imports a name or opens a file; each only stores its arguments.
@@ -65,18 +57,14 @@ _ALLOWED: dict[tuple[str, str], Any] = {
     (_METADATA, "StorageMeta"): StandIn,
     ("torch.distributed.checkpoint.filesystem", "_StorageInfo"): StandIn,
     ("torch.serialization", "_get_layout"): StandIn,
-    ("torch", "Size"): _Tuple,
+    ("torch", "Size"): tuple,
     ("collections", "OrderedDict"): dict,
     **{
         ("torch", name): value
         for name, value in vars(torch).items()
         if isinstance(value, torch.dtype)
     },
-    **{
-        (f"pathlib{module}", name): PathText
-        for module in ("", "._local")  # since Python 3.13
-        for name in ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath")
-    },
+    **PATHS,
 }
 
 
@@ -102,14 +90,7 @@ class _Chunk:
 
 
 def read_distributed(folder: Path, name: str) -> CheckpointFile:
-    """Reads the metadata of a distributed checkpoint. The values of tensors are read later.
-
-    Args:
-        folder: The folder.
-        name: The name that the user gave.
-
-    Returns:
-        The checkpoint file, with tensors on ``meta``; its ``fetch`` reads their values.
+    """Returns a distributed checkpoint with tensors on ``meta``; its ``fetch`` reads their values.
 
     Raises:
         CheckpointError: The metadata is broken or needs code to run.
@@ -246,11 +227,8 @@ def _not_covered_once(
 ) -> str:
     """Returns why blocks are not a partition of a tensor; an empty string if they are one.
 
-    Blocks inside the tensor that do not overlap and have its volume cover it.
-
-    Args:
-        blocks: The offsets and sizes of each block, which is not empty.
-        shape: The shape of the tensor.
+    Each block, which is not empty, is given by its offsets and its sizes. Blocks inside the tensor
+    that do not overlap and have its volume cover it.
     """
     for offsets, sizes in blocks:
         if not len(offsets) == len(sizes) == len(shape):

@@ -26,7 +26,7 @@ from losscli.checkpoint.size_checks import (
 )
 from losscli.checkpoint.standins import load_tensors
 from losscli.errors import CheckpointError, one_line
-from losscli.files import find_placeholder, open_regular, read_regular
+from losscli.files import open_regular, read_regular, refuse_placeholder
 
 __all__ = ["SUFFIXES", "read_file", "read_json"]
 
@@ -54,14 +54,9 @@ _CONVERT = (
 
 
 def read_file(path: Path, name: str) -> tuple[Any, dict[str, str]]:
-    """Reads a checkpoint file without running code in it.
+    """Returns the content and the metadata of a checkpoint file, without running code in it.
 
-    Args:
-        path: The file.
-        name: The name that the user gave.
-
-    Returns:
-        The content, and the metadata: strings, numbers and booleans at its top level.
+    The metadata are the strings, numbers and booleans at the top level.
 
     Raises:
         CheckpointError: The file is not a checkpoint, or needs code to run.
@@ -71,13 +66,7 @@ def read_file(path: Path, name: str) -> tuple[Any, dict[str, str]]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Reads a JSON file of a checkpoint.
-
-    Args:
-        path: The file.
-
-    Returns:
-        The JSON object.
+    """Returns the JSON object in a file of a checkpoint.
 
     Raises:
         CheckpointError: The file cannot be read, or has no JSON object.
@@ -96,21 +85,6 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _check_placeholder(path: Path, name: str) -> None:
-    """Checks whether an unreadable file is a placeholder for the real file.
-
-    Args:
-        path: The file.
-        name: The name that the user gave.
-
-    Raises:
-        CheckpointError: The file is a Git LFS pointer or a web page.
-    """
-    if found := find_placeholder(path):
-        description, fix = found
-        raise CheckpointError(f"{name} is {description}", fix) from None
-
-
 def _read_safetensors(path: Path, name: str) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         # Opened first, since safetensors reports a file without read permission as missing.
@@ -127,7 +101,7 @@ def _read_safetensors(path: Path, name: str) -> tuple[dict[str, Tensor], dict[st
             "It may belong to another program",
         ) from None
     except (SafetensorError, RuntimeError, ValueError) as error:
-        _check_placeholder(path, name)
+        refuse_placeholder(path, name, CheckpointError)
         raise CheckpointError(
             f"{name} is not a valid safetensors file: {one_line(error)}",
             "It may be incomplete: save or copy it again",
@@ -149,7 +123,7 @@ def _read_torch(path: Path, name: str) -> tuple[Any, dict[str, str]]:
     except OSError as error:
         raise CheckpointError(f"{name} cannot be read: {error.strerror or error}") from None
     except Exception as error:  # noqa: BLE001 - a broken file makes the unpickler raise anything
-        _check_placeholder(path, name)
+        refuse_placeholder(path, name, CheckpointError)
         raise _unreadable(name, path, error) from None
     if magic == b"GGUF":
         raise CheckpointError(

@@ -43,15 +43,11 @@ _TRAINING_STATE = re.compile(
 
 
 def list_checkpoints(name: str) -> list[str]:
-    """Lists the checkpoints in a folder.
+    """Returns the checkpoints in a folder in natural order (step-9 before step-10).
 
     Args:
-        name: ``DIR``, or ``DIR#KEY`` for a key of every file.
-
-    Returns:
-        The checkpoint files and checkpoint folders in the folder, in natural order (step-9 before
-        step-10), each with the key. Empty if the name is not that of a folder, or if the folder
-        itself is one checkpoint.
+        name: ``DIR``, or ``DIR#KEY`` for a key of every file. The list is empty if the name is not
+            that of a folder, or if the folder itself is one checkpoint.
 
     Raises:
         CheckpointError: The folder has no checkpoints or cannot be read.
@@ -115,14 +111,7 @@ def _checkpoint_files(folder: Path) -> list[Path]:
 
 
 def read_folder(folder: Path, name: str) -> CheckpointFile:
-    """Reads a folder that is one checkpoint.
-
-    Args:
-        folder: The folder.
-        name: The name that the user gave.
-
-    Returns:
-        The checkpoint.
+    """Returns the checkpoint that a folder is; ``name`` is what the user gave.
 
     Raises:
         CheckpointError: The folder is not a checkpoint, is more than one, or is broken.
@@ -147,14 +136,7 @@ def read_folder(folder: Path, name: str) -> CheckpointFile:
 
 
 def optimizer_beside(path: Path) -> Path | None:
-    """Finds the file with the state of the optimiser that transformers or accelerate wrote.
-
-    Args:
-        path: A checkpoint folder, or a file of weights in it.
-
-    Returns:
-        The file; None if there is none.
-    """
+    """Returns the optimiser state that transformers or accelerate wrote beside weights, if any."""
     if path.is_dir():
         folder = path
     elif path.name in _WEIGHTS:
@@ -197,15 +179,12 @@ def is_index(path: Path) -> bool:
 
 
 def read_index(index: Path, name: str, path: Path) -> CheckpointFile:
-    """Reads a sharded checkpoint.
+    """Returns a sharded checkpoint.
 
     Args:
         index: The file that maps tensors to shards.
         name: The name that the user gave.
         path: The path of the checkpoint: the folder or the index.
-
-    Returns:
-        The checkpoint.
 
     Raises:
         CheckpointError: A shard is missing or broken, or lacks a tensor that the index assigns
@@ -235,7 +214,8 @@ def read_index(index: Path, name: str, path: Path) -> CheckpointFile:
             )
         content, shard_metadata = read_file(file, str(file))
         metadata |= shard_metadata
-        missing = [t for t in tensors if not isinstance(_item(content, t), Tensor)]
+        content = content if isinstance(content, Mapping) else {}
+        missing = [t for t in tensors if not isinstance(content.get(t), Tensor)]
         if missing:
             raise CheckpointError(
                 f"{file} has no tensor {missing[0]!r}, which {index.name} says is in it",
@@ -248,20 +228,13 @@ def read_index(index: Path, name: str, path: Path) -> CheckpointFile:
     return _file_with_config(path, name, ordered, metadata, files)
 
 
-def _item(content: Any, name: str) -> Any:
-    return content.get(name) if isinstance(content, Mapping) else None
-
-
 def read_adapter(file: Path, name: str, path: Path) -> CheckpointFile:
-    """Reads an adapter.
+    """Returns an adapter, with its tensors under peft's names.
 
     Args:
         file: The file with its tensors.
         name: The name that the user gave.
         path: The path of the checkpoint: the folder or the file.
-
-    Returns:
-        The adapter, with its tensors under peft's names.
 
     Raises:
         CheckpointError: The adapter is broken or of a type that is not supported.

@@ -49,14 +49,7 @@ class InMemoryCheckpoint(str):
 
     @classmethod
     def from_object(cls, label: str, value: Mapping[Any, Any] | nn.Module | Checkpoint) -> Self:
-        """Creates a named checkpoint from an object.
-
-        Args:
-            label: The name.
-            value: The object. Its tensors are shared.
-
-        Returns:
-            The named checkpoint.
+        """Returns an object under a name; its tensors are shared.
 
         Raises:
             CheckpointError: A tensor has no values, or does not support arithmetic.
@@ -97,10 +90,6 @@ class InMemoryCheckpoint(str):
 def require_values(module: nn.Module, label: str) -> None:
     """Checks that lazy layers have their tensors.
 
-    Args:
-        module: The module.
-        label: Its name, for the error.
-
     Raises:
         CheckpointError: A parameter or buffer has no values yet.
     """
@@ -117,17 +106,10 @@ def is_checkpoint(value: object) -> bool:
 
 
 def name_checkpoint(value: object, label: str) -> str:
-    """Returns the name of a checkpoint.
-
-    Args:
-        value: A name, a path, a state dict, a module or a `Checkpoint`.
-        label: The name to use for an object.
-
-    Returns:
-        The name; an `InMemoryCheckpoint` for an object.
+    """Returns the name of a checkpoint; for an object, an `InMemoryCheckpoint` named ``label``.
 
     Raises:
-        UsageError: The value has another type, or the name is empty.
+        UsageError: The value is not a checkpoint, or the name is empty.
         CheckpointError: A tensor of an object has no values, or does not support arithmetic.
     """
     if isinstance(value, InMemoryCheckpoint):
@@ -149,9 +131,6 @@ def name_checkpoints(values: object, *, first: int = 0) -> list[str]:
         values: A value that `name_checkpoint` accepts, or an iterable of such values. Objects are
             named by their index.
         first: The index of the first.
-
-    Returns:
-        The names.
 
     Raises:
         UsageError: A value is not a checkpoint, or two objects share their tensors.

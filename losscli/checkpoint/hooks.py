@@ -23,7 +23,7 @@ from losscli.checkpoint.names import (
 )
 from losscli.checkpoint.standins import has_stand_in
 from losscli.errors import ModelError, one_line
-from losscli.weight_space.vectors import Weights, equal
+from losscli.weight_space.vectors import Weights, identical
 
 __all__ = ["LoadHooks", "copy_model", "has_custom_loading"]
 
@@ -54,14 +54,10 @@ class LoadHooks:
         return has_custom_loading(self._model)
 
     def translate(self, weights: Weights) -> StateDict | None:
-        """Loads a state dict with ``load_state_dict(weights, strict=True)``.
+        """Returns the ``state_dict`` of the model after ``load_state_dict(weights, strict=True)``.
 
-        Args:
-            weights: The state dict, which may have a prefix or names of wrappers.
-
-        Returns:
-            The resulting ``state_dict`` of the model. Tensors that the hooks only rename stay
-            memory-mapped. None if the model does not accept the state dict.
+        ``weights`` may have a prefix or names of wrappers. Tensors that the hooks only rename stay
+        memory-mapped. The result is None if the model does not accept the state dict.
         """
         if not any(map(_has_hooks, self._model.modules())):
             return None
@@ -75,14 +71,10 @@ class LoadHooks:
     def translate_leniently(
         self, weights: Weights
     ) -> Iterator[tuple[StateDict, tuple[str, ...], tuple[str, ...]]]:
-        """Loads a state dict with ``load_state_dict(weights, strict=False)``.
+        """Yields the ``state_dict`` of the model after a load with ``strict=False`` by prefix.
 
-        Args:
-            weights: The state dict, which may have a prefix or names of wrappers.
-
-        Yields:
-            For each prefix, the resulting ``state_dict`` of the model, with its initial values of
-            missing tensors; the names of these; and the names that the model does not have.
+        Missing tensors have the initial values of the model; their names follow, and then the names
+        that the model does not have. ``weights`` may have a prefix or names of wrappers.
         """
         if any(map(_has_hooks, self._model.modules())):
             for state in self.views(weights):
@@ -90,13 +82,9 @@ class LoadHooks:
                     yield self._load_into_copy(state, strict=False)
 
     def views(self, weights: Weights) -> Iterator[StateDict]:
-        """Selects the tensors under each prefix that has many of the model's modules.
+        """Yields the tensors under each prefix with many modules of the model, the likeliest first.
 
-        Args:
-            weights: The state dict.
-
-        Yields:
-            The tensors under a prefix by the model's names, the most likely prefix first.
+        They have the model's names.
         """
         counts = {"": 0}
         modules = [name.rpartition(".")[0] for name in weights]
@@ -121,13 +109,7 @@ class LoadHooks:
         return self._module_names.get(stripped, stripped)
 
     def load(self, state: StateDict) -> StateDict:
-        """Loads a state dict that has the model's names with ``load_state_dict``.
-
-        Args:
-            state: The state dict.
-
-        Returns:
-            The resulting ``state_dict`` of the model, with the versions of the model.
+        """Returns the ``state_dict`` of the model after it loaded a state dict with its names.
 
         Raises:
             ModelError: The model does not accept the state dict or cannot be copied, or the extra
@@ -156,11 +138,7 @@ class LoadHooks:
     def _load_into_copy(
         self, state: StateDict, *, strict: bool
     ) -> tuple[StateDict, tuple[str, ...], tuple[str, ...]]:
-        """Loads a state dict into a copy of the initial model.
-
-        Returns:
-            The resulting state dict, and the missing and the unexpected names.
-        """
+        """Loads into a copy of the initial model; returns also the missing and unexpected names."""
         if self._initial is None:
             self._initial = copy_model(self._model, Tensor.clone)
         full_model = self._initial and copy_model(self._initial, Tensor.clone)
@@ -179,14 +157,16 @@ class LoadHooks:
 def has_custom_loading(model: nn.Module) -> bool:
     """Whether a model runs loading code that is not part of torch.
 
-    Args:
-        model: The model.
+    This is a load hook, a loading method or extra state of one of its modules.
 
     Returns:
-        Whether a module has load hooks, loading methods or extra state that torch does not
-        define.
+        Whether it does.
     """
-    return any(map(_has_custom_hooks, model.modules()))
+    return any(
+        not str(getattr(code, "__module__", "")).startswith("torch.")
+        for module in model.modules()
+        for code in (*_hooks(module), *(getattr(type(module), name) for name in _METHODS))
+    )
 
 
 # The methods that a module overrides to customise loading.
@@ -197,15 +177,6 @@ def _has_hooks(module: nn.Module) -> bool:
     """Whether a module does more than copy tensors of the same names while it loads."""
     return bool(_hooks(module)) or any(
         getattr(type(module), name) is not getattr(nn.Module, name) for name in _METHODS
-    )
-
-
-def _has_custom_hooks(module: nn.Module) -> bool:
-    """Whether a module has hooks or loading methods that are not part of torch."""
-    methods = (getattr(type(module), name) for name in _METHODS)
-    return any(
-        not str(getattr(code, "__module__", "")).startswith("torch.")
-        for code in (*_hooks(module), *methods)
     )
 
 
@@ -220,7 +191,7 @@ def _restore_originals(found: StateDict, copies: Weights, originals: Weights) ->
     names = {tensor.data_ptr(): name for name, tensor in copies.items()}
     for name, tensor in found.items():
         original = originals.get(names.get(tensor.data_ptr(), ""))
-        if original is not None and original.dtype == tensor.dtype and equal(original, tensor):
+        if original is not None and identical(original, tensor):
             found[name] = original
     return found
 
@@ -230,15 +201,7 @@ def _state_of(model: nn.Module) -> StateDict:
 
 
 def copy_model(model: nn.Module, convert: Callable[[Tensor], Tensor]) -> nn.Module | None:
-    """Copies a model with each of its tensors converted.
-
-    Args:
-        model: The model.
-        convert: Converts a detached tensor.
-
-    Returns:
-        The copy; None if the model cannot be copied.
-    """
+    """Copies a model, each detached tensor converted; returns None if it cannot be copied."""
     memo: dict[int, Any] = {}
     for module in model.modules():
         # Attributes include weights that hooks compute, which deepcopy does not accept.

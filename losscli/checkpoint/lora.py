@@ -53,14 +53,7 @@ class LoraAdapter:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], where: Path) -> LoraAdapter:
-        """Creates an adapter from the content of its config file.
-
-        Args:
-            config: The content.
-            where: The path of the file.
-
-        Returns:
-            The adapter.
+        """Returns the adapter that the content of a config file describes.
 
         Raises:
             CheckpointError: A value is invalid.
@@ -69,7 +62,7 @@ class LoraAdapter:
         rank, alpha = config.get("r"), config.get("lora_alpha")
         ranks, alphas = ranks or {}, alphas or {}
         if not isinstance(ranks, dict) or not isinstance(alphas, dict):
-            raise CheckpointError(f"{where}: its patterns are no JSON objects", SAVE_AGAIN)
+            raise CheckpointError(f"{where}: its patterns are not JSON objects", SAVE_AGAIN)
         for key, value in (("r", rank), *ranks.items()):
             if type(value) is not int or value < 1:
                 raise CheckpointError(
@@ -106,17 +99,15 @@ class LoraAdapter:
         aliases: Mapping[str, list[str]],
         _model: nn.Module | None = None,
     ) -> dict[str, Tensor]:
-        """Merges the adapter into the weights of a model.
+        """Returns the tensors of a model with the adapter merged into them.
+
+        Those that the adapter changes are new, in float32 or wider; the others are the base's.
 
         Args:
             base: The tensors of the model.
             tensors: The tensors of the adapter under peft's names.
             aliases: For each tied name of the model, the other names of its tensor.
             _model: The model, which LoRA does not need.
-
-        Returns:
-            The tensors of the model. Those that the adapter changes are new, in float32 or wider;
-            the others are the tensors of the base.
 
         Raises:
             MismatchError: The adapter changes a tensor that the base lacks or has in another shape.
@@ -143,7 +134,9 @@ class LoraAdapter:
                     MERGE_FIRST,
                 )
             if "A" not in pair or "B" not in pair:
-                raise CheckpointError(f"{self.where}: {module} has one factor of two", SAVE_AGAIN)
+                raise CheckpointError(
+                    f"{self.where}: {module} has only one of its two factors", SAVE_AGAIN
+                )
             scale = self._scale(module, pair["A"])
             product = self._product(name, pair, base, tensors)
             before = changed.get(name, base[name])
@@ -173,7 +166,7 @@ class LoraAdapter:
         if new is other or difference <= rounding * new.double().abs().max():
             changed[alias] = new
             return
-        how = "changes them in two ways" if alias in changed else f"changes {name} alone"
+        how = "changes them in two ways" if alias in changed else f"changes only {name}"
         raise CheckpointError(
             f"{self.where}: {name} and {alias} are one tensor in the model, and the adapter {how}",
             UNTIE,
@@ -226,8 +219,8 @@ class LoraAdapter:
         same_shape = [n for n, t in base.items() if t.shape == shape]
         if name not in base and name.endswith("lm_head.weight") and len(same_shape) == 1:
             return MismatchError(
-                f"the adapter {self.where.parent} changes {name}, and its base has {same_shape[0]} "
-                "alone, to which the model ties it",
+                f"the adapter {self.where.parent} changes {name}, and its base has only "
+                f"{same_shape[0]}, to which the model ties it",
                 UNTIE,
             )
         have = f"has it as {list(base[name].shape)}" if name in base else "has no such tensor"
@@ -276,7 +269,9 @@ def _sort_tensors(tensors: Weights, where: Path) -> tuple[dict[str, dict[str, Te
         elif ".modules_to_save." in name:
             trained[name.replace(".modules_to_save.", ".")] = tensor
         elif "lora_" in name or "token_adapter" in name:
-            raise CheckpointError(f"{where.parent}: {full} is of no plain LoRA", MERGE_FIRST)
+            raise CheckpointError(
+                f"{where.parent}: {full} is not a tensor of plain LoRA", MERGE_FIRST
+            )
         else:
             replaced[name] = tensor
     return factors, {**replaced, **trained}
@@ -296,13 +291,6 @@ def _contradicts_layout(base: Weights, tensors: Weights, *, transposed: bool) ->
 
 
 def base_name(config: Mapping[str, Any]) -> str | None:
-    """Returns the name of the base model in a config.
-
-    Args:
-        config: The content of the config file.
-
-    Returns:
-        The name; None if there is none.
-    """
+    """Returns the name of the base model in a config, if there is one."""
     base = config.get("base_model_name_or_path")
     return base if isinstance(base, str) and base else None

@@ -112,26 +112,15 @@ _UNSAFE = re.compile(r"[^\w.+-]+")
 
 
 def stem(name: str) -> str:
-    """Removes the suffixes of a file name that begin with a letter, and ``#KEY``.
-
-    Args:
-        name: The name.
-
-    Returns:
-        The name without them.
-    """
+    """Removes ``#KEY`` and the suffixes of a file name that begin with a letter."""
     return _ENDING.sub("", name)
 
 
 def file_names(names: Sequence[str]) -> list[str]:
-    """Returns a different file name for each checkpoint, without a suffix.
+    """Returns a different file name, without a suffix, for each of several checkpoints.
 
-    Args:
-        names: The names of the checkpoints, all different.
-
-    Returns:
-        The last part of each name, with as many folders before it as make all different; a number
-        if folders do not.
+    It is the last part of the name, with as many folders before it as make all different; with a
+    number if folders do not.
     """
     stems = [
         [_UNSAFE.sub("-", stem(part)).strip("-.") for part in _SEPARATORS.split(name)]
@@ -149,9 +138,6 @@ def sort_naturally(names: Sequence[str]) -> list[str]:
 
     A name comes before longer names that begin with it: ``last.ckpt`` before ``last-v1.ckpt``,
     which Lightning writes if ``last.ckpt`` exists.
-
-    Args:
-        names: The names.
 
     Returns:
         The sorted names.
@@ -187,16 +173,10 @@ def sort_naturally(names: Sequence[str]) -> list[str]:
 
 
 def state_dicts(content: Any, label: str = "", depth: int = 0) -> Iterator[tuple[str, StateDict]]:
-    """Finds the state dicts in the content of a file.
+    """Yields the state dicts in the content of a file, outermost first, with their dotted keys.
 
-    Args:
-        content: The content of the file, or of the mapping at `label`.
-        label: The dotted key of the content.
-        depth: The number of keys in `label`.
-
-    Yields:
-        The dotted key and the tensors of each mapping that has tensors, outermost first, with the
-        versions and the extra state of modules.
+    Each mapping with tensors is one. ``label`` is the dotted key of ``content``, and ``depth`` the
+    number of keys in it.
     """
     if not isinstance(content, Mapping) or depth > 4:
         return
@@ -224,14 +204,7 @@ def state_dicts(content: Any, label: str = "", depth: int = 0) -> Iterator[tuple
 
 
 def metadata_of(content: Any) -> dict[str, str]:
-    """Reads the strings, numbers and booleans at the top level of a file.
-
-    Args:
-        content: The content of the file.
-
-    Returns:
-        The values as strings, by key.
-    """
+    """Returns the strings, numbers and booleans at the top level of a file, as strings."""
     plain = content.items() if isinstance(content, Mapping) else ()
     return {
         str(key): str(value) for key, value in plain if isinstance(value, str | int | float | bool)
@@ -249,15 +222,7 @@ def _resolved(tensor: Tensor) -> Tensor:
 
 
 def tensors_under(weights: Weights, prefix: str) -> Weights:
-    """Selects the tensors under a prefix.
-
-    Args:
-        weights: The tensors.
-        prefix: The prefix, without the trailing dot.
-
-    Returns:
-        The tensors by their names without the prefix.
-    """
+    """Selects the tensors under a prefix; their names in the result do not have it."""
     start = f"{prefix}."
     tensors = {n.removeprefix(start): t for n, t in weights.items() if n.startswith(start)}
     return StateDict(tensors, *module_state_under(weights, prefix))
@@ -274,7 +239,7 @@ def module_state_under(
         rename: Maps a module name without the prefix to the name in the model.
 
     Returns:
-        The versions and the extra state, by names in the model.
+        The versions and the extra state, by names in the model; both empty if there are none.
     """
     if not isinstance(weights, StateDict):
         return {}, {}
@@ -297,16 +262,7 @@ def module_state_under(
 def loadable(
     weights: Weights, versions: Versions, extra: Mapping[str, Any]
 ) -> OrderedDict[str, Any]:
-    """Creates a state dict for ``load_state_dict``.
-
-    Args:
-        weights: The tensors.
-        versions: The versions of modules.
-        extra: The extra state of modules.
-
-    Returns:
-        The state dict. Versions and extra state are copied, since the model may modify them.
-    """
+    """Returns a state dict for ``load_state_dict``, with copies of the versions and extra state."""
     state: OrderedDict[str, Any] = OrderedDict({**weights, **copy.deepcopy(dict(extra))})
     if versions:
         state._metadata = copy.deepcopy(dict(versions))  # type: ignore[attr-defined]
@@ -319,20 +275,17 @@ def find_parts(
     aliases: Mapping[str, list[str]],
     optional: Collection[str] = (),
 ) -> Iterator[Part]:
-    """Finds the parts of a state dict that may hold a model.
+    """Yields the parts of a state dict that may hold a model.
 
-    The search compares unchanged names first. If no part holds the model, it compares names
-    without the components that wrappers add. Prefixes are tried if the whole does not fit.
+    If no part holds the model, they are the whole and all parts that share names with it. The
+    search compares unchanged names first, and then names without the components that wrappers add.
+    Prefixes are tried if the whole does not fit.
 
     Args:
         weights: The state dict.
         expected: The state dict of the model.
         aliases: The aliases of tied tensors; a file may omit all aliases of a tensor but one.
         optional: The names of tensors of the model that may be missing.
-
-    Yields:
-        The parts that hold the model. If there are none, the whole and all parts that share names
-        with the model.
     """
     model_names = {name: name for name in expected}
     whole = _match_group("", weights, weights, str, model_names, expected, aliases, optional)
@@ -372,14 +325,7 @@ def find_parts(
 
 
 def strip_wrappers(name: str) -> str:
-    """Removes the components that wrappers add to a name.
-
-    Args:
-        name: The name of a tensor or a module.
-
-    Returns:
-        The name without them.
-    """
+    """Removes the components that wrappers add to the name of a tensor or a module."""
     return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 

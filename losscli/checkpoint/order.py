@@ -18,7 +18,8 @@ from losscli.checkpoint.given import InMemoryCheckpoint
 from losscli.checkpoint.names import sort_naturally, stem
 from losscli.checkpoint.reading import read
 from losscli.checkpoint.state import CheckpointFile
-from losscli.weight_space.vectors import Weights, equal
+from losscli.weight_space.vectors import Weights, identical
+from losscli.wording import list_first
 
 __all__ = ["expand_folders", "order_path"]
 
@@ -51,13 +52,7 @@ _MAX_LISTED = 3
 
 
 def expand_folders(names: Sequence[str]) -> list[str]:
-    """Replaces each folder of checkpoints by the checkpoints in it.
-
-    Args:
-        names: Names of checkpoints and of folders of checkpoints.
-
-    Returns:
-        The checkpoints, those of each folder in natural order.
+    """Returns the names with each folder replaced by its checkpoints, in natural order.
 
     Raises:
         CheckpointError: A folder has no checkpoints.
@@ -94,8 +89,8 @@ def order_path(names: Sequence[str], *, keep_order: bool = False) -> tuple[list[
     if given != list(names):
         notes.append(
             f"the checkpoints were named in the order of their characters (1, 10, 2), as a shell "
-            f"lists them, and are taken in {order}: {_join_names(given)}. --keep-order keeps the "
-            "order of the names"
+            f"lists them, and are taken in {order}: {list_first(given, _MAX_LISTED)}. --keep-order "
+            "keeps the order of the names"
         )
     found: list[str] = []
     for name in given:
@@ -130,14 +125,12 @@ def _in_order(names: Sequence[str]) -> tuple[list[str], str]:
 
 
 def _by_keys(names: list[str]) -> tuple[list[str], str]:
-    """Sorts names by the epoch and the step that they tell.
-
-    Args:
-        names: The names, in natural order.
+    """Sorts names in natural order by the epoch and the step that they contain.
 
     Returns:
-        The names, and what they are sorted by; none where that is their order already, where not
-        all tell it, or where several tell the same and so are not of one training.
+        The names, and what they are sorted by. They stay as they are, sorted by nothing, if that is
+        their order already, if not all contain it, or if several contain the same and are therefore
+        not of one training.
     """
     files = [_file_name(name) for name in names]
     matches_by_key = {
@@ -184,8 +177,8 @@ def _in_training_order(files: Sequence[str]) -> tuple[list[str], list[str]]:
     numbered, keys = _by_keys(numbered)
     if keys:
         notes.append(
-            f"{_join_names(numbered)} are taken in the order of {keys}, and not in natural order, "
-            "which --keep-order keeps"
+            f"{list_first(numbered, _MAX_LISTED)} are taken in the order of {keys}, and not in "
+            "natural order, which --keep-order keeps"
         )
     if not numbered:
         last, steps = final, [name for name in files if positions[name] in {"best", ""}]
@@ -216,13 +209,8 @@ def _file_name(name: str) -> str:
     return path.name if "#" not in name or path.exists() else Path(name.rpartition("#")[0]).name
 
 
-def _join_names(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _MAX_LISTED} more" if len(names) > _MAX_LISTED else ""
-    return f"{', '.join(names[:_MAX_LISTED])}{more}"
-
-
 def _join_with_verb(names: Sequence[str]) -> str:
-    return f"{_join_names(names)} {'is' if len(names) == 1 else 'are'}"
+    return f"{list_first(names, _MAX_LISTED)} {'is' if len(names) == 1 else 'are'}"
 
 
 def _training_positions(files: Sequence[str]) -> list[str]:
@@ -277,17 +265,13 @@ def _has_same_weights(file: CheckpointFile, other: CheckpointFile) -> bool:
         any(
             weights.keys() == others.keys()
             and all(
-                _is_same_tensor(_fetch_tensor(file, weights, n), _fetch_tensor(other, others, n))
+                identical(_fetch_tensor(file, weights, n), _fetch_tensor(other, others, n))
                 for n in weights
             )
             for others in other.model_candidates.values()
         )
         for weights in file.model_candidates.values()
     )
-
-
-def _is_same_tensor(a: Tensor, b: Tensor) -> bool:
-    return a.dtype == b.dtype and equal(a, b)
 
 
 def _fetch_tensor(file: CheckpointFile, weights: Weights, name: str) -> Tensor:

@@ -21,13 +21,9 @@ _PART = re.compile(r"([\w.]+)=(.+)", re.DOTALL)
 
 
 def split_parts(name: str) -> dict[str, str]:
-    """Splits ``MODULE=FILE+MODULE=FILE``, unless a file with the whole name exists.
+    """Returns the checkpoint of each module in ``MODULE=FILE+MODULE=FILE``.
 
-    Args:
-        name: The name of a checkpoint.
-
-    Returns:
-        The checkpoint of each module; empty for another name.
+    It is empty for another name, and if a file with the whole name exists.
 
     Raises:
         UsageError: A module is given twice.
@@ -55,14 +51,9 @@ def _exists(name: str) -> bool:
 
 
 def combine(name: str, parts: Mapping[str, CheckpointFile]) -> CheckpointFile:
-    """Creates a checkpoint from those of its modules.
+    """Returns the checkpoint that consists of those of its modules.
 
-    Args:
-        name: The name that the user gave.
-        parts: The checkpoint of each module.
-
-    Returns:
-        The checkpoint. Where each part has one state dict, it has one as well.
+    Where each part has one state dict, it has one as well.
 
     Raises:
         CheckpointError: A part is an adapter.
@@ -98,14 +89,7 @@ def combine(name: str, parts: Mapping[str, CheckpointFile]) -> CheckpointFile:
 
 
 def join_parts(file: CheckpointFile, expected: Weights) -> CheckpointFile:
-    """Selects the tensors of each part, and joins them to one state dict.
-
-    Args:
-        file: A file with parts.
-        expected: The state dict of the model.
-
-    Returns:
-        The file with one state dict.
+    """Returns a file with the tensors of each of its parts joined to one state dict.
 
     Raises:
         MismatchError: A part has several state dicts, and none fits.
@@ -130,10 +114,6 @@ def join_state_dicts(file: CheckpointFile, expected: Weights) -> CheckpointFile 
     """Joins the state dicts of a file that lie under the names of the model's modules.
 
     An example is ``{"netG": {...}, "netD": {...}}``.
-
-    Args:
-        file: The file.
-        expected: The state dict of the model.
 
     Returns:
         The file with the joined state dicts, by the key above them; None if there are none.

@@ -59,17 +59,10 @@ class PeftAdapter:
         aliases: Mapping[str, list[str]],
         model: nn.Module | None,
     ) -> dict[str, Tensor]:
-        """Merges the adapter into the weights of a model, as ``merge_and_unload`` in float64.
+        """Returns the tensors of a model with the adapter merged, by ``merge_and_unload``.
 
-        Args:
-            base: The tensors of the model.
-            tensors: The tensors of the adapter under peft's names.
-            aliases: For each tied name of the model, the other names of its tensor.
-            model: The model, which is not changed; None if it is not known.
-
-        Returns:
-            The tensors of the model. Those that the adapter changes are new, in float32 or wider;
-            the others are the tensors of the base.
+        peft merges in float64. The arguments are those of `LoraAdapter.merge`. The model is not
+        changed; it is None if it is not known.
 
         Raises:
             CheckpointError: The model is not known, peft is not installed or cannot merge the

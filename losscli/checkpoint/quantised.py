@@ -15,42 +15,25 @@ _METHODS = {
     ".absmax": "absmax: bitsandbytes",
     ".SCB": "SCB: bitsandbytes",
     ".weight_packed": "weight_packed: compressed-tensors",
+    ".quant_state": "quant_state: bitsandbytes",
     "._packed_params": "packed parameters of torch",
 }
 
 
 def find_quantisation(weights: Weights) -> str | None:
-    """Detects quantised weights.
-
-    Args:
-        weights: The tensors of a file.
-
-    Returns:
-        The evidence, such as a name and its method; None if there is none.
-    """
+    """Returns the evidence of quantised weights, such as a name and its method, if any."""
     for name, tensor in weights.items():
         for suffix, method in _METHODS.items():
             if f".{name}".endswith(suffix) or f"{suffix}." in f".{name}":
                 return method
-        if ".quant_state." in f".{name}":
-            return "quant_state: bitsandbytes"
-        if tensor.is_quantized:
-            return f"{name} is {str(tensor.dtype).removeprefix('torch.')}"
-        if "float8" in str(tensor.dtype) or "float4" in str(tensor.dtype):
-            return f"{name} is {str(tensor.dtype).removeprefix('torch.')}"
+        kind = str(tensor.dtype).removeprefix("torch.")
+        if tensor.is_quantized or "float8" in kind or "float4" in kind:
+            return f"{name} is {kind}"
     return None
 
 
 def find_packed_parameters(content: Any, depth: int = 0) -> str | None:
-    """Detects packed parameters of the quantised layers of torch.
-
-    Args:
-        content: The content of a file, or a mapping inside it.
-        depth: The number of keys that lead to the content.
-
-    Returns:
-        The evidence; None if there is none.
-    """
+    """Returns the evidence of packed parameters of torch's quantised layers, if any."""
     if not isinstance(content, Mapping) or depth > 4:
         return None
     for key, value in content.items():

@@ -27,14 +27,12 @@ __all__ = ["find_base", "read", "read_optimizers"]
 
 
 def read(name: str) -> CheckpointFile:
-    """Reads a checkpoint without running code in it.
+    """Returns the content of a checkpoint, without running code in it.
 
     Args:
         name: ``FILE``, ``FILE#KEY``, a folder that is one checkpoint, several of them as the
-            modules of one model (``netG=G.pth+netD=D.pth``), or an object.
-
-    Returns:
-        The content, memory-mapped if the format allows it.
+            modules of one model (``netG=G.pth+netD=D.pth``), or an object. Files are
+            memory-mapped if their format allows it.
 
     Raises:
         CheckpointError: The file does not exist, is not a checkpoint, needs code to run, or does
@@ -62,16 +60,10 @@ def read(name: str) -> CheckpointFile:
 
 
 def read_optimizers(name: str) -> dict[str, Any]:
-    """Reads the state dicts of optimisers in a checkpoint, or beside one of transformers.
-
-    Args:
-        name: The checkpoint, as for `read`, but not that of several files.
-
-    Returns:
-        The state dicts of `find_optimizers`, by their keys.
+    """Returns the state dicts of `find_optimizers` in a checkpoint, or beside one of transformers.
 
     Raises:
-        CheckpointError: The file cannot be read, or the name is that of several.
+        CheckpointError: The file cannot be read, or the name is that of several files.
     """
     if isinstance(name, InMemoryCheckpoint):
         return dict(name.optimizers)
@@ -88,14 +80,10 @@ def read_optimizers(name: str) -> dict[str, Any]:
 
 
 def find_base(names: Sequence[str]) -> str | None:
-    """Finds the base checkpoint for the adapters among several checkpoints.
+    """Returns the base checkpoint for the adapters among several checkpoints.
 
-    Args:
-        names: The names of the checkpoints.
-
-    Returns:
-        The first checkpoint that is not an initialisation or an adapter. If there is none, the
-        base folder that the adapters name. None if all are initialisations.
+    It is the first checkpoint that is not an initialisation or an adapter. If there is none, it is
+    the base folder that the adapters name; None if all are initialisations.
 
     Raises:
         CheckpointError: The adapters name different bases, or not an existing folder.
@@ -109,11 +97,10 @@ def find_base(names: Sequence[str]) -> str | None:
     bases = {name: adapter.base for name in files if (adapter := read(name).adapter)}
     first, base = next(iter(bases.items()))
     if base is None or not _is_folder(base):
-        where = (
-            f"was trained on {base!r}, which is not a local folder" if base else "says not on what"
-        )
+        where = f"was trained on {base!r}, which is not a local folder"
         raise CheckpointError(
-            f"{first} is an adapter that {where}", "Name the checkpoint that it changes first"
+            f"{first} is an adapter that {where if base else 'does not name its base'}",
+            "Name the checkpoint that it changes first",
         )
     for name, other in bases.items():
         if other != base:

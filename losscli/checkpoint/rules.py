@@ -9,10 +9,11 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
-from losscli.checkpoint.names import StateDict
+from losscli.checkpoint.names import StateDict, module_state_under
 from losscli.checkpoint.state import CheckpointFile
 from losscli.errors import CheckpointError, UsageError
 from losscli.weight_space.vectors import Weights, select_names
+from losscli.wording import list_first
 
 __all__ = ["NameRules"]
 
@@ -42,16 +43,13 @@ class NameRules:
         allow_missing: Sequence[str],
         rename: Sequence[str],
     ) -> NameRules:
-        """Creates the rules from the options.
+        """Returns the rules that the options give.
 
         Args:
             model: The state dict of the model with its initial values.
             ignore_unexpected: Whether unexpected tensors are ignored.
             allow_missing: Patterns of the tensors that may be missing.
             rename: The renames, ``OLD=NEW``.
-
-        Returns:
-            The rules.
 
         Raises:
             UsageError: A pattern matches no tensor of the model, or a rename has another form.
@@ -71,13 +69,7 @@ class NameRules:
         return self.ignore_unexpected or bool(self.initial)
 
     def rename(self, file: CheckpointFile) -> CheckpointFile:
-        """Applies the renames to the names of a file.
-
-        Args:
-            file: The file.
-
-        Returns:
-            The file with the new names.
+        """Returns a file with renamed tensors.
 
         Raises:
             CheckpointError: Two tensors would have the same name.
@@ -97,11 +89,7 @@ class NameRules:
                     "Give them different names",
                 )
         tensors = {renamed[name]: tensor for name, tensor in weights.items()}
-        if not isinstance(weights, StateDict):
-            return tensors
-        versions = {self._new_name(module): v for module, v in weights.versions.items()}
-        extra = {self._new_name(key): value for key, value in weights.extra.items()}
-        return StateDict(tensors, versions, extra)
+        return StateDict(tensors, *module_state_under(weights, "", self._new_name))
 
     def _new_name(self, name: str) -> str:
         # Renamed components are not renamed again, so that two renames can swap names.
@@ -118,37 +106,24 @@ class NameRules:
         return ".".join(part for components in found for part in components)
 
     def check_used(self, names: Sequence[str]) -> None:
-        """Checks that each rename changed a name in at least one checkpoint.
-
-        Args:
-            names: The names of the checkpoints.
+        """Checks that each rename changed a name in at least one of the named checkpoints.
 
         Raises:
             UsageError: A rename changed none.
         """
         for text in self.renames:
             if text not in self.used:
-                more = f" and {len(names) - 1:,} more" if len(names) > 1 else ""
                 raise UsageError(
-                    f"--rename {text}: no tensor of {names[0]}{more} has "
+                    f"--rename {text}: no tensor of {list_first(names)} has "
                     f"{text.partition('=')[0]!r} in its name",
                     f"losscli inspect {shlex.quote(names[0])} lists the names",
                 )
 
     def complete(self, weights: Weights) -> tuple[Weights, tuple[str, ...]]:
-        """Adds the initial values of missing tensors.
-
-        Args:
-            weights: Tensors of a checkpoint by the model's names.
-
-        Returns:
-            The tensors with the added ones, and the names of these.
-        """
+        """Adds the initial values of missing tensors; returns also the names of these."""
         missing = {name: t for name, t in self.initial.items() if name not in weights}
         tensors: dict[str, Tensor] = {**weights, **missing}
-        if isinstance(weights, StateDict):
-            return StateDict(tensors, weights.versions, weights.extra), tuple(missing)
-        return tensors, tuple(missing)
+        return StateDict(tensors, *module_state_under(weights, "")), tuple(missing)
 
 
 def _parse(text: str) -> tuple[list[str], list[str]]:

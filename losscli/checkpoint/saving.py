@@ -55,8 +55,6 @@ def save(
         OutputError: The file cannot be written, or the format cannot store what the model needs
             to load it.
     """
-    if not path.name:
-        raise OutputError(f"{path} is a folder", "Name a file")
     state = loadable(weights, versions or {}, extra or {})
     safe = path.suffix not in _TORCH_SUFFIXES
     if safe and (lost := lost_by_safetensors(weights, versions or {}, extra or {})):
@@ -99,15 +97,9 @@ def save(
 def lost_by_safetensors(
     weights: Weights, versions: Versions, extra: Mapping[str, Any]
 ) -> str | None:
-    """Finds what a safetensors file cannot store and a model may need to load it.
+    """Returns what a safetensors file cannot store and a model may need to load it, if anything.
 
-    Args:
-        weights: The tensors.
-        versions: The versions of the modules that saved the tensors.
-        extra: The extra state of modules.
-
-    Returns:
-        The name of extra state, or a version of a module; None if the format stores everything.
+    It is the name of extra state, or a version of a module.
     """
     lost = next(iter(extra), None)
     for module, values in versions.items():

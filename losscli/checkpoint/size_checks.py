@@ -103,7 +103,7 @@ class _Tensor(_Inert):
             storage, offset, sizes, strides = arguments[:4]
             numbers = [offset, *sizes, *strides]
             if len(sizes) != len(strides) or not all(type(n) is int and n >= 0 for n in numbers):
-                raise SizeError("a tensor has a shape of no whole numbers")
+                raise SizeError("the shape of a tensor is not of whole numbers")
             if all(sizes):
                 # Types without a storage class are passed as an argument.
                 types = (a.itemsize for a in arguments if isinstance(a, torch.dtype))
@@ -234,11 +234,7 @@ _FIRST_PARTS = ("/version", "/serialization_id")
 
 
 def _check_parts(file: BufferedReader | io.BytesIO) -> dict[int, int]:
-    """Checks that no part of an archive is larger than its bytes in the file.
-
-    Returns:
-        The size of each part by the offset of its data.
-    """
+    """Checks that each part lies in the file; returns its size by the offset of its data."""
     try:
         with zipfile.ZipFile(file) as archive:
             entries = archive.infolist()
@@ -253,7 +249,7 @@ def _check_parts(file: BufferedReader | io.BytesIO) -> dict[int, int]:
             continue
         # torch never compresses, and maps the parts directly from the file.
         if entry.compress_type != zipfile.ZIP_STORED or entry.file_size != entry.compress_size:
-            raise SizeError(f"its part {entry.filename!r} is compressed, as torch writes none")
+            raise SizeError(f"its part {entry.filename!r} is compressed, which torch never does")
         start = entry.header_offset + _LOCAL_HEADER.size
         if start + entry.file_size > size:
             raise SizeError(f"its part {entry.filename!r} is of {entry.file_size:,} bytes")
@@ -270,16 +266,8 @@ _LOCAL_HEADER = struct.Struct("<26x2H")
 def _require_one_directory(file: IO[bytes], start: int, count: int) -> None:
     """Checks that torch's reader (miniz) reads the same directory as Python's zipfile.
 
-    zipfile expects the directory directly before the end record; miniz uses the offset in that
-    record.
-
-    Args:
-        file: The archive.
-        start: The offset of the directory that zipfile read.
-        count: The number of its entries.
-
-    Raises:
-        AmbiguousError: miniz would read another directory.
+    zipfile expects the directory, of ``count`` entries at ``start``, directly before the end
+    record; miniz uses the offset in that record.
     """
     size = file.seek(0, io.SEEK_END)
     tail_start = max(0, size - _MAX_TAIL)

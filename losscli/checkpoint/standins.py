@@ -12,7 +12,7 @@ import torch
 
 from losscli.checkpoint.size_checks import Immutable, check_sizes
 
-__all__ = ["PathText", "StandIn", "has_stand_in", "load_tensors"]
+__all__ = ["PATHS", "StandIn", "has_stand_in", "load_tensors"]
 
 
 class StandIn(metaclass=Immutable):
@@ -27,14 +27,7 @@ class StandIn(metaclass=Immutable):
     state: Any = None
 
     def __new__(cls, *arguments: Any) -> Self:
-        """Stores the arguments.
-
-        Args:
-            *arguments: The arguments of the constructor.
-
-        Returns:
-            The stand-in.
-        """
+        """Stores the arguments."""
         self = super().__new__(cls)
         self.arguments = arguments
         return self
@@ -50,14 +43,7 @@ class StandIn(metaclass=Immutable):
 
 
 def has_stand_in(value: Any) -> bool:
-    """Whether a value contains stand-ins, and so differs from what was saved.
-
-    Args:
-        value: The value that was read.
-
-    Returns:
-        Whether it is a stand-in or a collection that contains one.
-    """
+    """Whether a value contains stand-ins, and so differs from what was saved."""
     if isinstance(value, Mapping):
         return any(map(has_stand_in, value.values()))
     if isinstance(value, list | tuple | set):
@@ -98,14 +84,6 @@ class _Scalar(StandIn):
     """A NumPy scalar, converted to a Python number if its dtype is a plain number."""
 
     def __new__(cls, *arguments: Any) -> Any:
-        """Converts the scalar.
-
-        Args:
-            *arguments: The dtype and the bytes.
-
-        Returns:
-            The number, or a stand-in for any other value.
-        """
         record = super().__new__(cls, *arguments)
         dtype, value = arguments if len(arguments) == 2 else (None, None)
         if not isinstance(dtype, _DType) or not isinstance(value, bytes) or not dtype.arguments:
@@ -122,29 +100,22 @@ class PathText(StandIn):
     """A path as a string, without access to the disk."""
 
     def __new__(cls, *parts: Any) -> Any:
-        """Joins the parts.
-
-        Args:
-            *parts: The parts of the path.
-
-        Returns:
-            The path as a string.
-        """
+        """Joins the parts."""
         return "/".join(map(str, parts)).replace("//", "/", 1)
+
+
+PATHS = {
+    (f"pathlib{module}", name): PathText
+    for module in ("", "._local")  # since Python 3.13
+    for name in ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath", "Path")
+}
+"""The classes of paths, by module and name."""
 
 
 class _Defaults(StandIn):
     """A plain dictionary for a ``defaultdict``; the factory is never called."""
 
     def __new__(cls, *_factory: Any) -> Any:
-        """Creates an empty dictionary.
-
-        Args:
-            *_factory: The factory of missing values, which is ignored.
-
-        Returns:
-            The dictionary.
-        """
         return {}
 
 
@@ -157,11 +128,7 @@ _STAND_INS: dict[str, type[StandIn]] = {
     "collections.defaultdict": _Defaults,
     # Factories of defaultdict.
     **{f"builtins.{name}": StandIn for name in ("dict", "list", "int", "float", "bool", "str")},
-    **{
-        f"pathlib{module}.{name}": PathText
-        for module in ("", "._local")  # since Python 3.13
-        for name in ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath", "Path")
-    },
+    **{".".join(name): standin for name, standin in PATHS.items()},
     **{
         f"numpy.{core}.multiarray.{name}": standin
         for core in ("core", "_core")  # before NumPy 2, and since

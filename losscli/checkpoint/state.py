@@ -118,10 +118,7 @@ class Checkpoint:
             raise CheckpointError(f"{self.name}: {error.strerror}") from None
 
     def stamp(self) -> tuple[tuple[int, int, int], ...]:
-        """Identifies the current version of the files.
-
-        Returns:
-            For each file, its inode, its size and its modification time in nanoseconds.
+        """Returns the inode, the size and the modification time in nanoseconds of each file.
 
         Raises:
             CheckpointError: A file does not exist any more.
@@ -213,13 +210,10 @@ class CheckpointFile:
         return dicts or others or self.candidates
 
     def at(self, key: str) -> CheckpointFile:
-        """Selects the state dicts under a key.
+        """Returns the file with only the state dicts under a key.
 
         Args:
             key: The dotted key of a state dict, or a prefix of names inside one; empty for all.
-
-        Returns:
-            The file with only the matching candidates.
 
         Raises:
             CheckpointError: No state dict matches the key.
@@ -246,11 +240,7 @@ class CheckpointFile:
         return replace(self, candidates=matching)
 
     def require_dense(self, label: str, weights: Weights) -> None:
-        """Checks that tensors are dense and support arithmetic.
-
-        Args:
-            label: The key of their state dict.
-            weights: Tensors of the file.
+        """Checks that the tensors of a state dict are dense and support arithmetic.
 
         Raises:
             CheckpointError: A tensor is sparse, nested, on ``meta`` (without values), or of a type
@@ -328,8 +318,7 @@ class CheckpointFile:
         unexpected = tuple(name for name in found if name not in expected)
         if unexpected:
             known = {name: t for name, t in found.items() if name in expected}
-            versions, extra = module_state_under(found, "")
-            found = StateDict(known, versions, extra)
+            found = StateDict(known, *module_state_under(found, ""))
         return replace(self.checkpoint(self.fetch(found)), unexpected=unexpected)
 
     def _choose(
@@ -416,11 +405,7 @@ class CheckpointFile:
         return replace(base, name=self.name, weights=weights, path=self.path, files=files)
 
     def refuse_quantised(self) -> None:
-        """Checks that the weights are not quantised, since those cannot be interpolated.
-
-        Raises:
-            CheckpointError: The weights are quantised.
-        """
+        """Raises a CheckpointError if the weights are quantised: these cannot be interpolated."""
         found = self.quantised or next(
             filter(None, map(find_quantisation, self.candidates.values())), None
         )
@@ -432,9 +417,6 @@ class CheckpointFile:
 
     def checkpoint(self, weights: Weights) -> Checkpoint:
         """Creates a checkpoint from tensors of this file."""
-        module_state = (
-            (weights.versions, weights.extra) if isinstance(weights, StateDict) else ({}, {})
-        )
         parts = {
             f"{module}={Path(part.name).name}": part.files for module, part in self.parts.items()
         }
@@ -445,20 +427,12 @@ class CheckpointFile:
             self.path,
             self.files,
             self.digest,
-            *module_state,
+            *module_state_under(weights, ""),
             parts,
         )
 
     def ambiguous(self, labels: list[str], why: str = "") -> CheckpointError:
-        """Creates the error for several state dicts that fit equally.
-
-        Args:
-            labels: The keys of the state dicts.
-            why: A sentence with the reason why none is selected.
-
-        Returns:
-            The error.
-        """
+        """Returns the error for several state dicts; ``why`` says why none of them is selected."""
         names = ", ".join(repr(label) if label else "its top level" for label in labels)
         example = next(label for label in labels if label)
         if self.path is None:
@@ -519,14 +493,7 @@ def _select_mismatches(wrong: Sequence[str]) -> list[str]:
 
 
 def consolidation_hint(path: Path) -> str:
-    """Explains how to consolidate a DeepSpeed checkpoint into one file.
-
-    Args:
-        path: The folder of the checkpoint or a file in it.
-
-    Returns:
-        The instructions; empty for other checkpoints.
-    """
+    """Explains how to consolidate a DeepSpeed checkpoint; returns "" for other checkpoints."""
     folder = path if path.is_dir() else path.parent
     for location in (folder, folder.parent):
         script = location / "zero_to_fp32.py"
@@ -541,14 +508,7 @@ def consolidation_hint(path: Path) -> str:
 
 
 def tied_names(weights: Weights) -> dict[str, list[str]]:
-    """Finds the names that share one tensor.
-
-    Args:
-        weights: The state dict of a model, in which tied parameters share memory.
-
-    Returns:
-        For each tied name, the other names of its tensor.
-    """
+    """Returns for each tied name of a model's state dict the other names of its tensor."""
     groups: dict[object, list[str]] = {}
     for name, tensor in weights.items():
         if tensor.numel():

@@ -19,7 +19,7 @@ from torch import Tensor
 from losscli.data.batch import Pixels, to_tensor
 from losscli.data.memory import require_memory
 from losscli.errors import DataError, SpecError, one_line
-from losscli.files import find_placeholder
+from losscli.files import refuse_placeholder
 
 __all__ = ["load_mnist", "load_npz", "load_safetensors", "scaled"]
 
@@ -46,7 +46,7 @@ def _pairs(arrays: Mapping[str, _Array], where: str) -> dict[str, tuple[_Array, 
         if len(parts) < 2:
             present, missing = sorted(("inputs", "targets"), key=parts.__contains__, reverse=True)
             raise DataError(
-                f"{where}: the split {split!r} has {present} alone",
+                f"{where}: the split {split!r} has only {present}",
                 f"Add {missing if split == 'data' else f'{split}_{missing}'}",
             )
     # Some files sort their arrays by name; readers expect the training data first.
@@ -90,13 +90,8 @@ def load_safetensors(
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """Reads a safetensors file of arrays.
 
-    Args:
-        path: The file.
-        scale: Whether uint8 inputs are divided by 255; None for those with three dimensions or
-            more.
-
     Returns:
-        Inputs and targets of each split.
+        Inputs and targets of each split; ``scale`` is as for `scaled`.
 
     Raises:
         DataError: The file is missing or broken, or has another structure.
@@ -107,7 +102,7 @@ def load_safetensors(
         with path.open("rb"), safe_open(path, framework="pt") as file:
             arrays = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, RuntimeError, ValueError) as error:
-        _refuse_placeholder(path)
+        refuse_placeholder(path, str(path), DataError)
         raise DataError(
             f"{path} is not a valid safetensors file: {one_line(error)}",
             "It may be incomplete: save or copy it again",
@@ -118,13 +113,8 @@ def load_safetensors(
 def load_npz(path: Path, /, *, scale: bool | None = None) -> dict[str, tuple[Tensor, Tensor]]:
     """Reads a NumPy archive of arrays.
 
-    Args:
-        path: The file.
-        scale: Whether uint8 inputs are divided by 255; None for those with three dimensions or
-            more.
-
     Returns:
-        Inputs and targets of each split.
+        Inputs and targets of each split; ``scale`` is as for `scaled`.
 
     Raises:
         DataError: The file is missing or broken, or has another structure.
@@ -145,10 +135,10 @@ def load_npz(path: Path, /, *, scale: bool | None = None) -> dict[str, tuple[Ten
     except DataError:
         raise
     except Exception as error:  # noqa: BLE001 - readers raise any exception for a broken archive
-        _refuse_placeholder(path)
+        refuse_placeholder(path, str(path), DataError)
         raise DataError(
             f"{path} is not a NumPy archive of numbers: {one_line(error)}",
-            "Write it with numpy.savez, arrays of numbers alone",
+            "Write it with numpy.savez, with arrays of numbers only",
         ) from None
     return scaled(_pairs(arrays, str(path)), str(path), scale)
 
@@ -201,9 +191,6 @@ _HEADERS = {
 def load_mnist(path: Path, /) -> Pixels:
     """Reads the IDX files of MNIST, Fashion-MNIST or K-MNIST.
 
-    Args:
-        path: The folder.
-
     Returns:
         Inputs and targets of each split.
 
@@ -219,7 +206,7 @@ def load_mnist(path: Path, /) -> Pixels:
             splits[split] = (_read_idx(images, 3).unsqueeze(1), _read_idx(labels, 1))
         elif images or labels:
             raise DataError(
-                f"{path}: the split {split!r} has {'images' if images else 'labels'} alone",
+                f"{path}: the split {split!r} has only {'images' if images else 'labels'}",
                 f"Add {prefix}-{'labels-idx1' if images else 'images-idx3'}-ubyte, or its .gz",
             )
     if not splits:
@@ -256,7 +243,7 @@ def _read_idx(path: Path, dimensions: int) -> Tensor:
             "The download may be incomplete: download it again",
         ) from None
     if content[:4] != bytes([0, 0, 8, dimensions]):
-        _refuse_placeholder(path)
+        refuse_placeholder(path, str(path), DataError)
         raise DataError(
             f"{path} is not an IDX file of bytes in {dimensions} dimensions",
             "It may be another file, or a file of labels instead of images",
@@ -270,13 +257,6 @@ def _read_idx(path: Path, dimensions: int) -> Tensor:
         )
     values = np.frombuffer(bytearray(content), np.uint8, offset=start)
     return torch.from_numpy(values.reshape(shape))
-
-
-def _refuse_placeholder(path: Path) -> None:
-    """Refuses a file that stands for another one, such as a Git LFS pointer."""
-    if found := find_placeholder(path):
-        what, cure = found
-        raise DataError(f"{path} is {what}", cure) from None
 
 
 def _require_file(path: Path) -> None:

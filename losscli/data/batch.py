@@ -18,6 +18,7 @@ from losscli.data.nests import (
     is_container,
     leaves,
     map_nest,
+    only,
     structure,
 )
 from losscli.data.split import Batches, Split
@@ -101,17 +102,12 @@ def parse_batch(
         return Split(inputs, _with_operators(targets[0] if targets else _none(parser.size), where))
     inputs = sides[0][0]
     if whole and (is_container(inputs) or rows is None):
-        return Split(Ragged([inputs], Build(_only)), _none(1))
+        return Split(Ragged([inputs], Build(only)), _none(1))
     if collate is None or rows is None or is_container(inputs) or _is_array(inputs):
         return _refuse(sides, where)
     # Graphs may have a target per node.
     inputs, *targets = (Ragged(rows, Build(collate, path)) for _, path, _ in sides)
     return Split(inputs, targets[0] if targets else _none(len(rows)))
-
-
-def _only(rows: list[Any]) -> Any:
-    """Returns the only element of a list."""
-    return rows[0]
 
 
 def _none(size: int) -> Tensor:
@@ -131,9 +127,6 @@ def _whole_sides(batch: object, where: str) -> list[_Side]:
 def separated(batch: object) -> tuple[Any, Any]:
     """Separates the inputs of the model from the targets in a whole batch.
 
-    Args:
-        batch: The batch.
-
     Returns:
         The inputs as `ScoredModel` takes them, a tensor, a mapping or a tuple; and the targets,
         None where the batch has no form with targets, and where they are part of a mapping.
@@ -147,13 +140,9 @@ def separated(batch: object) -> tuple[Any, Any]:
 
 
 def model_inputs(batch: object) -> Any:
-    """Returns the inputs of the model in a whole batch.
+    """Returns the inputs of the model in a whole batch, in the form of `separated`.
 
-    Args:
-        batch: The batch, in any form that `parse_batch` takes without ``whole``.
-
-    Returns:
-        The inputs, as `separated` returns them.
+    The batch has any form that `parse_batch` takes without ``whole``.
 
     Raises:
         DataError: The batch has another structure.
@@ -356,12 +345,8 @@ def _with_operators(targets: Nest, where: str) -> Nest:
 def is_language(batch: object) -> bool:
     """Returns whether a batch has one target per token.
 
-    Args:
-        batch: A batch from user code.
-
-    Returns:
-        Whether it is a mapping with integer ``labels`` of the shape of its
-        ``decoder_input_ids``, or of its ``input_ids`` if it has no ``decoder_input_ids``.
+    It is a mapping with integer ``labels`` of the shape of its ``decoder_input_ids``, or of its
+    ``input_ids`` if it has no ``decoder_input_ids``.
     """
     if not isinstance(batch, Mapping):
         return False
@@ -373,15 +358,12 @@ def is_language(batch: object) -> bool:
 
 
 def to_tensor(value: object, where: str, key: object) -> Tensor:
-    """Converts a value to a tensor.
+    """Returns a tensor or a NumPy array as a dense tensor of real numbers on the CPU.
 
     Args:
-        value: A tensor or a NumPy array.
+        value: The value.
         where: Name of the data in error messages.
         key: Name of the value in error messages.
-
-    Returns:
-        A dense tensor of real numbers on the CPU.
 
     Raises:
         DataError: The value is of another type.
@@ -403,14 +385,7 @@ def to_tensor(value: object, where: str, key: object) -> Tensor:
 
 
 def join(batches: Sequence[Split], where: str) -> Split:
-    """Concatenates batches.
-
-    Args:
-        batches: The batches.
-        where: Name of the data in error messages.
-
-    Returns:
-        All their examples.
+    """Returns the concatenation of batches; ``where`` is the name of the data in error messages.
 
     Raises:
         DataError: There are no batches, or they differ in structure or dtype.

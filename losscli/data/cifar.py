@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,17 +40,13 @@ def load_cifar10(path: Path, /) -> Pixels:
     Raises:
         DataError: There are no such files, or a file is broken or contains code.
     """
-    train = [f"data_batch_{i}" for i in range(1, 6)]
     files, binary = _find(
         path,
-        {"train": [f"{name}.bin" for name in train], "test": ["test_batch.bin"]},
-        {"train": train, "test": ["test_batch"]},
+        {"train": [f"data_batch_{i}" for i in range(1, 6)], "test": ["test_batch"]},
         ("cifar-10-batches-bin", "cifar-10-batches-py"),
     )
-
-    def read(file: Path) -> tuple[Bytes, npt.NDArray[np.int64]]:
-        return _read_binary(file, 1, 0) if binary else _read_python(file, "labels")
-
+    python = partial(_read_python, key="labels")
+    read = partial(_read_binary, labels=1, label=0) if binary else python
     return Pixels({split: _read_all(names, read, 10) for split, names in files.items()})
 
 
@@ -70,39 +67,28 @@ def load_cifar100(path: Path, /, *, labels: str = "fine") -> Pixels:
     """
     if labels not in {"fine", "coarse"}:
         raise SpecError(f"cifar100 has no labels {labels!r}", "Write labels=fine or labels=coarse")
-    fine = labels == "fine"
     files, binary = _find(
         path,
-        {"train": ["train.bin"], "test": ["test.bin"]},
         {"train": ["train"], "test": ["test"]},
         ("cifar-100-binary", "cifar-100-python"),
     )
-
-    def read(file: Path) -> tuple[Bytes, npt.NDArray[np.int64]]:
-        return (
-            _read_binary(file, 2, int(fine)) if binary else _read_python(file, f"{labels}_labels")
-        )
-
-    count = 100 if fine else 20
+    python = partial(_read_python, key=f"{labels}_labels")
+    read = partial(_read_binary, labels=2, label=int(labels == "fine")) if binary else python
+    count = 100 if labels == "fine" else 20
     return Pixels({split: _read_all(names, read, count) for split, names in files.items()})
 
 
 def _find(
-    folder: Path,
-    binary: Mapping[str, list[str]],
-    python: Mapping[str, list[str]],
-    subfolders: tuple[str, str],
+    folder: Path, names: Mapping[str, list[str]], subfolders: tuple[str, str]
 ) -> tuple[_Files, bool]:
     """Returns the files of the version with more files, and whether it is the binary version."""
     candidates: list[tuple[_Files, bool]] = []
     for parent in (folder, *(folder / name for name in subfolders)):
-        for version, is_binary in ((binary, True), (python, False)):
-            existing = {
-                split: [parent / name for name in names if (parent / name).is_file()]
-                for split, names in version.items()
-            }
-            files = {split: paths for split, paths in existing.items() if paths}
-            candidates.append((files, is_binary))
+        for suffix in (".bin", ""):
+            paths = {s: [parent / f"{name}{suffix}" for name in each] for s, each in names.items()}
+            existing = {split: [p for p in each if p.is_file()] for split, each in paths.items()}
+            files = {split: each for split, each in existing.items() if each}
+            candidates.append((files, bool(suffix)))
     best = max(candidates, key=lambda version: sum(map(len, version[0].values())))
     if best[0]:
         return best
@@ -117,7 +103,8 @@ def _find(
         raise DataError(f"there is no folder {folder}", "Name the folder of CIFAR's files")
     raise DataError(
         f"{folder} contains none of "
-        f"{', '.join(name for names in binary.values() for name in names)}, with or without .bin",
+        f"{', '.join(f'{name}.bin' for each in names.values() for name in each)}, with or "
+        "without .bin",
         f"Name the folder of an unpacked archive from {_SOURCE}",
     )
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import os
@@ -20,10 +19,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from losscli.data.arrays import scaled
 from losscli.data.batch import Pixels, to_tensor
-from losscli.data.images import Images, open_image
+from losscli.data.images import Images, fingerprint, open_image
 from losscli.data.memory import require_memory
 from losscli.data.nests import Nest
 from losscli.data.split import DataSet, Split
@@ -200,7 +200,9 @@ def _refuse_keys(kind: str, where: str, column: str, *, applies: bool, **keys: A
     """Refuses keys of a spec for one kind of data if the column has another kind."""
     for key, value in keys.items():
         if value is not None and not applies:
-            raise SpecError(f"{where}: {key}= is of {kind}, and {column!r} holds none", "Leave it")
+            raise SpecError(
+                f"{where}: {key}= is for {kind}, and {column!r} has none", "Leave it out"
+            )
 
 
 def _select_column(
@@ -247,7 +249,8 @@ def _tables(source: Path | str, config: str | None, cache: _Cache) -> dict[str, 
                     folder, config, cache_dir=place, trust_remote_code=False
                 )
                 builder = datasets.load_dataset_builder(folder, config, cache_dir=place)
-            cache.state = _state(builder.config.data_files)
+            files = builder.config.data_files.values()
+            cache.state = fingerprint(str(name) for names in files for name in names)
     except DataError:
         raise
     except Exception as error:
@@ -263,17 +266,6 @@ def _tables(source: Path | str, config: str | None, cache: _Cache) -> dict[str, 
         loaded = {str(loaded.split or "data"): loaded}
     order = sorted(loaded, key=lambda split: split != "train")
     return {printable(str(split)): loaded[split] for split in order}
-
-
-def _state(data_files: Mapping[Any, list[str]]) -> str:
-    """Returns a fingerprint of data files from their names, sizes and modification times."""
-    digest = hashlib.sha256()
-    for name in (str(name) for names in data_files.values() for name in names):
-        status = os.stat(name)  # noqa: PTH116 - there may be a million of them
-        digest.update(
-            f"{name}\0{status.st_size} {status.st_mtime_ns}\0".encode("utf-8", "surrogateescape")
-        )
-    return digest.hexdigest()
 
 
 @contextmanager
@@ -333,19 +325,10 @@ def _require_inside_card(folder: Path) -> None:
         configs = content.get("configs") if isinstance(content, dict) else None
         for entry in configs if isinstance(configs, list) else ():
             for key in ("data_files", "data_dir"):
-                for name in _strings(entry.get(key) if isinstance(entry, dict) else None):
-                    _require_inside(name, folder, file)
-
-
-def _strings(content: Any) -> Iterator[str]:
-    if isinstance(content, str):
-        yield content
-    elif isinstance(content, Mapping):
-        for value in content.values():
-            yield from _strings(value)
-    elif isinstance(content, list):
-        for value in content:
-            yield from _strings(value)
+                names = tree_leaves(entry.get(key) if isinstance(entry, dict) else None)
+                for name in names:
+                    if isinstance(name, str):
+                        _require_inside(name, folder, file)
 
 
 def _require_inside(name: str, folder: Path, file: Path) -> None:

@@ -7,7 +7,7 @@ import os
 import stat
 import warnings
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -23,7 +23,7 @@ from losscli.errors import DataError, SpecError, one_line, printable
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["Images", "load_image_folder", "open_image"]
+__all__ = ["Images", "fingerprint", "load_image_folder", "open_image"]
 
 # Image suffixes of torchvision's ImageFolder.
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
@@ -37,13 +37,7 @@ _DEEP = ("I", "F")
 
 
 def open_image(file: str | IO[bytes]) -> Image:
-    """Opens an image with Pillow, in a format that does not start a program.
-
-    Args:
-        file: Name of the file, or its content.
-
-    Returns:
-        The image, not yet decoded.
+    """Returns an image, not decoded, in a format for which Pillow does not start a program.
 
     Raises:
         ValueError: The file is not a regular file, or its format is not supported.
@@ -93,14 +87,7 @@ class Images(Dataset[tuple[Tensor, Tensor]]):
 
     @abstractmethod
     def open(self, index: int) -> Image:
-        """Opens an image.
-
-        Args:
-            index: Index of the image.
-
-        Returns:
-            The image, decoded or not.
-        """
+        """Opens an image, which may be decoded already."""
 
     @abstractmethod
     def name(self, index: int) -> str:
@@ -108,14 +95,7 @@ class Images(Dataset[tuple[Tensor, Tensor]]):
 
     @abstractmethod
     def state(self, positions: list[int]) -> str:
-        """Returns a fingerprint of the files that images are decoded from.
-
-        Args:
-            positions: Indices of the images.
-
-        Returns:
-            A string that changes if the files change.
-        """
+        """Returns a fingerprint that changes if the files of images change."""
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -187,6 +167,23 @@ def _readable(name: str) -> Iterator[None]:
         ) from None
 
 
+def fingerprint(files: Iterable[str]) -> str:
+    """Returns a digest of the names, sizes and modification times of files.
+
+    Raises:
+        DataError: A file does not exist any more.
+    """
+    digest = hashlib.sha256()
+    for file in files:
+        try:
+            status = os.stat(file)  # noqa: PTH116 - there may be a million of them
+        except OSError as error:
+            raise DataError(f"{file} cannot be read: {error.strerror}") from None
+        state = f"{file}\0{status.st_size} {status.st_mtime_ns}\0"
+        digest.update(state.encode("utf-8", "surrogateescape"))
+    return digest.hexdigest()
+
+
 class _Folder(Images):
     def __init__(self, files: list[str], targets: list[int], **options: Any) -> None:
         self._files = files
@@ -199,18 +196,7 @@ class _Folder(Images):
         return self._files[index]
 
     def state(self, positions: list[int]) -> str:
-        digest = hashlib.sha256()
-        for file in (self._files[position] for position in positions):
-            try:
-                status = os.stat(file)  # noqa: PTH116 - there may be a million of them
-            except OSError as error:
-                raise DataError(f"{file} cannot be read: {error.strerror}") from None
-            digest.update(
-                f"{file}\0{status.st_size} {status.st_mtime_ns}\0".encode(
-                    "utf-8", "surrogateescape"
-                )
-            )
-        return digest.hexdigest()
+        return fingerprint(self._files[position] for position in positions)
 
 
 def load_image_folder(path: Path, /, *, size: int | None = None, grayscale: bool = False) -> Pixels:

@@ -25,7 +25,6 @@ from losscli.data.batch import RaggedError, is_language, join, parse_batch
 from losscli.data.randomness import capture, private_randomness, restore, seed_all
 from losscli.data.split import Batches, Examples, Split, batch_size_remarks
 from losscli.data.stream import (
-    Failure,
     PackedBatch,
     WorkerInit,
     default_sigchld,
@@ -66,7 +65,7 @@ class _Collate:
     in_rows: bool
     whole: bool
 
-    def __call__(self, rows: Any) -> PackedBatch | Failure:
+    def __call__(self, rows: Any) -> PackedBatch | DataError:
         try:
             raw = self.collate(rows)
             known = rows if self.in_rows else None
@@ -74,9 +73,9 @@ class _Collate:
             batch = Batches.of(batch) if self.in_batches else batch
             return PackedBatch.pack(batch, language=is_language(raw))
         except DataError as error:
-            return Failure(error.what, error.cure)
+            return error
         except Exception as error:  # noqa: BLE001 - reported in one line
-            return Failure(f"{self.where} failed: {one_line(error)}", "")
+            return DataError(f"{self.where} failed: {one_line(error)}")
 
 
 class _First(IterableDataset[Any]):
@@ -146,13 +145,10 @@ class Source:
         return DataLoader(_First(dataset, stop), batch_size=self._size)
 
     def batches(self, stop: int | None = None) -> Iterator[Split]:
-        """Iterates over the data once.
+        """Yields the batches, of any size, of one pass over the data.
 
         Args:
             stop: Number of examples needed; a DataLoader may yield more. None for all.
-
-        Yields:
-            The batches, of any size.
 
         Raises:
             DataError: The user's code fails, or a batch cannot be interpreted.
@@ -161,7 +157,7 @@ class Source:
         if self._dataset is not None and stop is not None:
             loader = self._load(self._dataset, stop)
             loader.collate_fn = self._collate
-        batches: Iterator[PackedBatch | Failure] | None = None
+        batches: Iterator[PackedBatch | DataError] | None = None
         try:
             while True:
                 # Code that runs between two batches must not affect the random state of the data.
@@ -183,8 +179,8 @@ class Source:
                     state = capture()
                 if packed is None:
                     return
-                if isinstance(packed, Failure):
-                    raise DataError(packed.what, packed.cure)
+                if isinstance(packed, DataError):
+                    raise packed
                 self.language |= packed.language
                 batch = packed.unpack(self._collate.collate)
                 count += len(batch)
@@ -290,14 +286,7 @@ class IterableStream(Examples):
         return part
 
     def batches(self, size: int, order: Tensor | None = None) -> Iterator[Split]:
-        """Iterates over the examples once, batch by batch.
-
-        Args:
-            size: Examples per batch; the last batch may have fewer.
-            order: Consecutive indices ``[n]``; all examples if None.
-
-        Yields:
-            The batches.
+        """Yields the batches of one pass; ``order`` are consecutive indices ``[n]``.
 
         Raises:
             DataError: The examples or their number differ from the first pass.
@@ -333,13 +322,9 @@ class IterableStream(Examples):
         return self._firsts[number]
 
     def decode(self, budget: int) -> Split | None:
-        """Loads all examples into memory if they fit; otherwise only counts them.
+        """Returns all examples in memory; None if they need more than ``budget`` bytes.
 
-        Args:
-            budget: Available memory in bytes.
-
-        Returns:
-            The examples; None if they need more memory.
+        They are counted either way.
 
         Raises:
             DataError: The examples cannot be read or joined.

@@ -46,20 +46,12 @@ _USED = {"memory.max": "memory.current", "memory.limit_in_bytes": "memory.usage_
 
 
 def host_budget() -> int:
-    """Returns the memory budget for data on the host in bytes.
-
-    Returns:
-        A quarter of the total memory of the machine or container, the same for every run.
-    """
+    """Returns the memory for data on the host in bytes: a quarter of `host_memory`."""
     return int(host_memory() * _SHARE)
 
 
 def host_memory() -> int:
-    """Returns the total memory of the host in bytes.
-
-    Returns:
-        The total memory of the machine or container, the same for every run.
-    """
+    """Returns the total memory of the machine or container in bytes, the same for every run."""
     try:
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):
@@ -73,11 +65,7 @@ def host_memory() -> int:
 
 
 def free_memory() -> int:
-    """Returns the free memory in bytes.
-
-    Returns:
-        The memory that is available without swapping and within the limit of the container.
-    """
+    """Returns the bytes available without swapping and within the limit of the container."""
     free = host_memory()
     try:
         available = re.search(r"MemAvailable: *(\d+) kB", _MEMINFO.read_text(encoding="ascii"))
@@ -94,11 +82,7 @@ def free_memory() -> int:
 
 
 def require_memory(nbytes: int, where: str) -> None:
-    """Checks that the content of a compressed file fits in the free memory.
-
-    Args:
-        nbytes: Size of the content in bytes.
-        where: Name of the file in the error message.
+    """Checks that ``nbytes``, the size of the content of a compressed file, are free.
 
     Raises:
         DataError: The content does not fit.
@@ -111,13 +95,9 @@ def require_memory(nbytes: int, where: str) -> None:
 
 
 def device_budget(device: torch.device) -> int | None:
-    """Returns the memory budget for data on a device in bytes.
+    """Returns the memory for data on a device in bytes: a quarter of the free memory of a GPU.
 
-    Args:
-        device: The device.
-
-    Returns:
-        A quarter of the free memory of a GPU; None for a device that uses host memory.
+    None for a device that uses the memory of the host.
     """
     if device.type != "cuda":
         return None
@@ -127,12 +107,8 @@ def device_budget(device: torch.device) -> int | None:
 def device_memory(device: torch.device) -> int:
     """Returns the memory of a GPU that tensors can be allocated in, in bytes.
 
-    Args:
-        device: The GPU.
-
-    Returns:
-        The free memory, and what PyTorch has reserved of it without using it. So it does not depend
-        on what was freed before.
+    It is the free memory, and what PyTorch has reserved of it without using it. So it does not
+    depend on what was freed before.
     """
     free, _ = torch.cuda.mem_get_info(device)
     return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -140,14 +116,7 @@ def device_memory(device: torch.device) -> int:
 
 @contextmanager
 def allocations() -> Iterator[None]:
-    """Makes every allocation that fails a ``torch.OutOfMemoryError``.
-
-    Yields:
-        Nothing.
-
-    Raises:
-        torch.OutOfMemoryError: An allocation failed, in PyTorch or in a library of the device.
-    """
+    """Makes every failed allocation, also in a library of the device, an OutOfMemoryError."""
     try:
         yield
     except RuntimeError as error:
@@ -159,7 +128,7 @@ def allocations() -> Iterator[None]:
 
 @contextmanager
 def placing(what: str, device: torch.device, cure: str = "--dtype bfloat16") -> Iterator[None]:
-    """Names what does not fit if memory runs out.
+    """Names what does not fit on a device if memory runs out.
 
     Args:
         what: What is placed on the device.

@@ -31,6 +31,7 @@ __all__ = [
     "leaves",
     "length",
     "map_nest",
+    "only",
     "realise",
     "structure",
     "take",
@@ -50,7 +51,8 @@ class Build:
     """Makes what the model or the loss gets from a list of examples.
 
     Attributes:
-        collate: The type of the sequence of the examples, or the collate function of a DataLoader.
+        collate: The type of the sequence of the examples, `only`, or the collate function of a
+            DataLoader.
         path: The keys, indices or attribute names that lead to a part of the batch.
         then: Functions of a tensor, applied to each tensor of the result.
     """
@@ -58,6 +60,11 @@ class Build:
     collate: Callable[[list[Any]], Any]
     path: tuple[Any, ...] = ()
     then: tuple[Callable[[Tensor], Tensor], ...] = ()
+
+    @property
+    def is_custom(self) -> bool:
+        """Whether it calls the collate function of a DataLoader, which need not be picklable."""
+        return not isinstance(self.collate, type) and self.collate is not only
 
     def __call__(self, rows: list[Any]) -> Any:
         """Makes the value of examples."""
@@ -67,6 +74,11 @@ class Build:
         for function in self.then:
             value = map_nest(function, value)
         return value
+
+
+def only(rows: list[Any]) -> Any:
+    """Returns the only element of a list."""
+    return rows[0]
 
 
 class Ragged:
@@ -112,15 +124,9 @@ def _like(nest: Any, children: Sequence[Any]) -> Any:
 
 
 def map_nest(function: Callable[[Tensor], Tensor], nest: Nest) -> Nest:
-    """Applies a function to every tensor of a nest, also to those inside other objects.
+    """Returns a nest with a function applied to every tensor, also to those inside other objects.
 
-    Args:
-        function: The function.
-        nest: The nest.
-
-    Returns:
-        A nest of the same structure. The function is applied to the tensors of a `Ragged` column
-        when these are built.
+    It is applied to the tensors of a `Ragged` column when these are built.
 
     Raises:
         DataError: An object in it cannot be pickled.
@@ -139,14 +145,7 @@ def map_nest(function: Callable[[Tensor], Tensor], nest: Nest) -> Nest:
 
 
 def leaves(nest: Nest) -> list[Tensor]:
-    """Lists the tensors of a nest.
-
-    Args:
-        nest: The nest.
-
-    Returns:
-        Every tensor in it, in order; of a `Ragged` column those of its value.
-    """
+    """Lists the tensors of a nest in order; of a `Ragged` column those of its value."""
     if isinstance(nest, Tensor):
         return [nest]
     if isinstance(nest, Ragged):
@@ -157,14 +156,7 @@ def leaves(nest: Nest) -> list[Tensor]:
 
 
 def realise(nest: Nest) -> Nest:
-    """Builds the values of `Ragged` columns.
-
-    Args:
-        nest: The nest.
-
-    Returns:
-        What the model or the loss gets.
-    """
+    """Returns what the model or the loss gets: the nest with the values of `Ragged` columns."""
     if isinstance(nest, Ragged):
         return nest.value
     if is_container(nest):
@@ -180,15 +172,7 @@ def length(nest: Nest) -> int:
 
 
 def take(nest: Nest, index: Tensor | slice) -> Nest:
-    """Selects examples.
-
-    Args:
-        nest: The nest.
-        index: Indices ``[n]``, or a slice.
-
-    Returns:
-        Those examples; views if ``index`` is a slice.
-    """
+    """Selects examples by indices ``[n]``, or by a slice, which gives views."""
     if isinstance(nest, Tensor):
         signed = _SIGNED.get(nest.dtype, nest.dtype)
         index = index if isinstance(index, slice) else index.to(nest.device)
@@ -201,14 +185,7 @@ def take(nest: Nest, index: Tensor | slice) -> Nest:
 
 
 def structure(nest: Nest) -> object:
-    """Describes the structure of a nest and the dtypes of its tensors.
-
-    Args:
-        nest: The nest.
-
-    Returns:
-        An object that is equal for nests that can be concatenated, up to the shapes.
-    """
+    """Returns an object that is equal for nests that can be concatenated, up to the shapes."""
     if isinstance(nest, Tensor):
         return nest.dtype
     if isinstance(nest, Ragged):
@@ -219,14 +196,7 @@ def structure(nest: Nest) -> object:
 
 
 def concatenate(nests: Sequence[Nest]) -> Nest:
-    """Concatenates nests of the same structure.
-
-    Args:
-        nests: The nests.
-
-    Returns:
-        All their examples.
-    """
+    """Concatenates nests of the same structure."""
     first = nests[0]
     if isinstance(first, Tensor):
         return torch.cat(list(nests))
@@ -256,13 +226,7 @@ class _Pickler(pickle.Pickler):
 
 
 def dump(nest: Any) -> tuple[bytes, list[Tensor], list[Build]]:
-    """Serialises the structure of any object, apart from its tensors.
-
-    Args:
-        nest: The object.
-
-    Returns:
-        The structure; the tensors; and the functions of `Ragged` columns.
+    """Returns the pickled structure of any object, its tensors, and its `Ragged` functions.
 
     Raises:
         DataError: It holds an object that cannot be pickled.
@@ -281,14 +245,5 @@ def dump(nest: Any) -> tuple[bytes, list[Tensor], list[Build]]:
 
 
 def exchange(nest: Any, old: Sequence[object], new: Sequence[object]) -> Any:
-    """Copies any object with some of the objects in it exchanged.
-
-    Args:
-        nest: The object.
-        old: Objects in it, such as the tensors that `dump` lists.
-        new: What takes their places.
-
-    Returns:
-        The copy. Numbers and strings are shared.
-    """
+    """Copies any object with some objects in it exchanged; numbers and strings are shared."""
     return copy.deepcopy(nest, {id(x): y for x, y in zip(old, new, strict=True)})

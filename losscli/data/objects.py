@@ -80,15 +80,12 @@ def from_object(
 
 
 def cut_into_batches(data: DataSet, where: str, batching: Batching | None) -> DataSet:
-    """Divides splits of single examples into whole batches.
+    """Returns a data set with splits of single examples divided into whole batches.
 
     Args:
         data: The data set.
         where: Name of the data in error messages.
-        batching: Keep whole batches; None for single examples.
-
-    Returns:
-        The data set, in which each element is a whole batch.
+        batching: Keep whole batches; None to change nothing.
 
     Raises:
         UsageError: The batch size is missing.
@@ -120,17 +117,9 @@ def to_data_set(
     *,
     whole: bool = False,
 ) -> DataSet:
-    """Makes a data set from an object of user code; decodes only the first examples.
+    """Returns a data set of an object of user code; decodes only the first examples.
 
-    Args:
-        loaded: As for `from_object`.
-        where: Name of the data in error messages.
-        seed: Random seed of the order of a DataLoader.
-        batching: Keep the batches of a DataLoader; None for single examples.
-        whole: As for `parse_batch`.
-
-    Returns:
-        The data set.
+    The arguments are those of `from_object`.
 
     Raises:
         DataError: The object cannot be interpreted.
@@ -203,13 +192,9 @@ def _refuse_examples(content: object, where: str) -> None:
 
 
 def load_into_memory(data: DataSet) -> DataSet:
-    """Decodes splits into memory while they fit; the others stay streams.
+    """Returns a data set with splits in memory as far as they fit; the others stay streams.
 
-    Args:
-        data: The data set.
-
-    Returns:
-        The data set; its streams were checked to be the same on every pass.
+    Streams are checked to be the same on every pass.
 
     Raises:
         DataError: Examples cannot be decoded or joined.
@@ -249,19 +234,7 @@ def _examples(
         if content.batch_sampler is None:
             loader = _with_fixed_order(content, keys)
             return IterableStream(Source(loader, where, seed, in_batches=in_batches, whole=whole))
-        if type(content.dataset) is TensorDataset and content.collate_fn is default_collate:
-            split = parse_batch(list(content.dataset.tensors), where, whole=whole)
-            return split if keys is None else split.take(torch.tensor(keys))
-        return _stream(
-            content.dataset,
-            keys,
-            content.collate_fn,
-            where,
-            seed,
-            number=content.num_workers,
-            options=_options(content),
-            whole=whole,
-        )
+        return _read_by_keys(content, keys, where, seed, whole=whole)
     if type(content) is TensorDataset:
         return parse_batch(list(content.tensors), where, whole=whole)
     if isinstance(content, IterableDataset):
@@ -273,70 +246,52 @@ def _examples(
         raise DataError(
             f"{where}: the Dataset has no length", "Give it __len__, or an IterableDataset"
         )
-    return _stream(content, None, default_collate, where, seed, whole=whole)
+    return _stream(Decoder(content, default_collate, where, seed, whole=whole), None, None, {})
 
 
 def _whole_batches(
     loader: DataLoader[Any], where: str, seed: int, *, whole: bool
 ) -> Split | Stream:
     """Returns the batches of a DataLoader, with an order drawn once."""
-    with private_randomness():
-        seed_all(seed)
-        try:
-            batches = [list(batch) for batch in loader.batch_sampler or ()]
-        except Exception as error:
-            raise DataError(f"{where}: the sampler failed: {one_line(error)}") from error
+    batches = _drawn(lambda: list(map(list, loader.batch_sampler or ())), where, seed)
     keys = [key for batch in batches for key in batch]
     if not keys:
         raise DataError(f"{where} is empty")
-    if type(loader.dataset) is TensorDataset and loader.collate_fn is default_collate:
-        split = parse_batch(list(loader.dataset.tensors), where, whole=whole)
-        split = split.take(torch.tensor(keys))
-        return Batches(split.inputs, split.targets, tuple(map(len, batches)))
-    stream = _stream(
-        loader.dataset,
-        keys,
-        loader.collate_fn,
-        where,
-        seed,
-        number=loader.num_workers,
-        options=_options(loader),
-        whole=whole,
-    )
+    examples = _read_by_keys(loader, keys, where, seed, whole=whole)
+    if isinstance(examples, Split):
+        return Batches(examples.inputs, examples.targets, tuple(map(len, batches)))
     ends = [0, *itertools.accumulate(map(len, batches))]
-    return stream.cut([list(range(*pair)) for pair in itertools.pairwise(ends)])
+    return examples.cut([list(range(*pair)) for pair in itertools.pairwise(ends)])
+
+
+def _read_by_keys(
+    loader: DataLoader[Any], keys: Sequence[Any] | None, where: str, seed: int, *, whole: bool
+) -> Split | Stream:
+    """Returns the examples that a DataLoader has under keys; all in order if these are None."""
+    dataset = loader.dataset
+    if type(dataset) is TensorDataset and loader.collate_fn is default_collate:
+        split = parse_batch(list(dataset.tensors), where, whole=whole)
+        return split if keys is None else split.take(torch.tensor(keys))
+    index = None
+    if keys is not None and all(type(key) is int for key in keys):
+        index = torch.tensor(keys, dtype=torch.long)
+    elif keys is not None:
+        dataset = Subset(dataset, keys)
+    decoder = Decoder(dataset, loader.collate_fn, where, seed, whole=whole)
+    return _stream(decoder, index, loader.num_workers, _options(loader))
 
 
 def _stream(
-    dataset: Dataset[Any],
-    keys: Sequence[Any] | None,
-    collate: Callable[[list[Any]], Any],
-    where: str,
-    seed: int,
-    *,
-    number: int | None = None,
-    options: Mapping[str, Any] | None = None,
-    whole: bool,
+    decoder: Decoder, index: Tensor | None, number: int | None, options: Mapping[str, Any]
 ) -> Stream:
-    # A sampler may yield keys that are not integers.
-    integers = keys is None or all(type(key) is int for key in keys)
-    if keys is not None and not integers:
-        dataset = Subset(dataset, keys)
-    if keys is not None and integers:
-        index = torch.tensor(keys, dtype=torch.long)
-    else:
-        index = torch.arange(_length(dataset, where))
+    if index is None:
+        try:
+            index = torch.arange(len(decoder.dataset))  # type: ignore[arg-type]
+        except Exception as error:
+            raise DataError(f"{decoder.where} failed: {one_line(error)}") from error
     if not len(index):
-        raise DataError(f"{where} is empty")
-    decoder = Decoder(dataset, collate, where, seed, whole=whole)
-    return Stream(Workers(decoder, number, options or {}), index)
-
-
-def _length(dataset: Dataset[Any], where: str) -> int:
-    try:
-        return len(dataset)  # type: ignore[arg-type]
-    except Exception as error:
-        raise DataError(f"{where} failed: {one_line(error)}") from error
+        raise DataError(f"{decoder.where} is empty")
+    return Stream(Workers(decoder, number, options), index)
 
 
 def _keys(loader: DataLoader[Any], where: str, seed: int) -> Sequence[Any] | None:
@@ -347,12 +302,17 @@ def _keys(loader: DataLoader[Any], where: str, seed: int) -> Sequence[Any] | Non
     dataset: object = loader.dataset
     if batches is None and type(sampler) is SequentialSampler and sampler.data_source is dataset:
         return None
+    if batches is None:
+        return _drawn(lambda: list(sampler), where, seed)
+    return _drawn(lambda: [key for batch in batches for key in batch], where, seed)
+
+
+def _drawn(draw: Callable[[], list[Any]], where: str, seed: int) -> list[Any]:
+    """Returns what a sampler of the user draws from seeded generators."""
     with private_randomness():
         seed_all(seed)
         try:
-            if batches is None:
-                return list(loader.sampler)
-            return [key for batch in batches for key in batch]
+            return draw()
         except Exception as error:
             raise DataError(f"{where}: the sampler failed: {one_line(error)}") from error
 

@@ -23,11 +23,7 @@ def capture() -> State:
 
 
 def restore(state: State) -> None:
-    """Restores the states of the global CPU generators.
-
-    Args:
-        state: States from `capture`.
-    """
+    """Restores the states of the global CPU generators that `capture` returned."""
     random.setstate(state[0])
     np.random.set_state(state[1])  # noqa: NPY002
     torch.set_rng_state(state[2])
@@ -52,11 +48,7 @@ def seed_all(seed: int, device: torch.device | None = None) -> None:
 
 @contextmanager
 def private_randomness() -> Iterator[None]:
-    """Restores the global CPU generators on exit.
-
-    Yields:
-        None.
-    """
+    """Restores the global CPU generators on exit."""
     before = capture()
     try:
         yield

@@ -104,7 +104,8 @@ def load(
         raise SpecError(
             f"data {text!r}: limit={spec_limit} is not a number of examples", "Give 1 or more"
         )
-    if function in DATASETS.values():
+    is_format = function in DATASETS.values()
+    if is_format:
         if not arguments:
             name = spec.target.rstrip(":")
             raise SpecError(f"data {text!r} names no file", f"Write {name}:PATH")
@@ -124,11 +125,10 @@ def load(
         raise
     except Exception as error:
         raise DataError(f"data {text!r} failed: {one_line(error)}") from error
-    is_format = function in DATASETS.values()
     if whole and normalisation and not is_format:
         raise SpecError(
-            f"data {text!r}: {next(iter(normalisation))}= is of the inputs, and an objective takes "
-            "whole batches",
+            f"data {text!r}: {next(iter(normalisation))}= is for the inputs, and an objective "
+            "takes whole batches",
             "Return normalised inputs from your code",
         )
     data = to_data_set(loaded, f"data {text!r}", seed, batching, whole=whole and not is_format)
@@ -142,15 +142,7 @@ def load(
 
 
 def is_on_hub(spec: Spec, folder: Path | None) -> bool:
-    """Returns whether data are fetched from the hub: a name without a local folder.
-
-    Args:
-        spec: The spec of the data.
-        folder: Base folder of relative paths; the current folder by default.
-
-    Returns:
-        Whether they are.
-    """
+    """Returns whether data are fetched from the hub: a name without a local folder."""
     name, _, argument = spec.target.partition(":")
     # os.path.exists() is False for a name that is too long for a path.
     return name == "hf" and not os.path.exists(Path(folder or "", argument))  # noqa: PTH110
@@ -163,9 +155,7 @@ def _with_long_targets(split: Examples) -> Examples:
     return replace(split, targets=split.targets.long())
 
 
-def _channels(value: Any, key: str, text: str) -> tuple[float, ...] | None:
-    if value is None:
-        return None
+def _channels(value: Any, key: str, text: str) -> tuple[float, ...]:
     values = (
         _IMAGENET[key] if value == "imagenet" else value if isinstance(value, list) else [value]
     )
@@ -207,7 +197,7 @@ def _check_normalisation(data: DataSet, text: str) -> None:
         ]
         if not scaled:
             raise SpecError(
-                f"data {text!r}: {options[0]}= is of pixels and other measured numbers, and the "
+                f"data {text!r}: {options[0]}= is for pixels and other measured numbers, and the "
                 "inputs are whole numbers such as token ids, which stay as they are",
                 f"Leave out {', '.join(f'{key}=' for key in options)}",
             )

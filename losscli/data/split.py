@@ -60,86 +60,44 @@ class Examples(ABC):
         return 1
 
     def order(self, generator: torch.Generator) -> Tensor:
-        """Draws a random order of the examples.
-
-        Args:
-            generator: Random generator.
-
-        Returns:
-            Indices, ``[N]``; ascending if the examples can only be read sequentially.
-        """
+        """Draws a random order, ``[N]``; ascending if the examples can only be read in sequence."""
         return torch.randperm(len(self), generator=generator)
 
     def position(self, index: int) -> int:
-        """Returns the position of an example in the original data set.
-
-        Args:
-            index: Index of the example in this split.
-
-        Returns:
-            The position if it is known, else ``index``.
-        """
+        """Returns the position of an example in the original data set, if it is known."""
         return index
 
     @abstractmethod
     def take(self, index: Tensor | slice) -> Examples:
-        """Selects examples.
-
-        Args:
-            index: Indices ``[n]`` or a slice; the result has this order.
-
-        Returns:
-            Those examples.
-        """
+        """Selects examples by indices ``[n]`` in any order, or by a slice."""
 
     def draw(self, number: int, generator: torch.Generator) -> Examples:
-        """Draws examples without replacement.
-
-        Args:
-            number: Number of examples; all if there are fewer.
-            generator: Random generator.
-
-        Returns:
-            Those examples, in their original order.
-        """
+        """Draws up to ``number`` examples without replacement, in their original order."""
         if number >= len(self):
             return self
         return self.take(self.order(generator)[:number].sort().values)
 
     @abstractmethod
     def batches(self, size: int, order: Tensor | None = None) -> Iterator[Split]:
-        """Iterates over the examples once, batch by batch.
+        """Yields the examples once, batch by batch.
 
         Args:
             size: Examples per batch; the last batch may have fewer.
             order: Indices ``[n]`` from `order`, or a part of them; all examples in order if None.
-
-        Yields:
-            The batches.
         """
 
     def spread(self, number: int) -> tuple[Split, Tensor]:
-        """Selects evenly spaced examples of a split in memory; otherwise the first examples.
-
-        Args:
-            number: Number of examples; all if there are fewer.
+        """Selects up to ``number`` examples of all kinds, as far as they can be read in any order.
 
         Returns:
-            Those examples and their indices.
+            Those examples and their indices: the first ones if they are not in memory.
         """
         examples = self.first(number)
         return examples, torch.arange(len(examples))
 
     @abstractmethod
     def first(self, number: int) -> Split:
-        """Loads the first examples into memory.
-
-        Args:
-            number: Number of examples; all if there are fewer.
-
-        Returns:
-            Those examples.
-        """
+        """Loads up to ``number`` first examples into memory."""
 
 
 @dataclass(frozen=True)
@@ -197,9 +155,6 @@ class Split(Examples):
         Evenly spaced ones would miss some kinds of examples if these alternate. Each class gets
         the same number of examples, as far as it has them.
 
-        Args:
-            number: Number of examples; all if there are fewer.
-
         Returns:
             Those examples in their order, and their indices.
         """
@@ -220,25 +175,11 @@ class Split(Examples):
         return targets.ndim == 1 and not (targets.is_floating_point() or targets.is_complex())
 
     def to(self, device: torch.device) -> Self:
-        """Moves the split to a device.
-
-        Args:
-            device: The device.
-
-        Returns:
-            The split on the device, with unchanged dtypes but for `to_device`.
-        """
+        """Moves the split to a device, with unchanged dtypes but for `to_device`."""
         return self.map(partial(to_device, device=device))
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Self:
-        """Applies a function to the inputs and the targets.
-
-        Args:
-            function: The function; it must keep the number of examples.
-
-        Returns:
-            A split of the results.
-        """
+        """Applies a function, which keeps the number of examples, to inputs and targets."""
         inputs, targets = (map_nest(function, nest) for nest in (self.inputs, self.targets))
         return replace(self, inputs=inputs, targets=targets)
 
@@ -265,15 +206,7 @@ class Batches(Split):
 
     @classmethod
     def of(cls, split: Split, size: int | None = None) -> Self:
-        """Divides examples into consecutive batches.
-
-        Args:
-            split: The examples.
-            size: Examples per batch; the last batch may have fewer. None for a single batch.
-
-        Returns:
-            The batches.
-        """
+        """Divides examples into consecutive batches; without a size, into a single one."""
         rows = split.rows
         size = size or rows
         sizes = tuple(min(size, rows - start) for start in range(0, rows, size))
@@ -316,9 +249,6 @@ class Batches(Split):
 def _alternate(classes: Tensor) -> Tensor:
     """Orders examples so that the first of each class come first, then the second ones, and so on.
 
-    Args:
-        classes: The class of each example, ``[N]``.
-
     Returns:
         Their positions, ``[N]``.
     """
@@ -330,14 +260,7 @@ def _alternate(classes: Tensor) -> Tensor:
 
 
 def batch_size_remarks(sizes: Iterable[int]) -> tuple[str, ...]:
-    """Returns a remark for the user if batches differ in size.
-
-    Args:
-        sizes: The number of examples in each batch.
-
-    Returns:
-        The remark, or an empty tuple.
-    """
+    """Returns a remark for the user if batches differ in size."""
     smallest, largest = min(sizes := set(sizes)), max(sizes)
     if smallest == largest:
         return ()
@@ -380,32 +303,22 @@ class DataSet:
         return "regression" if floating else "classification"
 
     def prepare(self, inputs: Nest, dtype: torch.dtype) -> Nest:
-        """Preprocesses stored inputs for the model.
+        """Returns a batch of stored inputs as the model gets them.
 
-        Args:
-            inputs: A batch as stored.
-            dtype: The dtype of the forward pass.
-
-        Returns:
-            The inputs. Floating-point tensors are converted to ``dtype``, and so are uint8 tensors
-            if they are scaled or normalised; both are then normalised and flattened. Other
-            integers (token ids) and booleans (masks) are unchanged. A list of examples, or an
-            object, becomes the only positional argument.
+        Floating-point tensors are converted to ``dtype``, and so are uint8 tensors if they are
+        scaled or normalised; both are then normalised and flattened. Other integers (token ids) and
+        booleans (masks) are unchanged. A list of examples, or an object, becomes the only
+        positional argument.
         """
         if isinstance(inputs, Ragged):
             inputs = (inputs,)
         return map_nest(lambda tensor: self._prepare(tensor, dtype), realise(inputs))
 
     def prepare_batch(self, batch: Split, dtype: torch.dtype) -> Any:
-        """Prepares a whole batch for an objective.
+        """Returns a whole batch as an objective gets it.
 
-        Args:
-            batch: A batch as stored.
-            dtype: The dtype of the forward pass.
-
-        Returns:
-            The batch as the user's code returns it, or ``(inputs, targets)`` of a built-in format,
-            with the inputs of `prepare`. All floating-point tensors are converted to ``dtype``.
+        It is as the user's code returns it, or ``(inputs, targets)`` of a built-in format, with the
+        inputs of `prepare`. All floating-point tensors are converted to ``dtype``.
         """
 
         def convert(x: Tensor) -> Tensor:
@@ -434,15 +347,12 @@ class DataSet:
         return x.flatten(1) if self.flatten else x
 
     def select(self, names: Sequence[str], limit: int | None, seed: int) -> DataSet:
-        """Selects splits and draws examples of each without replacement.
+        """Returns the data set of drawn examples, in their original order, of some splits.
 
         Args:
             names: Names of the splits; all if empty.
             limit: Number of examples per split; None for all.
             seed: Random seed of the draw.
-
-        Returns:
-            The data set of the selected examples, in their original order.
 
         Raises:
             UsageError: There is no such split, or the limit is below 1.

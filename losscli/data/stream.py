@@ -37,7 +37,6 @@ from losscli.spec import user_folders_on_path
 __all__ = [
     "BatchDecoder",
     "Decoder",
-    "Failure",
     "PackedBatch",
     "Stream",
     "WorkerInit",
@@ -94,30 +93,17 @@ class Decoder:
         whole: bool = False,
     ) -> None:
         self.where = where
-        self._dataset = dataset
+        self.dataset = dataset
         self.collate = collate
         self._seed = seed
         self._whole = whole
 
     def state(self, positions: list[int]) -> str:
-        """Returns a fingerprint of the files that examples are decoded from.
-
-        Args:
-            positions: Positions of the examples.
-
-        Returns:
-            The fingerprint; an empty string for a data set from user code.
-        """
-        return self._dataset.state(positions) if isinstance(self._dataset, Images) else ""
+        """Returns a fingerprint of the files of examples; empty for a data set from user code."""
+        return self.dataset.state(positions) if isinstance(self.dataset, Images) else ""
 
     def __call__(self, positions: list[int]) -> Split:
-        """Decodes a batch.
-
-        Args:
-            positions: Positions of its examples.
-
-        Returns:
-            The batch.
+        """Returns the batch of the examples at some positions.
 
         Raises:
             DataError: An example cannot be decoded, or the batch cannot be interpreted.
@@ -134,13 +120,7 @@ class Decoder:
         return batch
 
     def parsed(self, positions: list[int]) -> Split:
-        """Decodes a batch.
-
-        Args:
-            positions: Positions of its examples.
-
-        Returns:
-            The batch, which may have another number of examples.
+        """Returns the batch of the examples at some positions, of any number of examples.
 
         Raises:
             DataError: An example cannot be decoded, or the batch cannot be interpreted.
@@ -150,13 +130,7 @@ class Decoder:
             return parse_batch(batch, self.where, rows, self.collate, whole=self._whole)
 
     def collated(self, positions: list[int]) -> tuple[list[Any], Any]:
-        """Decodes a batch without interpreting it.
-
-        Args:
-            positions: Positions of its examples.
-
-        Returns:
-            The examples, and the output of the collate function.
+        """Returns the examples at some positions, and the output of the collate function.
 
         Raises:
             DataError: An example cannot be decoded.
@@ -177,7 +151,7 @@ class Decoder:
         seed = (self._seed * _GOLDEN + position) % (1 << 63)
         seed_all(seed)
         try:
-            return self._dataset[position]
+            return self.dataset[position]
         except DataError:
             raise
         except Exception as error:
@@ -196,31 +170,18 @@ class BatchDecoder(Decoder):
 
     def __init__(self, decoder: Decoder, parts: Sequence[list[int]]) -> None:
         super().__init__(
-            *(decoder._dataset, decoder.collate, decoder.where, decoder._seed),
+            *(decoder.dataset, decoder.collate, decoder.where, decoder._seed),
             whole=decoder._whole,
         )
         self.parts = parts
 
     def state(self, positions: list[int]) -> str:
-        """Returns a fingerprint of the composition and the files of batches.
-
-        Args:
-            positions: Positions of the batches.
-
-        Returns:
-            The positions of their examples, followed by the fingerprint of the files.
-        """
+        """Returns the positions of the examples of batches, and the fingerprint of their files."""
         parts = [self.parts[position] for position in positions]
         return json.dumps(parts) + super().state([row for part in parts for row in part])
 
     def __call__(self, positions: list[int]) -> Split:
-        """Decodes one batch.
-
-        Args:
-            positions: A list with the position of the batch.
-
-        Returns:
-            The batch, which counts as one example.
+        """Returns the batch at the only position, which counts as one example.
 
         Raises:
             DataError: An example cannot be decoded, or the batch cannot be interpreted.
@@ -264,22 +225,11 @@ class PackedBatch:
 
     @classmethod
     def pack(cls, batch: Split, *, language: bool = False) -> PackedBatch:
-        """Serializes a batch.
-
-        Args:
-            batch: The batch.
-            language: Whether its targets are the tokens of its inputs.
-
-        Returns:
-            The serialized batch.
-        """
+        """Serializes a batch; ``language`` is whether its targets are the tokens of its inputs."""
         nest = (batch.inputs, batch.targets)
         _, tensors, builds = dump(nest)
         places = tuple(_Place() for _ in tensors)
-        sent = tuple(
-            build if isinstance(build.collate, type) else Build(_absent, build.path)
-            for build in builds
-        )
+        sent = tuple(Build(_absent, b.path) if b.is_custom else b for b in builds)
         # Shared memory is four times as fast as a pipe, but it takes an open file per tensor, and
         # a worker dies if shared memory is full.
         through_pipe = get_worker_info() is not None and not _may_share(batch.nbytes)
@@ -294,22 +244,12 @@ class PackedBatch:
         return cls(structure, places, columns, sent, language, sizes)
 
     def unpack(self, collate: Callable[[list[Any]], Any]) -> Split:
-        """Restores the batch.
-
-        Args:
-            collate: The collate function.
-
-        Returns:
-            The batch.
-        """
+        """Restores the batch, with the collate function that is not serialized."""
         tensors = [
             torch.as_tensor(content).view(dtype).reshape(shape)
             for dtype, shape, content in self.columns
         ]
-        builds = [
-            build if isinstance(build.collate, type) else Build(collate, build.path)
-            for build in self.builds
-        ]
+        builds = [Build(collate, b.path) if b.is_custom else b for b in self.builds]
         places = [*self.places, *self.builds]
         inputs, targets = exchange(self.structure, places, [*tensors, *builds])
         if self.sizes is None:
@@ -321,27 +261,19 @@ def _may_share(size: int) -> bool:
     return _open_files() >= _FILES_TO_SHARE and _shared_bytes() >= 2 * _MOST_WORKERS * size
 
 
-@dataclass(frozen=True)
-class Failure:
-    """An error in a worker, with the fields of `DataError`."""
-
-    what: str
-    cure: str
-
-
 class _WorkerDataset(Dataset[Any]):
     """Data set of batches for a worker; an item is requested by a list of positions."""
 
     def __init__(self, decoder: Decoder) -> None:
         self._decoder = decoder
 
-    def __getitem__(self, positions: list[int]) -> PackedBatch | Failure:
+    def __getitem__(self, positions: list[int]) -> PackedBatch | DataError:
         try:
             return PackedBatch.pack(self._decoder(positions))
         except DataError as error:
-            return Failure(error.what, error.cure)
+            return error
         except Exception as error:  # noqa: BLE001 - reported in one line
-            return Failure(f"{self._decoder.where} failed: {one_line(error)}", "")
+            return DataError(f"{self._decoder.where} failed: {one_line(error)}")
 
 
 class _BatchSampler:
@@ -369,11 +301,7 @@ class WorkerInit:
     then: Callable[[int], None] | None = None
 
     def __call__(self, worker: int) -> None:
-        """Initializes this process.
-
-        Args:
-            worker: Index of the worker.
-        """
+        """Initializes this process."""
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         if hasattr(signal, "pthread_sigmask"):
             signal.pthread_sigmask(signal.SIG_UNBLOCK, _TERMINATING)
@@ -390,9 +318,6 @@ def default_sigchld() -> Iterator[None]:
 
     The handler that torch installs raises at an arbitrary point of the main thread when a worker
     dies. A loader detects a dead worker itself when it waits for a batch.
-
-    Yields:
-        None.
     """
     number = getattr(signal, "SIGCHLD", None)
     before = signal.getsignal(number) if number is not None else None
@@ -405,11 +330,7 @@ def default_sigchld() -> Iterator[None]:
 
 @contextmanager
 def deferred_signals() -> Iterator[None]:
-    """Blocks SIGINT and SIGTERM while workers start; `WorkerInit` unblocks them in each worker.
-
-    Yields:
-        None.
-    """
+    """Blocks SIGINT and SIGTERM while workers start; `WorkerInit` unblocks them in each worker."""
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
@@ -422,10 +343,6 @@ def deferred_signals() -> Iterator[None]:
 
 def _is_main_thread() -> bool:
     return threading.current_thread() is threading.main_thread()
-
-
-def _identity(batch: Any) -> Any:
-    return batch
 
 
 @dataclass
@@ -447,15 +364,12 @@ class Workers:
     _busy: bool = False
 
     def decode(self, index: Tensor, size: int, example: int) -> Iterator[Split]:
-        """Decodes examples batch by batch.
+        """Yields the decoded examples batch by batch.
 
         Args:
             index: Positions of the examples, ``[n]``.
             size: Examples per batch.
             example: Size of one example in bytes.
-
-        Yields:
-            The batches, in the order of ``index``.
 
         Raises:
             DataError: An example cannot be decoded.
@@ -468,8 +382,8 @@ class Workers:
         self._sampler.index, self._sampler.size, self._busy = index, size, True
         try:
             for batch in self._loader:
-                if isinstance(batch, Failure):
-                    raise DataError(batch.what, batch.cure)
+                if isinstance(batch, DataError):
+                    raise batch
                 yield batch.unpack(self.decoder.collate)
         except (RuntimeError, OSError, EOFError) as error:
             self._loader = None
@@ -506,7 +420,6 @@ class Workers:
                     _WorkerDataset(self.decoder),
                     batch_size=None,
                     sampler=self._sampler,
-                    collate_fn=_identity,
                     num_workers=number,
                     persistent_workers=True,
                     generator=torch.Generator(),
@@ -523,13 +436,8 @@ class Workers:
     def useful_number(self, examples: int, size: int, example: int) -> int:
         """Returns how many workers to use for a number of examples.
 
-        Args:
-            examples: Number of examples.
-            size: Examples per batch.
-            example: Size of one example in bytes.
-
-        Returns:
-            The number of workers; 0 if this process is as fast, or if no worker can be started.
+        It is 0 if this process is as fast, or if no worker can be started. The size of a batch is
+        in examples, that of an example in bytes.
         """
         number = self.number
         if number is None:
@@ -585,14 +493,7 @@ def _can_send(decoder: Decoder, context: str | BaseContext | None) -> bool:
 
 
 def leave_shared_memory(batch: Split) -> Split:
-    """Copies a batch out of shared memory, so that it keeps no file open.
-
-    Args:
-        batch: A batch, possibly from a worker.
-
-    Returns:
-        The batch in private memory.
-    """
+    """Copies a batch out of shared memory, so that it keeps no file open."""
     nest = (batch.inputs, batch.targets)
     _, tensors, _ = dump(nest)
     if not any(tensor.is_shared() for tensor in tensors):  # type: ignore[no-untyped-call]
@@ -639,14 +540,7 @@ class Stream(Examples):
         return len(self) if parts is None else sum(map(len, parts))
 
     def cut(self, parts: Sequence[list[int]]) -> Stream:
-        """Groups the examples into whole batches.
-
-        Args:
-            parts: Indices of the examples of each batch.
-
-        Returns:
-            The batches, not decoded yet.
-        """
+        """Groups the examples into whole batches by their indices, without decoding them."""
         workers, positions = self._workers, self._index.tolist()
         batches = [[positions[i] for i in part] for part in parts]
         decoder = BatchDecoder(workers.decoder, batches)
@@ -699,13 +593,10 @@ class Stream(Examples):
         return self._firsts[number]
 
     def decode(self, budget: int) -> Split | None:
-        """Decodes all examples into memory if they fit.
+        """Returns all examples in memory if they fit.
 
-        Args:
-            budget: Available memory in bytes.
-
-        Returns:
-            The examples; None if they need more, or if example shapes differ between batches.
+        The result is None if they need more than ``budget`` bytes, or if the shapes of examples
+        differ between batches.
 
         Raises:
             DataError: The examples cannot be decoded or joined.

@@ -82,15 +82,11 @@ def _content(file: Path) -> bytes:
 def read_texts(
     tokenizer: str | Path, context: int
 ) -> Callable[[Sequence[bytes | str], str], Split]:
-    """Loads a tokenizer and returns a function that tokenizes texts.
+    """Returns a function of consecutive texts and their name in errors that tokenizes them.
 
     Args:
         tokenizer: Folder of a tokenizer, or ``bytes``.
         context: Number of tokens per sequence.
-
-    Returns:
-        A function of consecutive texts and their name in error messages that returns sequences of
-        tokens.
 
     Raises:
         DataError: The tokenizer cannot be read.

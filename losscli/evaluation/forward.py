@@ -246,23 +246,22 @@ class ScoredModel(LoadableModel):
         Returns:
             A context for a forward pass. Its outputs must be used before the weights change.
         """
+        if self._head is None:
+            return contextlib.nullcontext()
         functions = {function_of(self.loss), *map(function_of, self.metrics.values())}
         # An accuracy would compute the scores once more.
-        if self._head is None or not functions <= {*TOKEN_LOSSES, perplexity}:
+        if not functions <= {*TOKEN_LOSSES, perplexity}:
             return contextlib.nullcontext()
         return DeferredHead(self._head)
 
-    @contextlib.contextmanager
-    def computing(self) -> Iterator[None]:
+    def computing(self) -> AbstractContextManager[None]:
         """Ensures that everything computes in the type of the forward pass.
 
-        Allocations that fail raise ``torch.OutOfMemoryError``.
-
-        Yields:
-            Nothing; for all computations with the model, such as a backward pass.
+        Returns:
+            A context for all computations with the model, such as a backward pass. Allocations
+            that fail in it raise ``torch.OutOfMemoryError``.
         """
-        with allocations(), widened() if self.widens else contextlib.nullcontext():
-            yield
+        return _widened_allocations() if self.widens else allocations()
 
     def _gradients(self) -> AbstractContextManager[Any]:
         """Enables gradients if the model or the loss differentiates."""
@@ -427,6 +426,12 @@ class ScoredModel(LoadableModel):
             return 1.0
         weights = weights_of(self.loss, scores_in(outputs), realise(targets))
         return float(length(targets) if weights is None else weights.sum())
+
+
+@contextlib.contextmanager
+def _widened_allocations() -> Iterator[None]:
+    with allocations(), widened():
+        yield
 
 
 def mean_over_seeds(values: Tensor, dim: int = 0) -> Tensor:

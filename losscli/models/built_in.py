@@ -61,14 +61,7 @@ class MLP(nn.Module):
         )
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """Computes the outputs.
-
-        Args:
-            inputs: ``[B, *]``.
-
-        Returns:
-            The outputs before any softmax, ``[B, sizes[-1]]``.
-        """
+        """Computes the outputs before any softmax, ``[B, sizes[-1]]``, of inputs ``[B, *]``."""
         x = inputs.flatten(1)
         *hidden, last = self.layers
         for layer in hidden:
@@ -123,14 +116,7 @@ class CNN(nn.Module):
         self.head = nn.Linear(blocks[-1], classes)
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """Computes the outputs.
-
-        Args:
-            inputs: ``[B, channels, H, W]``.
-
-        Returns:
-            The outputs before any softmax, ``[B, classes]``.
-        """
+        """Computes the outputs before any softmax, ``[B, classes]``, of ``[B, channels, H, W]``."""
         x = inputs
         for index, (convolution, norm) in enumerate(
             zip(self.convolutions, self.norms, strict=True)

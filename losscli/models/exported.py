@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import logging
-import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,15 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from losscli.errors import ModelError, one_line
+from losscli.weight_space.tracing import silence
 
 __all__ = ["load_exported"]
 
 
 def load_exported(file: str | Path) -> nn.Module:
     """Loads a program that ``torch.export.save`` wrote (.pt2). This runs code in the file.
-
-    Args:
-        file: The file.
 
     Returns:
         The program as a module, with the tensor names of the exported model.
@@ -34,9 +29,7 @@ def load_exported(file: str | Path) -> nn.Module:
     if not path.is_file():
         raise ModelError(f"there is no file {path}", f"Relative paths start at {Path.cwd()}")
     try:
-        with warnings.catch_warnings(), _logging_disabled():
-            # Deprecation warnings inside torch.
-            warnings.simplefilter("ignore")
+        with silence():
             program = torch.export.load(path)
             module = program.module()
     except Exception as error:
@@ -53,17 +46,6 @@ def load_exported(file: str | Path) -> nn.Module:
         # Before the checks of the program, which name no file.
         module.register_forward_pre_hook(check, prepend=True, with_kwargs=True)
     return module
-
-
-@contextmanager
-def _logging_disabled() -> Iterator[None]:
-    """Disables logging, since torch logs the traceback of an error that it also raises."""
-    before = logging.root.manager.disable
-    logging.disable()
-    try:
-        yield
-    finally:
-        logging.disable(before)
 
 
 def _restore_aliases(module: nn.Module, stored: Mapping[str, Tensor]) -> None:

@@ -51,9 +51,6 @@ _CONDITIONAL = re.compile(r".*ForConditionalGeneration")
 def score_kind(model: nn.Module) -> ScoreKind:
     """Returns which tokens the outputs of a language model score in its own loss.
 
-    Args:
-        model: The model.
-
     Returns:
         ``"next"`` for causal language models and for models that are not of transformers;
         ``"own"`` if labels are not shifted: masked language models, token classifiers and
@@ -75,11 +72,7 @@ def label_loss(model: nn.Module, *, floating: bool) -> Literal["bce", "mse"] | N
     """Returns the loss of a classifier of transformers if its labels are not class indices.
 
     The loss depends on ``problem_type`` in the config; if that is not set, on ``num_labels`` and
-    on the type of the labels.
-
-    Args:
-        model: The model.
-        floating: Whether the labels are floating-point.
+    on whether the labels are floating-point.
 
     Returns:
         ``"bce"`` for multi-label classification, ``"mse"`` for regression; None for class indices
@@ -101,14 +94,7 @@ def label_loss(model: nn.Module, *, floating: bool) -> Literal["bce", "mse"] | N
 
 
 def is_headless(model: nn.Module) -> bool:
-    """Whether a model of transformers has no head and returns features.
-
-    Args:
-        model: The model.
-
-    Returns:
-        Whether it has no head; False for models that are not of transformers.
-    """
+    """Whether a model is one of transformers that has no head and returns features."""
     if not _is_pretrained(model):
         return False
     bare = sys.modules["transformers"].AutoModel._model_mapping.get(type(model.config), None)
@@ -116,15 +102,7 @@ def is_headless(model: nn.Module) -> bool:
 
 
 def needs_decoder_inputs(model: nn.Module, inputs: object) -> bool:
-    """Whether an encoder-decoder lacks ``decoder_input_ids``.
-
-    Args:
-        model: The model.
-        inputs: The inputs, as a mapping or in any other form.
-
-    Returns:
-        Whether the model is an encoder-decoder and the inputs have no ``decoder_input_ids``.
-    """
+    """Whether a model is an encoder-decoder and its inputs have no ``decoder_input_ids``."""
     generates = _is_pretrained(model) and any(
         _CONDITIONAL.fullmatch(cls.__name__) for cls in type(model).__mro__
     )
@@ -133,16 +111,7 @@ def needs_decoder_inputs(model: nn.Module, inputs: object) -> bool:
 
 
 def suggest_fix(model: Any, inputs: object, tensors: Iterable[Tensor]) -> str:
-    """Suggests a fix for a failed forward pass of a transformers model.
-
-    Args:
-        model: The model.
-        inputs: The inputs, as a mapping or in any other form.
-        tensors: The tensors in the inputs.
-
-    Returns:
-        The suggestion; empty if the cause is unknown.
-    """
+    """Suggests a fix for a failed forward pass of a transformers model; "" if none is known."""
     if not isinstance(model, nn.Module) or not _is_pretrained(model):
         return ""
     if needs_decoder_inputs(model, inputs):

@@ -14,7 +14,7 @@ from torch import nn
 
 from losscli.checkpoint.renaming import dtype_argument
 from losscli.errors import ModelError, one_line
-from losscli.files import read_regular
+from losscli.files import read_object, read_regular
 
 __all__ = ["build_pretrained", "has_config"]
 
@@ -51,19 +51,8 @@ _MAX_PARTS = 2000
 
 
 def has_config(folder: Path) -> bool:
-    """Whether a folder has a config.json of transformers.
-
-    Args:
-        folder: The folder.
-
-    Returns:
-        Whether it has a config.json with a ``model_type``.
-    """
-    try:
-        content = json.loads(read_regular(folder / "config.json"))
-    except (OSError, ValueError, RecursionError):
-        return False
-    return isinstance(content, dict) and isinstance(content.get("model_type"), str)
+    """Whether a folder has a config.json of transformers: one with a ``model_type``."""
+    return isinstance(read_object(folder / "config.json").get("model_type"), str)
 
 
 def build_pretrained(folder: str | Path) -> nn.Module:

@@ -63,6 +63,7 @@ from losscli.results.drawing import FULL, Drawing
 from losscli.results.result import Run
 from losscli.results.summaries import CheckSummary, Escape
 from losscli.table import Cell, Table
+from losscli.wording import format_count
 
 __all__ = ["check_views", "draw_check"]
 
@@ -745,7 +746,7 @@ def _draw_spectrum(axes: Axes, spectrum: dict[str, tuple[Floats, Floats]]) -> li
     for index, (split, (all_values, all_errors)) in enumerate(spectrum.items()):
         ok = drawable(all_values, log=False)
         if missing := int((~ok).sum()):
-            notes.append(f"{missing} eigenvalue{'s' * (missing > 1)} of {plain(split)} not finite")
+            notes.append(f"{format_count(missing, 'eigenvalue')} of {plain(split)} not finite")
         values, errors = all_values[ok], all_errors[ok]
         # Shifted if there is room, since the eigenvalues of two splits are often close.
         shift = 0.16 * (index - (len(spectrum) - 1) / 2) if few else 0.0
@@ -818,7 +819,7 @@ def _draw_extremes(axes: Axes, table: Table, splits: Sequence[str]) -> list[str]
     axes.set_xlabel("eigenvalues λ of the Hessian" + f" ({how})" * bool(how))
     if not missing:
         return []
-    return [f"{missing} eigenvalue{'s are' if missing > 1 else ' is'} not finite: left blank"]
+    return [f"{format_count(missing, 'eigenvalue')} not finite: left blank"]
 
 
 # --- The escape ----------------------------------------------------------------------------------

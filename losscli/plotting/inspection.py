@@ -38,6 +38,7 @@ from losscli.plotting.style import (
 from losscli.results.drawing import FULL, Drawing
 from losscli.results.result import Run
 from losscli.results.summaries import InspectionSummary
+from losscli.wording import format_count
 
 __all__ = ["draw_inspection", "inspection_views"]
 
@@ -267,7 +268,7 @@ def _scale(axes: Axes, values: np.ndarray) -> tuple[float, float, bool]:
 def _left_out(run: Run[InspectionSummary], drawn: int) -> list[str]:
     notes = []
     if others := len(run.table.rows) - drawn:
-        notes.append(f"Not drawn: {others} integer tensor{'s' * (others > 1)}")
+        notes.append(f"Not drawn: {format_count(others, 'integer tensor')}")
     if wrong := len(run.summary.get("mismatches", ())):
         s, do = ("s", "do") if wrong > 1 else ("", "does")
         notes.append(f"Not drawn: {wrong} tensor{s} that {do} not match")

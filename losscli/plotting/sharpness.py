@@ -48,6 +48,7 @@ from losscli.results.drawing import FULL, Drawing
 from losscli.results.result import Run
 from losscli.results.summaries import SharpnessSummary
 from losscli.table import Table
+from losscli.wording import format_count
 
 __all__ = ["draw_sharpness", "sharpness_views"]
 
@@ -225,7 +226,7 @@ def _draw(
     if not missing:
         return []
     what = " and ".join(_NAMES[column].partition(",")[0] for column in columns)
-    number = f"{missing} value{'s' * (missing > 1)}"
+    number = format_count(missing, "value")
     return [f"{number} of {what} sharpness not drawn (×): not finite, not defined or 0."]
 
 
@@ -270,7 +271,7 @@ def _draw_critical(
             (~ok & ~at_once, "x", "is not known (×)"),
         ):
             if total := _mark_at_edge(axes, curve.x[mask], mark, INK):
-                where = f"{total} checkpoint{'s' * (total > 1)}"
+                where = format_count(total, "checkpoint")
                 notes.append(f"Critical sharpness of {where} on {curve.split} {text}.")
     if x.size:
         axes.plot(x, edge, color=PALE, linestyle=(0, (5, 3)), lw=1.2, zorder=2)

@@ -25,6 +25,7 @@ from losscli.plotting.style import (
 from losscli.results.drawing import FULL, Drawing
 from losscli.results.result import Run
 from losscli.results.summaries import SoupSummary
+from losscli.wording import format_count
 
 __all__ = ["draw_soup"]
 
@@ -80,7 +81,7 @@ def draw_soup(run: Run[SoupSummary], drawing: Drawing = FULL) -> Figure:
         )
         notes += ["Bars: one standard error of the change by the checkpoint, paired over examples."]
         if missing := int((~shown).sum()):
-            notes.append(f"{missing} score{'s' * (missing > 1)} not drawn: not finite.")
+            notes.append(f"{format_count(missing, 'score')} not drawn: not finite.")
         if np.isfinite(scores[:1]).all():
             notes.append(f"The best single checkpoint has {format_number(scores[0], 4)}.")
         finish_layout(figure, drawing, notes, [marks])

@@ -42,6 +42,7 @@ from losscli.results.drawing import Drawing
 from losscli.results.result import Run
 from losscli.results.summaries import CheckSummary, Density
 from losscli.table import Table
+from losscli.wording import format_count
 
 __all__ = ["Row", "matrix_name", "spectra_rows"]
 
@@ -228,8 +229,8 @@ def _density_notes(run: Run[CheckSummary], widths: Sequence[float]) -> Iterator[
     low, high = format_number(known[0], 2), format_number(known[-1], 2)
     width = f"σ = {low}" if low == high else f"σ from {low} to {high}"
     yield (
-        f"Spectral density by stochastic Lanczos quadrature: {probes} "
-        f"probe{'s' * (probes > 1)}, {steps} steps, Gaussians of width {width}."
+        f"Spectral density by stochastic Lanczos quadrature: {format_count(probes, 'probe')}, "
+        f"{format_count(steps, 'step')}, Gaussians of width {width}."
     )
 
 

@@ -38,6 +38,7 @@ from losscli.plotting import style_sheet
 from losscli.results.drawing import FULL, Drawing
 from losscli.results.result import Run
 from losscli.results.summaries import InspectionSummary, Summary
+from losscli.wording import format_count, list_first
 
 __all__ = [
     "DASHES",
@@ -824,8 +825,8 @@ def drawable(values: NDArray[np.float64], *, log: bool) -> NDArray[np.bool_]:
 def count_points(counts: Sequence[tuple[int, str]]) -> str:
     """Returns the beginning of a note, such as ``3 points of train and 1 point of test``."""
     if len(counts) > 4:
-        return f"{sum(number for number, _ in counts)} points of {len(counts)} curves"
-    parts = [f"{number} point{'s' * (number > 1)} of {name}" for number, name in counts]
+        return f"{sum(number for number, _ in counts):,} points of {len(counts)} curves"
+    parts = [f"{format_count(number, 'point')} of {name}" for number, name in counts]
     return " and ".join([", ".join(parts[:-1]), parts[-1]] if parts[1:] else parts)
 
 
@@ -864,7 +865,6 @@ def examples_notes(runs: Sequence[Run[Summary]], splits: Sequence[str]) -> list[
         numbers = [number for run in runs if (number := _number_of_examples(run, split))]
         if len(set(numbers)) > 1:
             shown = numbers if len(numbers) <= _MOST_NUMBERS else list(dict.fromkeys(numbers))
-            more = len(shown) - _MOST_NUMBERS
-            listed = ", ".join(shown[:_MOST_NUMBERS]) + (f" and {more} more" if more > 0 else "")
+            listed = list_first(shown, _MOST_NUMBERS)
             notes.append(f"Numbers of examples of {plain(split)} differ: {listed}.")
     return notes

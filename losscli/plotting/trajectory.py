@@ -76,6 +76,7 @@ from losscli.results.drawing import FULL, Drawing
 from losscli.results.result import Run
 from losscli.results.summaries import TrajectorySummary
 from losscli.table import Table
+from losscli.wording import format_count
 
 __all__ = ["animate_trajectory", "draw_trajectory", "mesh_trajectory", "trajectory_views"]
 
@@ -135,7 +136,7 @@ def draw_trajectory(runs: Sequence[Run[TrajectorySummary]], drawing: Drawing = F
 
 
 def _steps(number: int) -> str:
-    return f"{number} step{'s' * (number > 1)} {'have' if number > 1 else 'has'}"
+    return f"{format_count(number, 'step')} {'have' if number > 1 else 'has'}"
 
 
 # --- Without a surface ---------------------------------------------------------------------------

@@ -23,16 +23,12 @@ __all__ = ["split_specs", "write_config", "write_defaults"]
 def split_specs(
     model: str | None, data: str | None, folder: Path
 ) -> tuple[dict[str, str], dict[str, str]]:
-    """Splits specs into those that metadata may have and those that need trust.
+    """Returns the specs that metadata may have, and those that need trust for ``losscli.toml``.
 
     Args:
         model: The spec of the model, with paths relative to the current folder.
         data: The spec of the data.
-        folder: The folder of the record.
-
-    Returns:
-        The metadata of the checkpoints, and the content of ``losscli.toml``; with paths relative
-        to the folder.
+        folder: The folder of the record, to which paths in the result are relative.
 
     Raises:
         SpecError: A spec cannot be parsed, or names an unknown entry or a missing file of code.
@@ -80,11 +76,7 @@ def _move(spec: Spec, kind: str, base: Path, folder: Path) -> Spec:
 
 
 def write_defaults(folder: Path, specs: Mapping[str, str]) -> None:
-    """Writes specs that need trust to the ``losscli.toml`` of a folder.
-
-    Args:
-        folder: The folder.
-        specs: The specs of the model and the data, by kind.
+    """Writes specs that need trust, by kind, to the ``losscli.toml`` of a folder.
 
     Raises:
         OutputError: The file exists and has others, or cannot be written.
@@ -107,10 +99,6 @@ def write_defaults(folder: Path, specs: Mapping[str, str]) -> None:
 
 def write_config(folder: Path, model: nn.Module) -> None:
     """Writes the config.json of a model of transformers, from which losscli builds the model.
-
-    Args:
-        folder: The folder.
-        model: The model; nothing is written if it is not one of transformers.
 
     Raises:
         OutputError: The file cannot be written.

@@ -19,7 +19,7 @@ from losscli.errors import LosscliError, OutputError, UsageError
 from losscli.recorder.defaults import split_specs, write_config, write_defaults
 from losscli.recorder.state import copy_optimizer_state, copy_state, is_sharded, unwrap
 from losscli.settings import checked, convert
-from losscli.weight_space.vectors import equal, mismatches
+from losscli.weight_space.vectors import identical, mismatches
 
 __all__ = ["Recorder"]
 
@@ -289,10 +289,7 @@ class Recorder:
             raise OutputError(
                 f"{compared} is a checkpoint of another model ({wrong[0]})", "Choose another folder"
             )
-        if step in files and not all(
-            tensor.dtype == state[name].dtype and equal(tensor, state[name])
-            for name, tensor in weights.items()
-        ):
+        if step in files and not all(identical(t, state[name]) for name, t in weights.items()):
             raise OutputError(
                 f"{compared} does not hold the weights that the model has now, so that the folder "
                 "may hold the record of another run",

@@ -18,14 +18,7 @@ _COMPILED = "_orig_mod"
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """Returns the module inside DataParallel, DistributedDataParallel and torch.compile.
-
-    Args:
-        model: The model.
-
-    Returns:
-        The innermost module that is none of these.
-    """
+    """Returns the module inside DataParallel, DistributedDataParallel and torch.compile."""
     parallel = nn.DataParallel, nn.parallel.DistributedDataParallel
     while True:
         if isinstance(model, parallel):
@@ -39,11 +32,7 @@ def unwrap(model: nn.Module) -> nn.Module:
 def is_sharded(model: nn.Module) -> bool:
     """Returns whether each rank has only a part of a model (FSDP or tensor parallelism).
 
-    Args:
-        model: The model.
-
-    Returns:
-        Whether a state dict has to be gathered from all ranks.
+    Its state dict has to be gathered from all ranks.
     """
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return False
@@ -56,15 +45,11 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 def copy_state(model: nn.Module) -> StateDict:
-    """Copies the state dict of a model to the CPU.
+    """Returns a copy of the state dict of a model on the CPU.
 
-    Args:
-        model: The model, without DataParallel, DistributedDataParallel and torch.compile around
-            it. If it is sharded, all ranks must call this function at the same time.
-
-    Returns:
-        The tensors, and the versions and extra state of modules. If the model is sharded, ranks
-        other than rank 0 receive no tensors.
+    It has the versions and the extra state of modules. The model is without DataParallel,
+    DistributedDataParallel and torch.compile around it. If it is sharded, all ranks must call this
+    function at the same time, and ranks other than rank 0 receive no tensors.
     """
     if sharded := is_sharded(model):
         from torch.distributed.checkpoint.state_dict import get_model_state_dict
@@ -79,15 +64,10 @@ def copy_state(model: nn.Module) -> StateDict:
 
 
 def copy_optimizer_state(model: nn.Module, optimizer: Any) -> dict[str, Any]:
-    """Copies the state dict of an optimiser to the CPU.
+    """Returns a copy of the state dict of an optimiser of a model on the CPU.
 
-    Args:
-        model: The model, as for `copy_state`.
-        optimizer: The optimiser.
-
-    Returns:
-        ``optimizer.state_dict()``; each group of parameters has their names as ``param_names``.
-        If the model is sharded, only rank 0 is sure to receive it.
+    Each group of parameters has their names as ``param_names``. If the model is sharded, only
+    rank 0 is sure to receive the state.
     """
     if is_sharded(model):
         from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict

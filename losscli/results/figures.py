@@ -1,19 +1,14 @@
-"""Checks the size of figures and renders them."""
+"""Checks the size of figures and the options of animations."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from losscli.errors import UsageError
-from losscli.registry import ANIMATIONS, MESH, PATH_MESH, Panels, load
-from losscli.results.drawing import FULL, Drawing
+from losscli.registry import ANIMATIONS, MESH, Panels
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-__all__ = ["check_animated", "check_curve_count", "check_panel_count", "has_panels", "render_files"]
+__all__ = ["check_animated", "check_curve_count", "check_panel_count", "has_panels"]
 
 # Laying out more panels takes minutes; more curves are indistinguishable.
 _MOST_PANELS = 24
@@ -44,13 +39,10 @@ def has_panels(path: Path) -> bool:
 
 
 def check_animated(figures: Sequence[Path]) -> None:
-    """Checks that ``--fps`` has an animation.
-
-    Args:
-        figures: The files.
+    """Checks that one of the figures is an animation, as ``--fps`` needs.
 
     Raises:
-        UsageError: None of them is an animation.
+        UsageError: None of them is one.
     """
     if not any(path.suffix.lower() in ANIMATIONS for path in figures):
         raise UsageError(
@@ -60,50 +52,10 @@ def check_animated(figures: Sequence[Path]) -> None:
 
 
 def check_curve_count(curves: int, cure: str) -> None:
-    """Checks that a figure has no more curves than it can show.
-
-    Args:
-        curves: The number of curves: one for each split of each run.
-        cure: How to fix it if there are too many.
+    """Checks that a figure has no more curves, one for each split of each run, than it can show.
 
     Raises:
         UsageError: There are too many.
     """
     if curves > _MOST_CURVES:
         raise UsageError(f"a figure can show at most {_MOST_CURVES} curves, not {curves}", cure)
-
-
-def render_files(
-    figure: Callable[[], Figure],
-    html: Callable[[], str],
-    animation: Callable[[str], bytes],
-    mesh: Callable[[], Mapping[str, str]],
-    paths: Sequence[Path],
-    drawing: Drawing = FULL,
-) -> dict[Path, bytes]:
-    """Renders a figure in the format of each file.
-
-    Args:
-        figure: Draws the figure; called for each file, since rendering modifies it.
-        html: Renders the figure as an interactive page.
-        animation: Animates the path in a format, by its suffix.
-        mesh: Writes the surface and the path on it, by the ends of their names.
-        paths: The files.
-        drawing: How the figure is drawn.
-
-    Returns:
-        The content of each file.
-    """
-    contents = {}
-    for path in paths:
-        suffix = path.suffix.lower()
-        if suffix == ".html":
-            contents[path] = html().encode()
-        elif suffix in ANIMATIONS:
-            contents[path] = animation(suffix)
-        elif suffix == MESH:
-            is_path = path.name.lower().endswith(PATH_MESH)
-            contents[path] = mesh()[PATH_MESH if is_path else MESH].encode()
-        else:
-            contents[path] = load("losscli.plotting.style:render")(figure(), path.suffix, drawing)
-    return contents

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import groupby
+
+from losscli.wording import list_first
 
 __all__ = ["places_not_finite"]
 
@@ -21,20 +24,18 @@ def places_not_finite(alphas: Sequence[float], losses: Sequence[float]) -> str:
         The runs of neighbouring points; ``at every α`` if none is finite. A run that reaches the
         first or the last point has no bound there.
     """
-    last = len(alphas) - 1
-    lost = [not math.isfinite(loss) for loss in losses]
-    starts = [i for i, own in enumerate(lost) if own and (i == 0 or not lost[i - 1])]
-    ends = [i for i, own in enumerate(lost) if own and (i == last or not lost[i + 1])]
     runs = []
-    for start, end in zip(starts, ends, strict=True):
-        low, high = f"{alphas[start]:.4g}", f"{alphas[end]:.4g}"
-        if (start, end) == (0, last):
+    for finite, group in groupby(range(len(alphas)), key=lambda i: math.isfinite(losses[i])):
+        places = list(group)
+        low, high = f"{alphas[places[0]]:.4g}", f"{alphas[places[-1]]:.4g}"
+        if finite:
+            continue
+        if len(places) == len(alphas):
             runs.append("at every α")
-        elif end == last:
+        elif places[-1] == len(alphas) - 1:
             runs.append(f"from α = {low}")
-        elif start == 0:
+        elif places[0] == 0:
             runs.append(f"up to α = {high}")
         else:
-            runs.append(f"at α = {low}" if start == end else f"from α = {low} to {high}")
-    more = f" and {len(runs) - _MOST} more" if len(runs) > _MOST else ""
-    return ", ".join(runs[:_MOST]) + more
+            runs.append(f"at α = {low}" if len(places) == 1 else f"from α = {low} to {high}")
+    return list_first(runs, _MOST)

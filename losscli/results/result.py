@@ -13,14 +13,14 @@ import re
 from base64 import b64encode
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import cached_property
 from html import escape
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from losscli.errors import OutputError, TableError, UsageError, printable
-from losscli.files import create, read_regular
+from losscli.files import create, read_object, read_regular
 from losscli.registry import (
     ANIMATIONS,
     COLUMN_TYPES,
@@ -34,7 +34,7 @@ from losscli.registry import (
     load,
 )
 from losscli.results.drawing import FULL, Drawing
-from losscli.results.figures import check_panel_count, has_panels, render_files
+from losscli.results.figures import check_panel_count, has_panels
 from losscli.results.summaries import from_json
 from losscli.settings import PathLike, checked
 from losscli.table import Table
@@ -94,6 +94,13 @@ class Run(Generic[S_co]):
     checkpoint_labels: Sequence[str] = ()
 
     @property
+    def command(self) -> Command:
+        """The command, by the columns of the table."""
+        command = command_of(self.table.columns)
+        assert command is not None  # see `losscli.results.runs.check_main`
+        return command
+
+    @property
     def checkpoints(self) -> list[str]:
         """The names of the checkpoints in their order, as far as they are known."""
         entries: Any = self.summary.get("checkpoints")
@@ -108,19 +115,8 @@ class Run(Generic[S_co]):
         return next((label for checkpoint, label in labels if checkpoint == name), "")
 
 
-class Draw(Protocol):
-    """Draws runs of one command."""
-
-    def __call__(self, runs: Sequence[Run[Any]], drawing: Drawing) -> Figure:
-        """Draws a figure.
-
-        Args:
-            runs: The runs.
-            drawing: How.
-
-        Returns:
-            A matplotlib figure.
-        """
+Draw = Callable[[Sequence[Run[Any]], Drawing], "Figure"]
+"""Draws runs of one command."""
 
 
 @dataclass(frozen=True)
@@ -147,11 +143,11 @@ class Result(Generic[S_co]):
     def _picture(self) -> tuple[bytes, dict[str, float]] | None:
         """The figure as a PNG for a notebook, and its size; None if there is no figure."""
         try:
-            figure = self.draw_with(drawing := self._drawing({}))
+            figure = self.figure()
         except UsageError:  # the state dicts of a file have none
             return None
         png_of = load("losscli.plotting.style:png_of")
-        picture: tuple[bytes, dict[str, float]] = png_of(figure, drawing)
+        picture: tuple[bytes, dict[str, float]] = png_of(figure, self._drawing({}))
         return picture
 
     def _repr_png_(self) -> tuple[bytes, dict[str, float]] | None:
@@ -192,14 +188,7 @@ class Result(Generic[S_co]):
         return make_drawing({**stored, **options})
 
     def with_drawing(self, drawing: Drawing) -> Result[S_co]:
-        """Stores in the summary how the result is drawn.
-
-        Args:
-            drawing: How.
-
-        Returns:
-            The result with another summary.
-        """
+        """Returns the result with a summary that stores how it is drawn."""
         if not drawing.stored and "drawing" not in self.summary:
             return self
         summary: Any = {**self.summary, "drawing": drawing.stored}
@@ -218,18 +207,8 @@ class Result(Generic[S_co]):
         Raises:
             UsageError: A value cannot be drawn, or the style sheet cannot be read.
         """
-        return self.draw_with(self._drawing(drawing))
-
-    def draw_with(self, drawing: Drawing) -> Figure:
-        """Draws the result.
-
-        Args:
-            drawing: How.
-
-        Returns:
-            A matplotlib figure.
-        """
-        return self.draw(label_runs([self.run], drawing.label), drawing)
+        options = self._drawing(drawing)
+        return self.draw(label_runs([self.run], options.label), options)
 
     @checked(Drawing)
     def html(self, **drawing: Any) -> str:
@@ -244,18 +223,8 @@ class Result(Generic[S_co]):
         Raises:
             UsageError: Plotly is not installed.
         """
-        return self.html_with(self._drawing(drawing))
-
-    def html_with(self, drawing: Drawing) -> str:
-        """Renders the result as an interactive page.
-
-        Args:
-            drawing: How.
-
-        Returns:
-            HTML that needs no other file and no network.
-        """
-        return render_html(label_runs([self.run], drawing.label), drawing)
+        options = self._drawing(drawing)
+        return render_html(label_runs([self.run], options.label), options)
 
     @checked(Drawing)
     def save(
@@ -320,13 +289,7 @@ class Result(Generic[S_co]):
 
 
 def make_drawing(options: Mapping[str, Any]) -> Drawing:
-    """Makes a drawing from the options of a function.
-
-    Args:
-        options: The attributes of a drawing; ``style`` may be the file of a style sheet.
-
-    Returns:
-        The drawing.
+    """Returns the drawing of options, of which ``style`` may be the file of a style sheet.
 
     Raises:
         UsageError: A value cannot be drawn, or the style sheet cannot be read.
@@ -338,15 +301,10 @@ def make_drawing(options: Mapping[str, Any]) -> Drawing:
 
 
 def check_labels(labels: Sequence[str], number: int, things: str = "checkpoints") -> None:
-    """Checks that there is a label for each thing, or none.
-
-    Args:
-        labels: The labels.
-        number: The number of things.
-        things: What they are, in the plural.
+    """Checks that there are no labels, or one for each of a number of things.
 
     Raises:
-        UsageError: There are too many or too few labels.
+        UsageError: There are too many or too few.
     """
     if labels and len(labels) != number:
         raise UsageError(
@@ -355,15 +313,12 @@ def check_labels(labels: Sequence[str], number: int, things: str = "checkpoints"
 
 
 def label_runs(runs: Sequence[Run[Any]], labels: Sequence[str]) -> list[Run[Any]]:
-    """Gives labels to runs, or to the checkpoints of a single run.
+    """Returns runs with labels, or a single run with labels of its checkpoints.
 
     Args:
         runs: The runs.
         labels: A label for each of several runs, or for each checkpoint of a single one, or one
             for a single run that can be drawn together with others; none to change nothing.
-
-    Returns:
-        The runs.
 
     Raises:
         UsageError: There are too many or too few labels.
@@ -381,14 +336,7 @@ def label_runs(runs: Sequence[Run[Any]], labels: Sequence[str]) -> list[Run[Any]
 
 
 def draw(runs: Sequence[Run[Any]], drawing: Drawing = FULL) -> Figure:
-    """Draws runs of one command, by the columns of their tables.
-
-    Args:
-        runs: One or more, each with the table of a command.
-        drawing: How.
-
-    Returns:
-        The figure, laid out and ready to be rendered.
+    """Returns the figure of one or more runs of one command, laid out and ready to be rendered.
 
     Raises:
         UsageError: The runs are of several commands, or have no figure together.
@@ -397,14 +345,9 @@ def draw(runs: Sequence[Run[Any]], drawing: Drawing = FULL) -> Figure:
 
 
 def render_html(runs: Sequence[Run[Any]], drawing: Drawing = FULL) -> str:
-    """Renders runs of one command as an interactive page, by the columns of their tables.
+    """Returns one or more runs of one command as an interactive page.
 
-    Args:
-        runs: One or more, each with the table of a command.
-        drawing: The title, and whether the scale of the loss is logarithmic at first.
-
-    Returns:
-        HTML that needs no other file and no network.
+    The page is HTML that needs no other file and no network.
 
     Raises:
         UsageError: The runs are of several commands or have no figure together, or Plotly is not
@@ -414,39 +357,6 @@ def render_html(runs: Sequence[Run[Any]], drawing: Drawing = FULL) -> str:
     views = _shared_command(runs).page_views(runs)
     page: str = load("losscli.plotting.html:render_page")(views, drawing)
     return page
-
-
-def animate(runs: Sequence[Run[Any]], drawing: Drawing, suffix: str) -> bytes:
-    """Animates the paths of runs of one command, by the columns of their tables.
-
-    Args:
-        runs: One or more, each with the table of a command.
-        drawing: How.
-        suffix: The format, ``.gif`` or ``.mp4``.
-
-    Returns:
-        The content of a file.
-
-    Raises:
-        UsageError: The runs are of several commands, or have no path.
-    """
-    return _shared_command(runs).animate(runs, drawing, suffix)
-
-
-def write_mesh(runs: Sequence[Run[Any]], drawing: Drawing) -> dict[str, str]:
-    """Writes the surface of a run and the path on it, by the columns of its tables.
-
-    Args:
-        runs: A single run with the table of a command.
-        drawing: Whether the height is logarithmic.
-
-    Returns:
-        The content of each file, by the end of its name: ``.vtp`` and ``.path.vtp``.
-
-    Raises:
-        UsageError: There are several runs, or the run has no surface.
-    """
-    return _shared_command(runs).write_mesh(runs, drawing)
 
 
 def check_plotly() -> None:
@@ -463,7 +373,7 @@ def check_plotly() -> None:
 
 def _shared_command(runs: Sequence[Run[Any]]) -> Command:
     """Returns the command of all runs."""
-    commands = {command.name: command for run in runs if (command := command_of(run.table.columns))}
+    commands = {run.command.name: run.command for run in runs}
     if len(commands) > 1:
         raise UsageError(
             f"tables of {' and '.join(sorted(commands))} have no axes in common",
@@ -474,15 +384,10 @@ def _shared_command(runs: Sequence[Run[Any]]) -> Command:
 
 
 def to_json(summary: Mapping[str, Any], *, indent: int | None = 2) -> str:
-    """Serialises a summary as JSON.
+    """Returns a summary as strict JSON, with null for numbers that are not finite.
 
-    Args:
-        summary: The summary.
-        indent: The number of spaces per level; None for a single line.
-
-    Returns:
-        Strict JSON, with null for non-finite numbers. Characters that are not printable are
-        escaped, so that names from files cannot control a terminal.
+    Characters that are not printable are escaped, so that names from files cannot control a
+    terminal. ``indent`` is the number of spaces per level; None for a single line.
     """
     text = json.dumps(_strict(summary), indent=indent, allow_nan=False, ensure_ascii=False)
     return _NON_ASCII.sub(_escape, text)
@@ -504,15 +409,10 @@ def _strict(value: Any) -> Any:
 
 
 def default_stem(command: str, names: Sequence[str]) -> str:
-    """Derives the default stem from the command and the checkpoints.
+    """Returns the default stem, in the current folder, of a command with checkpoints.
 
-    Args:
-        command: The command.
-        names: The checkpoints as named by the user.
-
-    Returns:
-        A stem in the current folder, such as ``interpolate-relu-init-final``: the name of each
-        checkpoint, after its folder if that differs from the previous one.
+    An example is ``interpolate-relu-init-final``: the name of each checkpoint, after its folder if
+    that differs from the previous one.
     """
     words, folder = [command], ""
     for name in names:
@@ -527,13 +427,7 @@ def default_stem(command: str, names: Sequence[str]) -> str:
 
 
 def stem_of(out: str) -> Path:
-    """Parses ``--out``.
-
-    Args:
-        out: The value of the option.
-
-    Returns:
-        The stem, without the suffix of an output file such as .png.
+    """Returns the stem that ``--out`` names, without the suffix of an output file such as .png.
 
     Raises:
         UsageError: The value is a folder.
@@ -552,33 +446,20 @@ def stem_of(out: str) -> Path:
 
 
 def picture_of(out: str | None) -> tuple[Path, ...]:
-    """Returns the figure that ``--out`` names.
-
-    Args:
-        out: The value of the option; None if it is not given.
-
-    Returns:
-        The path of the figure; empty if ``--out`` is a stem.
-    """
+    """Returns the figure that ``--out`` names; empty if that is a stem or not given."""
     path = Path(out or "")
     return (path,) if path.suffix.lower() in FIGURE_SUFFIXES and path.stem else ()
 
 
 def read_summary(path: Path, command: Command) -> dict[str, Any]:
-    """Reads the summary of a run.
+    """Returns the summary of a run in STEM.json, in the type of its command.
 
-    Args:
-        path: STEM.json.
-        command: The command of the run.
-
-    Returns:
-        The summary in the type of the command; ``{}`` if there is none, or if the file is not a
-        summary of this command.
+    It is ``{}`` if there is none, or if the file is not a summary of this command.
 
     Raises:
         TableError: A value is of another type than the command writes.
     """
-    summary = _read_object(path)
+    summary = read_object(path)
     match {"splits": {}, "examples": {}, **summary} if command.name == "inspect" else summary:
         case {
             "command": command.name,
@@ -602,15 +483,6 @@ def read_summary(path: Path, command: Command) -> dict[str, Any]:
     return converted
 
 
-def _read_object(path: Path) -> dict[str, Any]:
-    """Reads a JSON object; ``{}`` if the file is missing or holds none."""
-    try:
-        value = json.loads(read_regular(path).decode())
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return value if isinstance(value, dict) else {}
-
-
 @dataclass(frozen=True)
 class Output:
     """The output files of a run.
@@ -629,16 +501,13 @@ class Output:
     def plan(
         cls, stem: Path, figures: Sequence[Path], *, draw: bool = True, force: bool = False
     ) -> Output:
-        """Plans the files and checks, before any work is done, that they can be written.
+        """Returns the plan of the files, after checking that they can be written.
 
         Args:
             stem: The stem.
             figures: The figures that the user named.
             draw: Whether to draw STEM.png if ``figures`` is empty.
             force: Whether results of another run may be overwritten.
-
-        Returns:
-            The plan.
 
         Raises:
             UsageError: A figure has an unknown suffix, or needs a package that is not installed.
@@ -709,31 +578,18 @@ class Output:
             )
 
     def paths(self, tables: Iterable[str] = ()) -> list[Path]:
-        """Lists the files that a run may write.
-
-        Args:
-            tables: The names of further tables that it may write.
-
-        Returns:
-            The tables, the figures and the summary.
-        """
+        """Lists the files that a run with further tables may write."""
         suffixes = [".csv", *(f".{name}.csv" for name in tables)]
         return [*map(self._file, suffixes), *self.figures, self._file(".json")]
 
     def is_of(self, identity: str | None) -> bool:
         """Whether STEM.json is of the run with an identity."""
-        return (
-            identity is not None and _read_object(self._file(".json")).get("identity") == identity
-        )
+        return identity is not None and read_object(self._file(".json")).get("identity") == identity
 
     def save(self, result: Result[Any], drawing: Drawing = FULL) -> list[Path]:
         """Draws and writes a result: all files under temporary names first, then all are renamed.
 
         Further tables of an older run with the same stem are removed.
-
-        Args:
-            result: The result.
-            drawing: How it is drawn.
 
         Returns:
             The files.
@@ -743,7 +599,7 @@ class Output:
             OutputError: A file cannot be written. No file is changed then.
         """
         pictures = self.render(label_runs([result.run], drawing.label), result.draw, drawing)
-        old = _read_object(self._file(".json"))
+        old = read_object(self._file(".json"))
         new_checkpoints = result.summary.get("checkpoint_files", ())
         old_tables, old_checkpoints = old.get("tables"), old.get("checkpoint_files")
         summary = f"{to_json(result.summary)}\n".encode()
@@ -776,7 +632,7 @@ class Output:
         drawing: Drawing = FULL,
         page: Callable[[Sequence[Run[Any]], Drawing], str] = render_html,
     ) -> dict[Path, bytes]:
-        """Renders the figures.
+        """Returns the content of each figure.
 
         Args:
             runs: One or more runs of one command, with their labels.
@@ -784,26 +640,27 @@ class Output:
             drawing: How.
             page: Renders them as an interactive page.
 
-        Returns:
-            The content of each file.
-
         Raises:
             UsageError: The runs have no such figure.
         """
-        return render_files(
-            partial(draw, runs, drawing),
-            partial(page, runs, drawing),
-            partial(animate, runs, drawing),
-            partial(write_mesh, runs, drawing),
-            self.figures,
-            drawing,
-        )
+        contents = {}
+        for path in self.figures:
+            suffix = path.suffix.lower()
+            if suffix == ".html":
+                contents[path] = page(runs, drawing).encode()
+            elif suffix in ANIMATIONS:
+                contents[path] = _shared_command(runs).animate(runs, drawing, suffix)
+            elif suffix == MESH:
+                part = PATH_MESH if path.name.lower().endswith(PATH_MESH) else MESH
+                contents[path] = _shared_command(runs).write_mesh(runs, drawing)[part].encode()
+            else:
+                # Rendering modifies a figure, so that each file has its own.
+                render = load("losscli.plotting.style:render")
+                contents[path] = render(draw(runs, drawing), path.suffix, drawing)
+        return contents
 
     def write_pictures(self, pictures: Mapping[Path, bytes]) -> list[Path]:
         """Writes figures only; refuses to overwrite different ones unless ``force``.
-
-        Args:
-            pictures: The contents of ``figures``.
 
         Returns:
             The files.
@@ -831,10 +688,7 @@ def _read_if_possible(path: Path) -> bytes | None:
 
 
 def replace_all(contents: Mapping[Path, bytes]) -> list[Path]:
-    """Writes several files: either all or none.
-
-    Args:
-        contents: The content of each file.
+    """Writes several files, given by their contents: either all or none.
 
     Returns:
         The files.
@@ -900,10 +754,6 @@ def _contains(path: Path, file: Path) -> bool:
 
 def check_writable(out: Path, *, force: bool) -> None:
     """Checks, before any work is done, that a checkpoint can be written.
-
-    Args:
-        out: The file.
-        force: Whether the file may be overwritten.
 
     Raises:
         UsageError: The path is a folder or has an unknown suffix.

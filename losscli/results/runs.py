@@ -82,9 +82,7 @@ def load(stem: PathLike) -> Result[Any]:
             "table",
             f"Draw it without one, by losscli.plot({str(path)!r}), or make both again",
         )
-    command = command_of(run.table.columns)
-    assert command is not None  # see `check_main`
-    return Result(run.table, run.summary, command.draw, run.more)
+    return Result(run.table, run.summary, run.command.draw, run.more)
 
 
 Drawable = PathLike | Result[Any]
@@ -130,17 +128,10 @@ def _as_run(value: Any, name: str) -> Run[Any]:
 
 
 def report(names: Sequence[str], runs: Sequence[Run[Any]], drawing: Drawing) -> str:
-    """Renders runs of any commands as one interactive page, with the origin of their numbers.
+    """Returns runs of any commands as one interactive page, with the origin of their numbers.
 
-    Runs of one command share a section if they can be drawn together.
-
-    Args:
-        names: The name of each run.
-        runs: The runs.
-        drawing: The title, and whether the scales are logarithmic at first.
-
-    Returns:
-        HTML that needs no other file and no network.
+    Runs of one command share a section if they can be drawn together. The page is HTML that needs
+    no other file and no network.
 
     Raises:
         UsageError: A run has no figure, or Plotly is not installed.
@@ -148,15 +139,12 @@ def report(names: Sequence[str], runs: Sequence[Run[Any]], drawing: Drawing) -> 
     check_plotly()
     together: dict[str, list[tuple[str, Run[Any]]]] = {}
     for name, run in zip(names, runs, strict=True):
-        command = command_of(run.table.columns)
-        assert command is not None  # see `check_main`
-        key = f"{command.name} {name}" if command.not_overlaid else command.name
+        key = f"{run.command.name} {name}" if run.command.not_overlaid else run.command.name
         together.setdefault(key, []).append((name, run))
     section = load_function("losscli.plotting.html:Section")
     sections = []
     for members in together.values():
-        command = command_of(members[0][1].table.columns)
-        assert command is not None
+        command = members[0][1].command
         shown = ", ".join(run.label or name for name, run in members)
         views = command.page_views([run for _, run in members])
         origin = [(run.label or name, _origin(run)) for name, run in members]
@@ -197,14 +185,11 @@ def _origin(run: Run[Any]) -> str:
 
 
 def read_run(path: Path, *, undrawn: bool = False) -> Run[Any]:
-    """Reads the files of a run and checks that it can be drawn.
+    """Returns a run from its files, after checking that it can be drawn.
 
     Args:
         path: STEM.csv, which may be a pipe. STEM.json and further tables are read if they exist.
         undrawn: Whether to read the further tables that no figure shows, too.
-
-    Returns:
-        The run.
 
     Raises:
         TableError: A file cannot be read, or is not one that losscli wrote.
@@ -219,15 +204,12 @@ def read_run(path: Path, *, undrawn: bool = False) -> Run[Any]:
 def choose_drawing(
     names: Sequence[str], runs: Sequence[Run[Any]], options: Mapping[str, Any]
 ) -> Drawing:
-    """Chooses how runs are drawn: by the options, else as all of them were drawn before.
+    """Returns how runs are drawn: by the given options, else as all of them were drawn before.
 
     Args:
         names: The name of each run in errors.
-        runs: The runs.
+        runs: The runs. The labels of checkpoints are those of a single run.
         options: The options that were given.
-
-    Returns:
-        The options of the figure. The labels of checkpoints are those of a single run.
 
     Raises:
         UsageError: An option is invalid.
@@ -252,14 +234,7 @@ def choose_drawing(
 
 
 def check_main(table: Table, name: str) -> Command:
-    """Checks that a main table can be drawn.
-
-    Args:
-        table: The table.
-        name: Its name in errors.
-
-    Returns:
-        Its command.
+    """Returns the command of a main table that can be drawn; ``name`` is its name in errors.
 
     Raises:
         TableError: It is not a table that can be drawn.
@@ -361,9 +336,6 @@ def _check_same_run(
 def check_curves(runs: Sequence[Run[Any]]) -> None:
     """Checks that a figure of runs has no more curves than it can show.
 
-    Args:
-        runs: The runs.
-
     Raises:
         UsageError: There are too many.
     """
@@ -371,19 +343,13 @@ def check_curves(runs: Sequence[Run[Any]]) -> None:
 
 
 def check_panels(names: Sequence[str], runs: Sequence[Run[Any]]) -> None:
-    """Checks that the figure of each run has no more panels than it can show.
-
-    Args:
-        names: The name of each run in errors.
-        runs: The runs.
+    """Checks that the figure of each named run has no more panels than it can show.
 
     Raises:
         UsageError: There are too many.
     """
     for name, run in zip(names, runs, strict=True):
-        command = command_of(run.table.columns)
-        assert command is not None  # see `check_main`
-        panels = command.panels_with(run.more)
+        panels = run.command.panels_with(run.more)
         try:
             check_panel_count(panels, _split_count(run), len(run.table.metrics), _FEWER)
         except UsageError as error:

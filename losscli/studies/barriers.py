@@ -11,6 +11,7 @@ from itertools import combinations, islice, pairwise
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from losscli.checkpoint import CheckpointLike, expand_folders, name_checkpoints
@@ -57,8 +58,8 @@ from losscli.studies.task import like_loss
 from losscli.studies.verification import verify_fresh_model, verify_sweep
 from losscli.table import Cell, Table
 from losscli.weight_space.curve import standard_error
-from losscli.weight_space.slices import Line, check_point_count, grid, midpoint
-from losscli.weight_space.vectors import Weights, distance, equal
+from losscli.weight_space.slices import Line, check_point_count, grid, point_between
+from losscli.weight_space.vectors import Weights, distance
 from losscli.wording import format_count
 
 __all__ = ["Barriers", "barriers"]
@@ -186,7 +187,7 @@ class Barriers(Study):
         moving = tuple(
             name
             for name in problem.moving
-            if not all(equal(first[name], other[name]) for other in others)
+            if not all(torch.equal(first[name], other[name]) for other in others)
         )
         metrics = problem.objective.metrics
         if listed is not None and listed.column in {
@@ -340,7 +341,7 @@ class Barriers(Study):
     def _moving_names(self, a: Weights, b: Weights) -> list[str]:
         """Returns the tensors that move from A to B."""
         # Equal tensors need not move; with infinities, such as attention masks have, they cannot.
-        return [name for name in self.moving if not equal(a[name], b[name])]
+        return [name for name in self.moving if not torch.equal(a[name], b[name])]
 
     def _length(
         self,
@@ -368,7 +369,7 @@ class Barriers(Study):
             batchnorm_notes(
                 self,
                 (a, b),
-                partial(midpoint, a, b, self.moving),
+                partial(point_between, a, b, self.moving, 0.5),
                 f"halfway between {one} and {other}",
             )
             for (one, a), (other, b) in islice(

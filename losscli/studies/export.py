@@ -34,7 +34,7 @@ from losscli.table import Table
 from losscli.weight_space.averages import average
 from losscli.weight_space.digest import digest
 from losscli.weight_space.slices import Line, PathKind, path_coefficients
-from losscli.weight_space.vectors import Weights, can_move, equal, working_type
+from losscli.weight_space.vectors import Weights, can_move, working_type
 
 __all__ = [
     "BendOf",
@@ -471,4 +471,4 @@ def average_checkpoints(
 
 def _is_same_as(point: Weights, weights: Weights) -> bool:
     """Whether the tensors that an average moves are those of a point."""
-    return all(equal(point[name], weights[name]) for name in weights if can_move(weights[name]))
+    return all(torch.equal(point[n], tensor) for n, tensor in weights.items() if can_move(tensor))

@@ -57,8 +57,8 @@ from losscli.studies.verification import check_differentiable, verify_fresh_mode
 from losscli.table import Table
 from losscli.weight_space.curve import describe
 from losscli.weight_space.refinement import uniform_points
-from losscli.weight_space.slices import Line, grid, midpoint
-from losscli.weight_space.vectors import Weights, can_move, dimension, distance, equal
+from losscli.weight_space.slices import Line, grid, point_between
+from losscli.weight_space.vectors import Weights, can_move, dimension, distance
 from losscli.wording import format_count, list_first
 
 __all__ = ["Interpolation", "interpolate"]
@@ -211,7 +211,7 @@ class Interpolation(Study):
         problem = prepare((a, b), settings, ranks=ranks, training="--repair" if repair else "")
         start, end = problem.origin, problem.place(problem.last.weights)
         # Equal tensors need not move; with infinities, such as attention masks have, they cannot.
-        moving = tuple(n for n in problem.moving if not equal(start[n], end[n]))
+        moving = tuple(n for n in problem.moving if not torch.equal(start[n], end[n]))
         if derivatives:
             check_differentiable(problem, moving, "--derivatives")
         return cls(
@@ -328,7 +328,7 @@ class Interpolation(Study):
                 stays += batchnorm_notes(
                     self,
                     (self.start, self.end),
-                    lambda: midpoint(self.start, self.end, self.moving),
+                    lambda: point_between(self.start, self.end, self.moving, 0.5),
                     "at α = 0.5",
                 )
             for block in self.blocks:

@@ -17,7 +17,7 @@ from losscli.evaluation.objective import Objective
 from losscli.evaluation.ranks import Arrays
 from losscli.studies.base import Study
 from losscli.table import Table
-from losscli.weight_space.vectors import Weights, can_move, equal
+from losscli.weight_space.vectors import Weights, can_move
 from losscli.wording import format_count, list_first
 
 __all__ = [
@@ -353,7 +353,7 @@ def _keeps_different_tensors(study: Study) -> bool:
     kept, first = study.problem.kept, study.problem.first.weights
     for t in range(1, len(study.problem.names) if kept else 0):
         weights = study.problem.open(t).weights
-        if not all(equal(first[name], weights[name]) for name in kept):
+        if not all(torch.equal(first[name], weights[name]) for name in kept):
             return True
         del weights  # before the next one is opened
     return False

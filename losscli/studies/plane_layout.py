@@ -18,7 +18,7 @@ from losscli.studies.problem import Problem, differing_tensors, require_finite
 from losscli.weight_space.directions import normalisation_parameters, random_directions
 from losscli.weight_space.slices import Span, Triangle, grid
 from losscli.weight_space.trajectory import principal_axes
-from losscli.weight_space.vectors import Weights, distance, equal
+from losscli.weight_space.vectors import Weights, distance
 
 __all__ = [
     "Layout",
@@ -293,7 +293,7 @@ def _place(problem: Problem, slice_: Triangle | Span, t: int) -> tuple[float, fl
         rest = [
             name
             for name in problem.parameters(problem.moving)
-            if name not in origin and not equal(first[name], weights[name])
+            if name not in origin and not torch.equal(first[name], weights[name])
         ]
         require_finite(problem.names[t], weights, [*counted, *rest])
     x, y, off = slice_.project(weights, counted)

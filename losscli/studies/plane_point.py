@@ -19,7 +19,6 @@ from losscli.studies.plane_layout import span_plane
 from losscli.studies.problem import prepare
 from losscli.studies.verification import made_checkpoint
 from losscli.table import Table
-from losscli.weight_space.vectors import equal
 
 __all__ = ["point_of_plane"]
 
@@ -101,7 +100,7 @@ def point_of_plane(csv: PathLike, at: tuple[float, float], **settings: Any) -> C
         for name, dtype in stored.items()
     }
     point = {**problem.place(problem.last.weights), **moved}
-    if not all(equal(tensor, first[name]) for name, tensor in moved.items()):
+    if not all(torch.equal(tensor, first[name]) for name, tensor in moved.items()):
         point |= normalise_stored(point)
     point = dict(recalibrated(problem.objective, point))
     problem.unchanged()

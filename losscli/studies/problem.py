@@ -38,7 +38,7 @@ from losscli.studies.task import (
     recalibration_of,
     training_split,
 )
-from losscli.weight_space.vectors import Weights, can_move, equal, select_names
+from losscli.weight_space.vectors import Weights, can_move, select_names
 
 __all__ = [
     "Points",
@@ -603,7 +603,7 @@ def differing_tensors(problem: Problem) -> tuple[str, ...]:
     still = set(problem.moving)
     for t in range(1, len(problem.spanning)):
         weights = problem.open(t).weights
-        still = {name for name in still if equal(first[name], weights[name])}
+        still = {name for name in still if torch.equal(first[name], weights[name])}
         require_finite(problem.names[t], weights, set(problem.moving) - still)
         del weights  # before the next one is opened
     moving = tuple(name for name in problem.moving if name not in still)

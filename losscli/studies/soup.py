@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, overload
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from losscli.checkpoint import Checkpoint, CheckpointLike, expand_folders, name_checkpoints
@@ -35,7 +36,7 @@ from losscli.studies.verification import made_checkpoint, verify_fresh_model
 from losscli.table import Table
 from losscli.weight_space.averages import average
 from losscli.weight_space.curve import standard_error
-from losscli.weight_space.vectors import Weights, equal
+from losscli.weight_space.vectors import Weights
 
 __all__ = ["Soup", "SoupResult", "soup"]
 
@@ -175,7 +176,7 @@ class Soup(Study):
         moving = tuple(
             name
             for name in problem.moving
-            if not all(equal(first[name], other[name]) for other in others)
+            if not all(torch.equal(first[name], other[name]) for other in others)
         )
         return cls(problem, moving, begun, greedy, metric)
 

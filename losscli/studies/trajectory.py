@@ -40,7 +40,7 @@ from losscli.studies.problem import counted, differing_tensors, prepare
 from losscli.studies.verification import verify_fresh_model, verify_sweep
 from losscli.table import Cell, Table
 from losscli.weight_space.curve import lowest
-from losscli.weight_space.slices import Line, check_point_count, grid, midpoint
+from losscli.weight_space.slices import Line, check_point_count, grid, point_between
 from losscli.weight_space.trajectory import Path, measure, random_walks, ribbon
 from losscli.weight_space.vectors import dimension
 from losscli.wording import format_count
@@ -231,7 +231,7 @@ class Trajectory(Study):
             notes += batchnorm_notes(
                 self,
                 (first, last),
-                lambda: midpoint(first, last, self.moving),
+                lambda: point_between(first, last, self.moving, 0.5),
                 "halfway between the first and the last checkpoint",
             )
         return difference, notes

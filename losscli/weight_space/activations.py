@@ -41,10 +41,7 @@ class Activation:
     mixed: bool
 
     def values(self, tensor: Tensor) -> Tensor:
-        """Arranges the activations by unit.
-
-        Args:
-            tensor: The value of the node.
+        """Arranges the value of the node by unit.
 
         Returns:
             ``[units, samples]``. The samples are the examples, times all positions, such as pixels
@@ -59,10 +56,6 @@ class Activation:
 
 def find_activations(traced: TracedModel, hidden: HiddenUnits) -> tuple[Activation, ...]:
     """Finds what the next layers take from each hidden unit: its values after the nonlinearity.
-
-    Args:
-        traced: The model.
-        hidden: Its hidden units.
 
     Returns:
         For each group of units the tensors that a product with weights sums over; if there are

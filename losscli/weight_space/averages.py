@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from losscli.weight_space.vectors import Weights, can_move, flatten_real, pieces
+from losscli.weight_space.vectors import Part, Weights, can_move, divide, flatten_real, pieces
 
 __all__ = ["average"]
 
 # Numbers that are summed before the next ones are read: 128 MiB in float64.
 _GROUP = 1 << 24
-
-_Range = tuple[str, int, int]
-"""A part of a flat tensor: its name, where it starts, and where it stops."""
 
 
 def average(
@@ -53,38 +50,21 @@ def average(
     original = {name: first_of.setdefault(tuple(key), name) for name, key in keys.items()}
     found = {name: found[first] for name, first in original.items()}
     moved = {n: flatten_real(found[n]) for n in first_of.values() if can_move(found[n])}
-    for group in _groups({name: len(flat) for name, flat in moved.items()}):
+    for group in divide({name: len(flat) for name, flat in moved.items()}, _GROUP):
         _average_group(group, points, coefficients, moved)
     return found
 
 
-def _groups(sizes: Mapping[str, int]) -> Iterator[list[_Range]]:
-    """Divides tensors into groups of at most so many numbers."""
-    group: list[_Range] = []
-    free = _GROUP
-    for name, size in sizes.items():
-        start = 0
-        while start < size:
-            stop = min(size, start + free)
-            group.append((name, start, stop))
-            free -= stop - start
-            start = stop
-            if not free:
-                yield group
-                group, free = [], _GROUP
-    yield group
-
-
 def _average_group(
-    group: Iterable[_Range],
+    group: Iterable[Part],
     points: Sequence[Callable[[], Weights]],
     coefficients: Sequence[float] | None,
     found: Mapping[str, Tensor],
 ) -> None:
     """Averages some numbers into ``found``, the flat tensors of the average."""
-    sums: dict[_Range, Tensor] = {}
+    sums: dict[Part, Tensor] = {}
     # The sum of k equal numbers of float32 is exact in float64, but that of float64 is not.
-    first: dict[_Range, Tensor] = {}
+    first: dict[Part, Tensor] = {}
     for k, read in enumerate(points):
         share = 1.0 if coefficients is None else coefficients[k]
         if not share:

@@ -38,14 +38,7 @@ class Axis:
 
 
 def multiply(axes: Sequence[Axis]) -> Axis:
-    """Flattens axes into one.
-
-    Args:
-        axes: The axes, outermost first.
-
-    Returns:
-        Their product.
-    """
+    """Flattens axes, the outermost first, into their product."""
     factors = [f for axis in axes for f in _factors(axis)]
     if len(factors) == 1:
         return factors[0]
@@ -55,14 +48,7 @@ def multiply(axes: Sequence[Axis]) -> Axis:
 
 
 def concatenate(axes: Sequence[Axis]) -> Axis:
-    """Concatenates axes.
-
-    Args:
-        axes: The axes.
-
-    Returns:
-        Their sum.
-    """
+    """Concatenates axes into their sum."""
     terms = [t for axis in axes for t in _terms(axis)]
     if len(terms) == 1:
         return terms[0]
@@ -82,12 +68,7 @@ def pin(axis: Axis) -> None:
 
 
 def tie(a: Axis, b: Axis) -> None:
-    """Ties two axes, so that they are permuted together.
-
-    Args:
-        a: The first axis.
-        b: The second axis, of the same size.
-    """
+    """Ties two axes of the same size, so that they are permuted together."""
     a, b = _find(a), _find(b)
     if a is b:
         return
@@ -101,15 +82,7 @@ def tie(a: Axis, b: Axis) -> None:
 
 
 def cut(axis: Axis, sizes: Sequence[int]) -> list[Axis]:
-    """Cuts an axis into consecutive pieces.
-
-    Args:
-        axis: The axis.
-        sizes: Sizes of the pieces, with the size of the axis as their sum.
-
-    Returns:
-        The pieces.
-    """
+    """Cuts an axis into consecutive pieces of the given sizes, with its own size as their sum."""
     left = _terms(axis)
     pieces = []
     for size in sizes:
@@ -128,11 +101,7 @@ def cut(axis: Axis, sizes: Sequence[int]) -> list[Axis]:
 
 
 def regroup(axes: Sequence[Axis], sizes: Sequence[int]) -> list[Axis]:
-    """Reshapes axes in row-major order.
-
-    Args:
-        axes: The axes.
-        sizes: Sizes of the new axes; their product is that of the old axes.
+    """Reshapes axes in row-major order to the given sizes, which have the same product.
 
     Returns:
         The new axes. If the factors of old and new axes do not match, both are pinned.
@@ -158,14 +127,9 @@ def regroup(axes: Sequence[Axis], sizes: Sequence[int]) -> list[Axis]:
 
 
 def units(axis: Axis) -> Iterator[tuple[Axis, Tensor]]:
-    """Finds the units on an axis that may be permuted.
+    """Yields each leaf on an axis that is not pinned, and the positions of its units on the axis.
 
-    Args:
-        axis: The axis.
-
-    Yields:
-        A leaf that is not pinned, and the positions of each of its units on the axis,
-        ``[units, block]``. A leaf that occurs several times is yielded several times.
+    The positions are ``[units, block]``. A leaf that occurs several times is yielded several times.
     """
     yield from _units(axis, torch.arange(axis.size).unsqueeze(1))
 

@@ -37,13 +37,9 @@ class Profile(NamedTuple):
 
     @classmethod
     def of(cls, losses: Losses) -> Profile:
-        """Describes losses.
+        """Returns the profile of losses, ``[K, P]``.
 
-        Args:
-            losses: ``[K, P]``. A loss that is not finite leaves nothing known at its point.
-
-        Returns:
-            The profile.
+        Where a loss is inf or nan, nothing is known of the point.
         """
         # Overflow, and inf − inf, are answers here.
         with np.errstate(all="ignore"):

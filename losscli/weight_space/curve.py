@@ -69,27 +69,13 @@ def standard_error(values: Losses, weights: Weights | None = None) -> float:
 
 
 def relative(weights: Weights) -> Weights:
-    """Divides weights by their mean.
-
-    Args:
-        weights: The weights of examples, ``[N]``.
-
-    Returns:
-        Weights with mean 1; zeros if all weights are zero.
-    """
+    """Divides the weights of examples, ``[N]``, by their mean; zeros stay zeros."""
     mean = float(weights.mean()) if len(weights) else 0.0
     return weights / mean if mean else weights
 
 
 def lowest(losses: Sequence[float]) -> list[int]:
-    """Finds the points with the lowest finite loss.
-
-    Args:
-        losses: The mean loss at each point, ``[P]``.
-
-    Returns:
-        The indices of all points with this loss, ascending; empty if no loss is finite.
-    """
+    """Returns the indices of all points with the lowest finite loss, ascending; maybe none."""
     minimum = min((loss for loss in losses if math.isfinite(loss)), default=None)
     return [i for i, loss in enumerate(losses) if loss == minimum]
 

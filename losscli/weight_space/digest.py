@@ -23,13 +23,9 @@ _CACHE: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:
-    """Computes a digest of named tensors.
+    """Returns the hexadecimal SHA-256 of the names, dtypes, shapes and values of tensors.
 
-    Args:
-        tensors: Tensors by name, on any device.
-
-    Returns:
-        The hexadecimal SHA-256 of names, dtypes, shapes and values, independent of their order.
+    It depends neither on the order of the tensors nor on their device.
     """
     digests = {name: _cached(tensor) for name, tensor in tensors.items()}
     new = [name for name, cached in digests.items() if cached is None]

@@ -48,16 +48,7 @@ class Matching:
 
 
 def inner_product(a: Weights, b: Weights, names: Sequence[str]) -> float:
-    """Computes ⟨A, B⟩ in float64.
-
-    Args:
-        a: The first point.
-        b: The second point.
-        names: Names of the tensors to use.
-
-    Returns:
-        The inner product.
-    """
+    """Computes ⟨A, B⟩ over the named tensors in float64."""
     return math.fsum(float(x.dot(y)) for name in names for x, y in pieces(a[name], b[name]))
 
 
@@ -130,11 +121,7 @@ def match_units(correlations: Tensor, dead_a: Tensor, dead_b: Tensor) -> Tensor:
 
 
 def _similarity(a: Weights, b: Weights, group: Group, names: Sequence[str]) -> Tensor:
-    """Computes the inner product of each unit of A with each unit of B.
-
-    Returns:
-        ``[units, units]`` in float64; rows are units of A.
-    """
+    """Returns ⟨unit of A, unit of B⟩ for all pairs, ``[units, units]``, in float64."""
     total = torch.zeros(group.size, group.size, dtype=torch.float64)
     for member in group.members:
         if member.name not in names:

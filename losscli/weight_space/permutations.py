@@ -87,14 +87,7 @@ class HiddenUnits:
     leaves: Mapping[Axis, int]
 
     def on(self, node: Node) -> list[UnitAxis]:
-        """Finds the units on the axes of a tensor of the graph.
-
-        Args:
-            node: The node with the tensor as its value.
-
-        Returns:
-            Their places, for each axis and group; none if the value is not one tensor.
-        """
+        """Returns the places of units on each axis of a node's value, if that is one tensor."""
         axes = self.labels.get(node)
         return [
             UnitAxis(self.leaves[leaf], i, positions)
@@ -120,22 +113,12 @@ class UnitAxis:
 
 
 def hidden_units(traced: TracedModel) -> HiddenUnits:
-    """Finds the hidden units of a model that may be permuted.
-
-    Args:
-        traced: The model.
-
-    Returns:
-        Its hidden units.
-    """
+    """Finds the hidden units of a model that may be permuted."""
     return _label(traced, Labels())
 
 
 def obstacles(traced: TracedModel) -> tuple[str, ...]:
     """Lists the reasons why a model has no groups of units that may be permuted.
-
-    Args:
-        traced: The model.
 
     Returns:
         Operators that may depend on the order of units, and constants that prevent permutations.

@@ -83,17 +83,10 @@ def scaled(
 
 
 def find_layers(traced: TracedModel, hidden: HiddenUnits) -> tuple[Layer, ...]:
-    """Finds the layers with hidden units, from the input on.
+    """Returns the layers with hidden units, in the order in which they run.
 
     They are linear layers, convolutions and BatchNorm. A layer followed by nothing but BatchNorm is
     left out, because the preactivations are then those of BatchNorm.
-
-    Args:
-        traced: The model.
-        hidden: Its hidden units.
-
-    Returns:
-        The layers, in the order in which they run.
 
     Raises:
         ModelError: A layer has no weight and bias of its own.

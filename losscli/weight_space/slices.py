@@ -7,14 +7,14 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Literal, Protocol, Self
+from typing import ClassVar, Literal, Protocol, Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from losscli.errors import CheckpointError, UsageError
-from losscli.weight_space.vectors import Weights, distance, equal, norm, pieces, working_type
+from losscli.weight_space.vectors import Weights, distance, norm, pieces, working_type
 
 __all__ = [
     "Line",
@@ -25,7 +25,6 @@ __all__ = [
     "Triangle",
     "check_point_count",
     "grid",
-    "midpoint",
     "path_coefficients",
     "point_between",
 ]
@@ -92,16 +91,12 @@ class Line:
 
     a: Weights
     b: Weights
+    barycentric: ClassVar = True
 
     @property
     def ends(self) -> tuple[Weights, Weights]:
         """A and B."""
         return self.a, self.b
-
-    @property
-    def barycentric(self) -> bool:
-        """Always True: the coefficients are 1 − α and α."""
-        return True
 
     def combine(
         self, values: Sequence[Tensor], coordinates: Sequence[float], out: Tensor | None = None
@@ -139,6 +134,7 @@ class Triangle:
     c: Weights
     corner_b: float
     corner_c: tuple[float, float]
+    barycentric: ClassVar = True
 
     @classmethod
     def through(
@@ -197,11 +193,6 @@ class Triangle:
     def ends(self) -> tuple[Weights, Weights, Weights]:
         """A, B and C."""
         return self.a, self.b, self.c
-
-    @property
-    def barycentric(self) -> bool:
-        """Always True: the coefficients are the barycentric coordinates."""
-        return True
 
     def combine(
         self, values: Sequence[Tensor], coordinates: Sequence[float], out: Tensor | None = None
@@ -280,16 +271,12 @@ class Span:
     origin: Weights
     first: Weights
     second: Weights
+    barycentric: ClassVar = False
 
     @property
     def ends(self) -> tuple[Weights, Weights, Weights]:
         """O, u and v."""
         return self.origin, self.first, self.second
-
-    @property
-    def barycentric(self) -> bool:
-        """Always False: the coefficients are 1, x and y."""
-        return False
 
     def combine(
         self, values: Sequence[Tensor], coordinates: Sequence[float], out: Tensor | None = None
@@ -355,11 +342,7 @@ class Path:
 
     kind: PathKind
     ends: tuple[Weights, ...]
-
-    @property
-    def barycentric(self) -> bool:
-        """Always True, see `path_coefficients`."""
-        return True
+    barycentric: ClassVar = True
 
     def combine(
         self, values: Sequence[Tensor], coordinates: Sequence[float], out: Tensor | None = None
@@ -427,34 +410,17 @@ def path_coefficients(kind: PathKind, number: int, t: float) -> list[float]:
     return coefficients
 
 
-def midpoint(a: Weights, b: Weights, names: Iterable[str]) -> Weights:
-    """Returns the midpoint of two points.
-
-    Args:
-        a: All tensors of the first point.
-        b: All tensors of the second point.
-        names: The tensors that move; the others are taken from ``a``.
-
-    Returns:
-        All tensors of the midpoint.
-    """
-    return point_between(a, b, names, 0.5)
-
-
 def point_between(a: Weights, b: Weights, names: Iterable[str], alpha: float) -> Weights:
-    """Returns a point of the line through two points.
+    """Returns all tensors of a point of the line through two points.
 
     Args:
         a: All tensors of the first point.
         b: All tensors of the second point.
         names: The tensors that move; the others are taken from ``a``.
         alpha: The point, 0 for ``a`` and 1 for ``b``.
-
-    Returns:
-        All tensors of the point.
     """
     line = Line({}, {})
-    dtypes = {n: working_type(a[n], b[n]) for n in names if not equal(a[n], b[n])}
+    dtypes = {n: working_type(a[n], b[n]) for n in names if not torch.equal(a[n], b[n])}
     return {**a} | {n: line.combine([a[n].to(t), b[n].to(t)], (alpha,)) for n, t in dtypes.items()}
 
 
@@ -498,12 +464,7 @@ def grid(points: int, low: float, high: float, *, include: Sequence[float] = ())
 
 
 def check_point_count(option: str, value: int, points: int) -> None:
-    """Checks that a table has at most ten million points.
-
-    Args:
-        option: The option that determines the number of points, for the error message.
-        value: Value of the option.
-        points: Number of points of the table.
+    """Checks that ``option`` with a value gives a table of at most ten million points.
 
     Raises:
         UsageError: The table has too many points.

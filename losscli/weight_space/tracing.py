@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves, tree_unflatten
 from losscli.errors import ModelError
 from losscli.weight_space.vectors import Weights
 
-__all__ = ["TracedModel", "trace"]
+__all__ = ["TracedModel", "silence", "trace"]
 
 # The name of the model in the module that is traced.
 _PREFIX = "model."
@@ -77,7 +77,7 @@ class TracedModel:
         kwargs: Mapping[str, Any],
         visit: Callable[[Node, Any], Any] | None = None,
     ) -> Any:
-        """Runs the graph.
+        """Returns what the model returns, or its ``logits``.
 
         Args:
             weights: The tensors of the model by the names of its state dict, in the type and on the
@@ -85,9 +85,6 @@ class TracedModel:
             args: Positional inputs of the shapes that it was traced with.
             kwargs: Keyword inputs in the order that it was traced with.
             visit: Called with each operator and its value; returns the value to continue with.
-
-        Returns:
-            What the model returns, or its ``logits``.
         """
         signature = self.program.graph_signature
         specs = {spec.arg.name: spec for spec in signature.input_specs}
@@ -131,15 +128,9 @@ class TracedModel:
 def trace(
     model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None = None
 ) -> TracedModel:
-    """Traces a model.
+    """Returns the graph of a model for inputs of the shapes of a small batch.
 
-    Args:
-        model: The model, in eval mode. Tracing may modify it.
-        args: A small batch of positional inputs.
-        kwargs: Keyword inputs.
-
-    Returns:
-        Its graph for inputs of these shapes.
+    The model is in eval mode, and tracing may modify it.
 
     Raises:
         ModelError: The model cannot be traced.
@@ -167,7 +158,7 @@ def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     fused = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with torch.no_grad(), _silence():
+        with torch.no_grad(), silence():
             program = export(model.eval(), args, kwargs, strict=False)
             table = _decompositions(tuple(torch.ops))
             lowered: ExportedProgram = program.run_decompositions(dict(table))
@@ -197,8 +188,8 @@ def _decompositions(_namespaces: tuple[str, ...]) -> Mapping[Any, Callable[..., 
 
 
 @contextmanager
-def _silence() -> Iterator[None]:
-    """Suppresses the warnings and log messages of torch.export; exceptions propagate."""
+def silence() -> Iterator[None]:
+    """Suppresses warnings and messages of torch.export, which logs the errors that it raises."""
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:

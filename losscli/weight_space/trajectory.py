@@ -7,7 +7,7 @@ three of them are in use.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -19,9 +19,11 @@ from torch import Tensor
 from losscli.errors import CheckpointError, UsageError
 from losscli.weight_space.slices import Line
 from losscli.weight_space.vectors import (
+    Part,
     Weights,
     dimension,
     distance,
+    divide,
     flatten_real,
     norm,
     pieces,
@@ -34,7 +36,6 @@ Opener = Callable[[int], Weights]
 """Opens the checkpoint of a step, for example by mapping its file into memory."""
 
 _Matrix = NDArray[np.float64]
-_Block = list[tuple[str, int, int]]
 
 # Relative rounding error of a sum of many float64 numbers.
 _ROUNDING = 2.0**-43
@@ -374,9 +375,13 @@ def principal_axes(
         UsageError: There are fewer than three checkpoints, all are equal, or all are on a line.
     """
     _require_three(count)
-    axes = _empty(open_(count - 1), [*names, *along], dtype)
+    zeros = _zeros(open_(count - 1), [*names, *along], dtype)
+    axes = zeros, {name: tensor.clone() for name, tensor in zeros.items()}
     width = max(1, _BLOCK_BYTES // (8 * count))
-    blocks, others = (list(_blocks(axes[0], some, width)) for some in (names, along))
+    blocks, others = (
+        list(divide({name: dimension(axes[0], [name]) for name in some}, width))
+        for some in (names, along)
+    )
     gram = torch.zeros(count, count, dtype=torch.float64)
     noise = 0.0
     for block in blocks:
@@ -401,7 +406,8 @@ def principal_axes(
     ])
     for block in (*blocks, *others):
         rows, _ = _centred(open_, count, block)
-        _scatter(shares @ rows, block, axes)
+        for row, axis in zip(shares @ rows, axes, strict=True):
+            _scatter(row, block, axis)
     for axis in axes:
         # An axis with a small share of the variance comes with a large error in its length.
         length = norm(axis, names)
@@ -411,46 +417,16 @@ def principal_axes(
     return axes, tuple(max(0.0, v) / total for v in variances.flip(0).tolist())
 
 
-def _empty(
-    weights: Weights, names: Sequence[str], min_dtype: torch.dtype
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Allocates two directions."""
-    first, second = (
-        {
-            name: torch.zeros(
-                weights[name].shape,
-                dtype=torch.promote_types(working_type(weights[name]), min_dtype),
-            )
-            for name in names
-        }
-        for _ in range(2)
-    )
-    return first, second
+def _zeros(weights: Weights, names: Sequence[str], min_dtype: torch.dtype) -> dict[str, Tensor]:
+    dtypes = {n: torch.promote_types(working_type(weights[n]), min_dtype) for n in names}
+    return {name: torch.zeros(weights[name].shape, dtype=dtype) for name, dtype in dtypes.items()}
 
 
-def _blocks(weights: Weights, names: Sequence[str], width: int) -> Iterator[_Block]:
-    """Divides weights into blocks of a given width, each a list of slices of flat tensors."""
-    block: _Block = []
-    room = width
-    for name in names:
-        size, start = dimension(weights, [name]), 0
-        while start < size:
-            stop = min(start + room, size)
-            block.append((name, start, stop))
-            room -= stop - start
-            start = stop
-            if not room:
-                yield block
-                block, room = [], width
-    if block:
-        yield block
-
-
-def _centred(open_: Opener, count: int, block: _Block) -> tuple[Tensor, Tensor]:
+def _centred(open_: Opener, count: int, block: Sequence[Part]) -> tuple[Tensor, Tensor]:
     """Returns a block of all checkpoints minus its mean, and the block of the last checkpoint."""
     rows = torch.empty(count, sum(stop - start for _, start, stop in block), dtype=torch.float64)
     for t in range(count):
-        _gather(open_(t), block, rows[t])
+        rows[t] = _gather(open_(t), block)  # without a name that keeps the checkpoint open
         _require_finite(float(rows[t].sum()), t)
     last = rows[-1].clone()
     # Subtracting the last checkpoint first keeps the rounding error of the mean small.
@@ -459,30 +435,24 @@ def _centred(open_: Opener, count: int, block: _Block) -> tuple[Tensor, Tensor]:
     return rows, last
 
 
-def _noise(rows: Tensor, last: Tensor, block: _Block, like: Weights) -> float:
+def _noise(rows: Tensor, last: Tensor, block: Sequence[Part], like: Weights) -> float:
     """Returns the variance that rounding to the storage dtype may add to weights that move."""
-    total, offset = 0.0, 0
-    for name, start, stop in block:
-        part = slice(offset, offset + stop - start)
-        moving = last[part] * rows[:, part].any(dim=0)
-        total += _rounding(like[name]) ** 2 * float(moving.dot(moving))
-        offset = part.stop
+    total = 0.0
+    moving = last * rows.any(dim=0)
+    parts = torch.split(moving, [stop - start for _, start, stop in block])
+    for (name, _, _), part in zip(block, parts, strict=True):
+        total += _rounding(like[name]) ** 2 * float(part.dot(part))
     return total
 
 
-def _gather(weights: Weights, block: _Block, row: Tensor) -> None:
-    offset = 0
-    for name, start, stop in block:
-        row[offset : offset + stop - start] = flatten_real(weights[name])[start:stop]
-        offset += stop - start
+def _gather(weights: Weights, block: Sequence[Part]) -> Tensor:
+    return torch.cat([flatten_real(weights[name])[start:stop] for name, start, stop in block])
 
 
-def _scatter(rows: Tensor, block: _Block, axes: Sequence[Weights]) -> None:
-    offset = 0
-    for name, start, stop in block:
-        for row, axis in zip(rows, axes, strict=True):
-            flatten_real(axis[name])[start:stop] = row[offset : offset + stop - start]
-        offset += stop - start
+def _scatter(row: Tensor, block: Sequence[Part], axis: Weights) -> None:
+    parts = torch.split(row, [stop - start for _, start, stop in block])
+    for (name, start, stop), part in zip(block, parts, strict=True):
+        flatten_real(axis[name])[start:stop] = part
 
 
 def _signed(scores: Tensor, *, start: bool) -> Tensor:

@@ -16,13 +16,15 @@ from torch import Tensor
 from losscli.errors import UsageError
 
 __all__ = [
+    "Part",
     "Weights",
     "can_move",
     "cosine",
     "dimension",
     "distance",
-    "equal",
+    "divide",
     "flatten_real",
+    "identical",
     "known_buffers",
     "mismatches",
     "norm",
@@ -36,33 +38,21 @@ __all__ = [
 
 Weights = Mapping[str, Tensor]
 
+Part = tuple[str, int, int]
+"""A part of a vector: its name, where it starts, and where it stops."""
+
 _PIECE = 1 << 20
 
 _NARROW = {torch.float64: torch.float32, torch.complex128: torch.complex64}
 
 
 def can_move(tensor: Tensor) -> bool:
-    """Returns whether a tensor can move along a line.
-
-    Args:
-        tensor: The tensor.
-
-    Returns:
-        Whether its values are real or complex floating-point numbers.
-    """
+    """Returns whether a tensor can move along a line: real or complex floating-point numbers."""
     return tensor.is_floating_point() or tensor.is_complex()
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """Moves a tensor to a device.
-
-    Args:
-        tensor: The tensor.
-        device: The device.
-
-    Returns:
-        The tensor there. On MPS, which has no float64, such numbers are rounded to float32 first.
-    """
+    """Moves a tensor to a device; MPS, which has no float64, takes such numbers as float32."""
     if device.type == "mps":
         tensor = tensor.to(_NARROW.get(tensor.dtype, tensor.dtype))
     return tensor.to(device)
@@ -70,9 +60,6 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
 
 def flatten_real(tensor: Tensor) -> Tensor:
     """Flattens a tensor into a real vector.
-
-    Args:
-        tensor: The tensor.
 
     Returns:
         The values, ``[n]``, or the real and imaginary parts of complex values, ``[2n]``. A view
@@ -84,57 +71,47 @@ def flatten_real(tensor: Tensor) -> Tensor:
 
 
 def unflatten(vector: Tensor, like: Weights, names: Iterable[str]) -> dict[str, Tensor]:
-    """Splits a vector into real tensors: the reverse of flattening and concatenating them.
-
-    Args:
-        vector: The vector, ``[n]``.
-        like: Tensors with the names and shapes of the parts.
-        names: The names of the parts, in their order.
-
-    Returns:
-        The parts, as views.
-    """
+    """Splits a vector, ``[n]``, into views with the shapes of the named tensors, in their order."""
     names = list(names)
     parts = torch.split(vector, [like[name].numel() for name in names])
     return {name: part.view(like[name].shape) for name, part in zip(names, parts, strict=True)}
 
 
 def dimension(weights: Weights, names: Iterable[str]) -> int:
-    """Counts the real numbers in tensors: two for each complex number.
-
-    Args:
-        weights: The tensors.
-        names: Names of the tensors to count.
-
-    Returns:
-        The dimension of their vector space.
-    """
+    """Counts the real numbers in the named tensors: two for each complex number."""
     return sum(weights[n].numel() * (2 if weights[n].is_complex() else 1) for n in names)
 
 
-def pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Iterates over tensors piece by piece, for sums in float64.
+def divide(sizes: Mapping[str, int], width: int) -> Iterator[list[Part]]:
+    """Yields consecutive blocks of vectors with ``width`` values; the last one may have fewer.
 
-    Args:
-        *tensors: Tensors of the same shape.
-
-    Yields:
-        The same piece of each tensor, flattened, in float64.
+    ``sizes`` are the sizes of the vectors by their names.
     """
+    block: list[Part] = []
+    free = width
+    for name, size in sizes.items():
+        start = 0
+        while start < size:
+            stop = min(size, start + free)
+            block.append((name, start, stop))
+            free -= stop - start
+            start = stop
+            if not free:
+                yield block
+                block, free = [], width
+    if block:
+        yield block
+
+
+def pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Yields the same piece of each of several tensors of one shape, flattened, in float64."""
     flat = [flatten_real(tensor) for tensor in tensors]
     for start in range(0, flat[0].numel(), _PIECE):
         yield tuple(t[start : start + _PIECE].to(torch.float64) for t in flat)
 
 
 def working_type(*tensors: Tensor) -> torch.dtype:
-    """Returns the dtype for points between tensors.
-
-    Args:
-        *tensors: Tensors of any floating-point or complex dtype.
-
-    Returns:
-        The promoted dtype of the tensors, at least float32 or complex64.
-    """
+    """Returns the promoted dtype of tensors, at least float32 or complex64."""
     dtype = torch.float32
     for tensor in tensors:
         dtype = torch.promote_types(dtype, tensor.dtype)
@@ -142,15 +119,7 @@ def working_type(*tensors: Tensor) -> torch.dtype:
 
 
 def norm(weights: Weights, names: Iterable[str] | None = None) -> float:
-    """Computes the Euclidean norm over all tensors together.
-
-    Args:
-        weights: The tensors.
-        names: Names of the tensors to use; all by default.
-
-    Returns:
-        ‖θ‖.
-    """
+    """Computes the Euclidean norm ‖θ‖ over the named tensors together; all by default."""
     total = 0.0
     for name in weights if names is None else names:
         for (x,) in pieces(weights[name]):
@@ -159,16 +128,7 @@ def norm(weights: Weights, names: Iterable[str] | None = None) -> float:
 
 
 def distance(a: Weights, b: Weights, names: Iterable[str] | None = None) -> float:
-    """Computes the Euclidean distance between two points in weight space.
-
-    Args:
-        a: The first point.
-        b: The second point, with the same names and shapes.
-        names: Names of the tensors to use; all tensors of ``a`` by default.
-
-    Returns:
-        ‖b − a‖.
-    """
+    """Computes the Euclidean distance ‖b − a‖ over the named tensors; all of ``a`` by default."""
     total = 0.0
     for name in a if names is None else names:
         for x, y in pieces(a[name], b[name]):
@@ -177,40 +137,20 @@ def distance(a: Weights, b: Weights, names: Iterable[str] | None = None) -> floa
     return math.sqrt(total)
 
 
-def equal(a: Tensor, b: Tensor) -> bool:
-    """Returns whether two tensors have equal shapes and values.
-
-    Args:
-        a: The first tensor.
-        b: The second tensor.
-
-    Returns:
-        Whether they are equal.
-    """
-    return torch.equal(a, b)
+def identical(a: Tensor, b: Tensor) -> bool:
+    """Returns whether two tensors have the same dtype, shape and values."""
+    return a.dtype == b.dtype and torch.equal(a, b)
 
 
 def cosine(a: Tensor, b: Tensor) -> float:
-    """Computes the cosine of the angle between two flattened tensors.
-
-    Args:
-        a: The first tensor.
-        b: The second tensor, of the same shape.
-
-    Returns:
-        ⟨a, b⟩ / (‖a‖ ‖b‖); nan where one of them is zero.
-    """
+    """Computes ⟨a, b⟩ / (‖a‖ ‖b‖) of two tensors of one shape; nan where one of them is zero."""
     product = sum(float(x.dot(y)) for x, y in pieces(a, b))
     lengths = norm({"": a}) * norm({"": b})
     return product / lengths if lengths else math.nan
 
 
 def mismatches(found: Weights, expected: Weights) -> list[str]:
-    """Describes the differences in names, shapes and kinds between two sets of tensors.
-
-    Args:
-        found: The available tensors.
-        expected: The required tensors.
+    """Describes the differences between available and required tensors.
 
     Returns:
         One phrase per name that is missing, unexpected, or has another shape or kind of number
@@ -234,15 +174,9 @@ def mismatches(found: Weights, expected: Weights) -> list[str]:
 
 
 def select_names(names: Iterable[str], only: Iterable[str], excluded: Iterable[str]) -> list[str]:
-    """Selects names by shell patterns.
+    """Returns the names that match one of the shell patterns ``only`` and none of ``excluded``.
 
-    Args:
-        names: The names.
-        only: A name must match one of these patterns; no patterns select all names.
-        excluded: A name must match none of these patterns.
-
-    Returns:
-        The selected names, in their order.
+    If there are no patterns ``only``, all names match.
 
     Raises:
         UsageError: A pattern matches no name, or no name is left.
@@ -271,9 +205,6 @@ def known_buffers(names: Iterable[str]) -> list[str]:
     A file does not say which of its tensors are parameters. Recognised are the running statistics
     of BatchNorm, the vectors of spectral normalisation, and the masks of pruning.
 
-    Args:
-        names: The names of a state dict.
-
     Returns:
         The names of buffers, in their order.
     """
@@ -293,14 +224,7 @@ def known_buffers(names: Iterable[str]) -> list[str]:
 
 
 def number_kind(tensor: Tensor) -> tuple[bool, bool]:
-    """Returns the kind of numbers in a tensor.
-
-    Args:
-        tensor: The tensor.
-
-    Returns:
-        Whether they are floating-point, and whether they are complex; both False for integers.
-    """
+    """Returns whether numbers are floating-point, and whether they are complex."""
     return tensor.is_floating_point(), tensor.is_complex()
 
 

@@ -588,7 +588,7 @@ def change(folder: Path, **values: Any) -> None:
         ({"r": 0}, "r is 0, which is not a rank"),
         ({"r": "2"}, "r is '2', which is not a rank"),
         ({"rank_pattern": {"layers.0": True}}, "layers.0 is True, which is not a rank"),
-        ({"rank_pattern": [1]}, "its patterns are no JSON objects"),
+        ({"rank_pattern": [1]}, "its patterns are not JSON objects"),
         ({"lora_alpha": None}, "lora_alpha is None, which is not a factor"),
         ({"lora_alpha": float("nan")}, "lora_alpha is nan, which is not a factor"),
         ({"alpha_pattern": {"(": 1}}, "'(' is not a regular expression"),
@@ -622,11 +622,17 @@ def test_tensors_that_no_rule_explains_are_refused(tmp_path: Path) -> None:
     own = load_file(file)
     a = "base_model.model.layers.0.lora_A.weight"
     for more, told in (
-        ({"base_model.model.layers.0.lora_magnitude_vector": torch.ones(3)}, "of no plain LoRA"),
+        (
+            {"base_model.model.layers.0.lora_magnitude_vector": torch.ones(3)},
+            "not a tensor of plain LoRA",
+        ),
         ({a: torch.ones(2)}, r"lora_A\.weight \[2\] is not a factor"),
         ({a: torch.ones(5, 4)}, r"says that the rank of layers\.0 is 2, and .* of rank 5"),
         ({a: torch.ones(2, 9)}, r"changes layers\.0\.weight \[3, 9\], and its base has it as"),
-        ({"base_model.model.x.lora_B.weight": torch.ones(2, 2)}, "x has one factor of two"),
+        (
+            {"base_model.model.x.lora_B.weight": torch.ones(2, 2)},
+            "x has only one of its two factors",
+        ),
         ({"base_model.model.x.weight": torch.ones(2, 2)}, r"changes x\.weight \[2, 2\]"),
     ):
         save_file({**own, **more}, file)
@@ -660,7 +666,7 @@ def test_a_tied_tensor_that_is_changed_in_two_ways_is_refused(tmp_path: Path) ->
     ],
     ids=["wte", "wte saved", "lm_head saved"],
 )
-def test_one_name_of_a_tied_tensor_alone_is_not_changed(
+def test_changing_only_one_name_of_a_tied_tensor_is_refused(
     config: dict[str, Any], tmp_path: Path, losscli: Losscli, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -682,12 +688,12 @@ def test_one_name_of_a_tied_tensor_alone_is_not_changed(
             assert (done_too.status, done_too.stdout, done_too.stderr.count("\n")) == (1, "", 1)
             assert (
                 "the adapter adapter changes lm_head.weight, and its base has "
-                "transformer.wte.weight alone, to which the model ties it. Save the base untied"
+                "only transformer.wte.weight, to which the model ties it. Save the base untied"
             ) in done_too.stderr
         assert not list(tmp_path.glob("x*"))
     assert (
-        f"{changed} and {other} are one tensor in the model, and the adapter changes {changed} "
-        "alone. Save the base untied (tie_word_embeddings=false, both tensors in its file), merge"
+        f"{changed} and {other} are one tensor in the model, and the adapter changes only "
+        f"{changed}. Save the base untied (tie_word_embeddings=false, both tensors in its file)"
     ) in done.stderr
 
 

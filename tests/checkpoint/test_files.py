@@ -28,7 +28,7 @@ from safetensors.torch import save_file, save_model
 from torch import Tensor, nn
 
 from losscli.checkpoint import SUFFIXES, Checkpoint, read, save, tied_names
-from losscli.errors import CheckpointError, MismatchError, OutputError
+from losscli.errors import CheckpointError, MismatchError, OutputError, UsageError
 from losscli.models import CNN, MLP
 from losscli.weight_space.vectors import Weights
 from tests.conftest import SAFETENSORS_HAS_COMPLEX
@@ -807,8 +807,8 @@ def test_what_cannot_be_saved_leaves_nothing_behind(tmp_path: Path) -> None:
         assert "\n" not in str(caught.value)
         assert sorted(tmp_path.rglob("*")) == before
         assert (tmp_path / "file").read_text() == "mine"
-    with pytest.raises(OutputError, match=r"is a folder\. Name a file"):
-        save(state(), {}, Path("/"))
+    with pytest.raises(UsageError, match=r"'/' is a folder\. Give folder/name"):
+        Checkpoint("c", state(), {}).save("/")
 
 
 def test_an_interrupted_save_leaves_the_old_file_and_nothing_else(

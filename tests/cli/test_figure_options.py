@@ -63,7 +63,10 @@ def test_options_that_all_csvs_share_are_used(losscli: Losscli, folder: Path) ->
     drawn: list[Any] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("losscli.cli.plot.draw", lambda runs, drawing: drawn.append((runs, drawing)))
-        patch.setattr("losscli.results.result.render_files", lambda figure, *_: figure() or {})
+        patch.setattr(
+            "losscli.results.result.Output.render",
+            lambda _output, runs, draw, drawing, *_: draw(runs, drawing) or {},
+        )
         losscli("plot", "x.csv", "y.csv")
         losscli("plot", "x.csv", "y.csv", "--label=p", "--label=q", "--log")
     (runs, plain), (labelled, given) = drawn

@@ -159,8 +159,8 @@ def test_relative_names_are_relative_to_the_folder_given(
 @pytest.mark.parametrize(
     ("arrays", "message"),
     [
-        ({"train_inputs": X}, "the split 'train' has inputs alone. Add train_targets"),
-        ({"targets": Y}, "the split 'data' has targets alone. Add inputs"),
+        ({"train_inputs": X}, "the split 'train' has only inputs. Add train_targets"),
+        ({"targets": Y}, "the split 'data' has only targets. Add inputs"),
         ({"inputs": X, "targets": Y, "weights": X}, "the array 'weights' is not recognised. Name"),
         ({"train_x": X, "train_y": Y}, "the array 'train_x' is not recognised. Name the arrays"),
         ({"inputs": X, "targets": Y[:5]}, "split 'data': 13 inputs for 5 targets. Give one target"),
@@ -293,7 +293,7 @@ def test_an_array_with_a_pickle_in_it_is_refused_and_not_run(tmp_path: Path) -> 
     for inputs, targets in ((objects, np.arange(3)), (np.zeros(3), objects)):
         path = savez(tmp_path / "a.npz", inputs=inputs, targets=targets)
         message = refusal(partial(load, f"npz:{path}", trusted=False))
-        assert message.endswith("Write it with numpy.savez, arrays of numbers alone")
+        assert message.endswith("Write it with numpy.savez, with arrays of numbers only")
     # The archive itself replaced by a pickle.
     with (tmp_path / "b.npz").open("wb") as file:
         np.save(file, objects, allow_pickle=True)
@@ -376,11 +376,11 @@ GOOD = {"t10k-images-idx3-ubyte": idx(IMAGES), "t10k-labels-idx1-ubyte": idx(LAB
         ({"images": idx(IMAGES)}, "contains no IDX files"),
         (
             {"train-images-idx3-ubyte": idx(IMAGES)},
-            "the split 'train' has images alone. Add train-labels-idx1-ubyte, or its .gz",
+            "the split 'train' has only images. Add train-labels-idx1-ubyte, or its .gz",
         ),
         (
             {**GOOD, "train-labels-idx1-ubyte.gz": idx(LABELS)},
-            "the split 'train' has labels alone. Add train-images-idx3-ubyte",
+            "the split 'train' has only labels. Add train-images-idx3-ubyte",
         ),
         (
             {**GOOD, "t10k-images-idx3-ubyte": idx(LABELS)},

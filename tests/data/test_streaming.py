@@ -42,7 +42,7 @@ from torch.utils.data import (
 )
 
 import losscli
-from losscli.data import DataSet, Split, from_object, leaves
+from losscli.data import Batching, DataSet, Split, from_object, leaves
 from losscli.data import iterable as flow_
 from losscli.data import objects as objects_
 from losscli.data import stream as stream_
@@ -1111,3 +1111,21 @@ def test_a_mean_over_targets_of_different_lengths_is_refused_and_one_over_sequen
     own = [F.cross_entropy(F.linear(x, *states[0].values()), y).item() for x, y in iter(Ragged())]
     alpha = found.table["alpha"].index(0)
     assert found.table["loss"][alpha] == pytest.approx(sum(own) / len(own), rel=1e-6)
+
+
+# Parts of different lengths are no examples, so that each batch is kept as a whole.
+PHYSICS = [{"inside": torch.rand(5, 2), "edge": torch.rand(3)} for _ in range(3)]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("form", ["a data set", "an iterable"])
+def test_an_objective_receives_the_batches_of_a_loader_unchanged(form: str, workers: int) -> None:
+    rows = (Rows if form == "a data set" else Coming)(PHYSICS.__getitem__, len(PHYSICS))
+    batches = DataLoader(rows, batch_size=None, num_workers=workers)
+    data = from_object(batches, "here", batching=Batching(None), whole=True)
+    received = [
+        data.prepare_batch(batch, torch.float32) for batch in data.splits["data"].batches(1)
+    ]
+    assert [list(batch) for batch in received] == [["inside", "edge"]] * 3
+    for batch, expected in zip(received, PHYSICS, strict=True):
+        assert all(torch.equal(batch[name], expected[name]) for name in expected)

@@ -407,7 +407,7 @@ def test_one_inspection_cannot_be_laid_over_another() -> None:
     assert {"How far it went", "A  runs/init.safetensors      B  runs/final.safetensors"} <= set(
         texts(titled)
     )
-    with pytest.raises(UsageError, match="one inspection"):
+    with pytest.raises(UsageError, match="inspections cannot be overlaid"):
         draw([run, run])
 
 

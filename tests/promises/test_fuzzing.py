@@ -478,7 +478,7 @@ def test_no_part_that_torch_reads_is_larger_than_its_file(losscli: Losscli, tmp_
                     if program:
                         archive.writestr("archive/constants.pkl", b"")
                 told = refused(losscli, tmp_path / "a.pt", out.getvalue())
-                assert f"'archive/{spelled}' is compressed, as torch writes none" in told
+                assert f"'archive/{spelled}' is compressed, which torch never does" in told
 
 
 def test_an_archive_that_resembles_a_program_is_checked(losscli: Losscli, tmp_path: Path) -> None:
@@ -669,7 +669,7 @@ def test_an_archive_that_declares_more_than_it_contains_is_refused(
             archive.writestr(name, content)
     done = losscli("inspect", tmp_path / "b.pt")
     assert done.status == 1
-    assert "is compressed, as torch writes none" in done.stderr
+    assert "is compressed, which torch never does" in done.stderr
 
 
 def test_a_model_that_does_not_fit_into_memory_is_refused_if_a_file_names_it(

@@ -530,7 +530,7 @@ BAD = {
     "no targets": (f"{LINE} --objective mine.py:residual --metric accuracy", "inputs, targets"),
     "normalised": (
         f"{LINE} -d mine.py:data,mean=0.5 --objective mine.py:residual",
-        "mean= is of the inputs, and an objective takes whole batches",
+        "mean= is for the inputs, and an objective takes whole batches",
     ),
     "without a gradient": (f"check a.pt {OPTIONS} --objective mine.py:cut", "no gradient reaches"),
     "gauss-newton": (

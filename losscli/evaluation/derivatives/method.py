@@ -32,7 +32,6 @@ from losscli.evaluation.finite_differences import (
     unverified,
 )
 from losscli.evaluation.precision import in_float64, narrowest_type
-from losscli.weight_space.slices import Line
 from losscli.weight_space.vectors import Weights, distance, norm
 
 __all__ = ["choose_method"]
@@ -139,8 +138,7 @@ class _DifferenceTest:
         if precise is None or precise is objective:
             restore = {name: objective.tensors[name].detach().clone() for name in line.a}
         else:
-            a, b = ({name: t.double() for name, t in end.items()} for end in line.ends)
-            derivatives = LineDerivatives(precise, Line(a, b))
+            derivatives = LineDerivatives(precise, line)
         return cls(derivatives, points, sample, unit, restore)
 
     def judge(self, method: Method) -> tuple[str, str]:

@@ -27,6 +27,7 @@ from losscli.evaluation.hessian.lanczos import LanczosSearch
 from losscli.evaluation.memory import halve_batch
 from losscli.evaluation.objective import AGREEMENT, Objective, Progress, is_close
 from losscli.weight_space.vectors import Weights, unflatten
+from losscli.wording import list_first
 
 __all__ = ["DENSE_LIMIT", "PRODUCT_LIMIT", "ROWS_PER_PASS", "Curvature"]
 
@@ -511,11 +512,9 @@ class Curvature:
         if before.weights is not None:
             changed = changed[:, before.weights != 0]
         if 2 * int(changed.sum()) > changed.numel():
-            names = list(own)
-            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
             raise ModelError(
-                f"the loss depends on {', '.join(names[:3])}{more}, but no gradient reaches them: "
-                "the model detaches them, or folds them into others in eval mode",
+                f"the loss depends on {list_first([*own], 3)}, but no gradient reaches them: the "
+                "model detaches them, or folds them into others in eval mode",
                 "Leave them out with --except, or let the model's forward use them",
             )
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -33,6 +34,8 @@ __all__ = ["check_derivatives", "float64_copy"]
 
 # Distance from the point at which derivatives are compared, as a share of its norm.
 _OFFSET = 0.01
+
+_Step = tuple[str, Weights, Weights, Tensor]
 
 
 def float64_copy(objective: Objective) -> Objective | None:
@@ -74,27 +77,26 @@ def check_derivatives(
     Raises:
         ModelError: Derivatives contradict differences along two directions or more.
     """
-    generator = torch.Generator().manual_seed(seed)
     objective.load(weights)
     first_rule, second_rule = rules(narrowest_type(objective, sample))
     with Curvature(objective, weights, names, sample) as curvature:
         point = {name: objective.tensors[name].detach().clone() for name in names}
         length = norm(point) or 1.0
-        steps = _steps(curvature, point, directions, generator)
+        directions = {name: v for name, v in directions.items() if bool(v.isfinite().all())}
+        number = max(POINTS, len(directions) + NEEDED)
+        steps = partial(_steps, curvature, point, directions, number, seed)
 
         def gradient(at: Weights) -> Tensor:
             return Curvature(objective, at, names, sample).gradient().unsqueeze(0)
 
-        slopes, wrong_slopes = _compare_slopes(first_rule, curvature, point, steps, generator)
+        slopes, wrong_slopes = _compare_slopes(first_rule, curvature, length, steps(), number)
         products: list[Comparison] = []
         wrong_products = []
         verified = are_verified(slopes)
         # If the rule never calls a product wrong, unverified slopes make the comparison useless.
         useful = verified or second_rule.wrong < math.inf
         compares = twice and len(wrong_slopes) < NEEDED and useful
-        for name, step, base, flat in (
-            _bases(curvature, point, steps, generator) if compares else ()
-        ):
+        for name, step, base, flat in steps() if compares else ():
             if name in wrong_slopes:
                 continue
             at = Curvature(objective, base, names, sample)
@@ -107,12 +109,12 @@ def check_derivatives(
                 wrong_products.append(
                     f"{name} is {computed:.3g}, but {limit:.3g} by differences of the gradient"
                 )
-            if second_rule.decides(products, len(steps) - len(wrong_slopes) - len(products)):
+            if second_rule.decides(products, number - len(wrong_slopes) - len(products)):
                 break
         if len(wrong_products) >= NEEDED:
             # Wrong products may come from a wrong gradient that longer steps did not show.
             rule = finer(first_rule)
-            _, wrong_slopes = _compare_slopes(rule, curvature, point, steps, generator)
+            _, wrong_slopes = _compare_slopes(rule, curvature, length, steps(), number)
     objective.load(weights)
     if len(wrong_slopes) >= NEEDED:
         raise ModelError(
@@ -132,9 +134,9 @@ def check_derivatives(
 def _compare_slopes(
     rule: Differences,
     curvature: Curvature,
-    point: Weights,
-    steps: Mapping[str, Weights],
-    generator: torch.Generator,
+    length: float,
+    steps: Iterable[_Step],
+    number: int,
 ) -> tuple[Sequence[Comparison], dict[str, str]]:
     """Compares gradients with differences of the loss along as many directions as needed.
 
@@ -142,14 +144,13 @@ def _compare_slopes(
         The comparisons, and a description of each wrong slope by the name of its direction.
     """
     objective, sample = curvature.objective, curvature.split
-    length = norm(point) or 1.0
 
     def losses(at: Weights) -> Tensor:
         return objective.plain(at, {"": sample})[""].losses[0]
 
     slopes: list[Comparison] = []
     wrong = {}
-    for name, step, base, flat in _bases(curvature, point, steps, generator):
+    for name, step, base, flat in steps:
         at = Curvature(objective, base, curvature.names, sample)
         slope, size = at.gradient() @ flat, abs(at.loss)
         comparison = rule.compare(slope.cpu(), size, _along(losses, base, step))
@@ -157,7 +158,7 @@ def _compare_slopes(
         if comparison.limit is not None:
             computed, limit = (float(x) / length for x in (slope, comparison.limit))
             wrong[name] = f"{name} is {computed:.3g}, but {limit:.3g} by differences of the loss"
-        if rule.decides(slopes, len(steps) - len(slopes)):
+        if rule.decides(slopes, number - len(slopes)):
             break
     return slopes, wrong
 
@@ -172,34 +173,29 @@ def _steps(
     curvature: Curvature,
     point: Weights,
     directions: Mapping[str, Tensor],
-    generator: torch.Generator,
-) -> dict[str, Weights]:
-    """Makes steps with the norm of the weights: along the given directions, and random ones."""
-    length = norm(point) or 1.0
-    steps: dict[str, Weights] = {
-        f"the eigenvector of {name}": {
-            n: t.to(point[n]) * length for n, t in curvature.named(v).items()
-        }
-        for name, v in directions.items()
-        if bool(v.isfinite().all())
-    }
-    number = max(NEEDED, POINTS - len(steps))
-    return steps | {
-        f"random direction {k + 1}": random_step(point, generator) for k in range(number)
-    }
+    number: int,
+    seed: int,
+) -> Iterator[_Step]:
+    """Makes the steps that are compared, the same in every call, and one at a time to save memory.
 
-
-def _bases(
-    curvature: Curvature, point: Weights, steps: Mapping[str, Weights], generator: torch.Generator
-) -> Iterator[tuple[str, Weights, Weights, Tensor]]:
-    """Chooses the point at which each direction is compared, the same in every call.
+    The first are along the given directions, the others along random ones.
 
     Yields:
-        The name of the direction, the step, the point, and the step as ``[n]``.
+        The name of the direction, a step with the norm of the weights, the point at which it is
+        compared, and the step as ``[n]``.
     """
-    copy = torch.Generator()
-    copy.set_state(generator.get_state())
-    for name, step in steps.items():
-        base = displaced(point, random_step(point, copy), _OFFSET)
+    generator = torch.Generator().manual_seed(seed)
+    length = norm(point) or 1.0
+
+    def named() -> Iterator[tuple[str, Weights]]:
+        for name, v in directions.items():
+            parts = curvature.named(v)
+            step = {n: part.to(point[n]) * length for n, part in parts.items()}
+            yield f"the eigenvector of {name}", step
+        for k in range(number - len(directions)):
+            yield f"random direction {k + 1}", random_step(point, generator)
+
+    for name, step in named():
+        base = displaced(point, random_step(point, generator), _OFFSET)
         flat = torch.cat([t.reshape(-1).double() for t in step.values()])
         yield name, step, base, flat.to(curvature.device)

@@ -315,12 +315,14 @@ def _in_float64(
     # MPS has no float64.
     narrow = outputs.device.type == "mps"
     wide = torch.promote_types(outputs.dtype, torch.float32 if narrow else torch.float64)
-    step = max(1, _CHUNK // max(1, outputs[0].numel()))
+    step = max(1, _CHUNK // max(1, math.prod(outputs.shape[1:])))
+    if len(outputs) <= step:
+        return per_example_mean(loss(outputs.to(wide), targets))
     parts = [
         per_example_mean(loss(some.to(wide), own))
         for some, own in zip(torch.split(outputs, step), torch.split(targets, step), strict=True)
     ]
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+    return torch.cat(parts)
 
 
 def _negative_log_softmax(
