@@ -87,12 +87,16 @@ def test_budgets_count_what_is_reserved_and_not_used(
     assert points_that_fit(objective, names) == free // 4 // size
     objective.strategy = Strategy.STACKED
     assert points_that_fit(objective, names) == free // 4 // (size + activations)
-    # In turn, points take no weights of their own.
+    # In turn, points take no weights of their own, and the graphs of a batch are counted.
     monkeypatch.setattr(Split, "is_on", lambda *_: True)
     objective.strategy = Strategy.BOUND
-    assert points_that_fit(objective, names) == free // 4 // losses
+    graphs = objective.graph_bytes(objective.splits.values())
+    assert graphs > 0
+    assert points_that_fit(objective, names) == (free // 4 - graphs) // losses
     first = {"all": objective.splits["all"].first(3)}
-    assert points_that_fit(objective, names, first) == free // 4 // (3 * 8)
+    assert points_that_fit(objective, names, first) == (free // 4 - graphs) // (3 * 8)
+    monkeypatch.setattr(Objective, "why_no_graphs", lambda *_: "for a reason")
+    assert points_that_fit(objective, names) == free // 4 // losses
 
 
 @pytest.mark.parametrize(
@@ -175,7 +179,7 @@ def _fails(*_: object, **__: object) -> None:
         ("losscli.data.split.Split.to", "the examples of train", "--limit"),
     ],
 )
-def test_what_cannot_be_placed_on_the_device_is_one_line(
+def test_data_that_do_not_fit_are_reported_in_one_line(
     target: str,
     what: str,
     cure: str,
@@ -245,7 +249,7 @@ def _through_sweep(objective: Objective, work: Callable[[], object]) -> None:
 
 
 @pytest.mark.parametrize("through", [_through_halving, _through_sweep])
-def test_what_failed_is_freed_before_the_batch_is_halved(
+def test_failed_work_is_freed_before_the_batch_is_halved(
     through: Callable[[Objective, Callable[[], object]], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     held: list[weakref.ref[_Held]] = []
