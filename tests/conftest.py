@@ -175,6 +175,16 @@ def unseen(unlaid: None, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
+def undrawn(unseen: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leaves lines out of figures too, for tests of the names of files."""
+    from matplotlib.figure import Figure
+
+    monkeypatch.setattr(
+        "losscli.plotting.interpolation.draw_interpolation", lambda *_, **__: Figure()
+    )
+
+
+@pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with two small checkpoints, a.pt and b.pt, their data and a losscli.toml.
 

@@ -85,22 +85,28 @@ def sample(commands: list[str]) -> list[str]:
     points, samples and probes, a curve is trained for few steps, and of a path only its end is
     checked.
     """
-    kept: list[str] = []
-    shown: set[str] = set()
+    shown = {c: set(re.findall(r"losscli \w+|(?<= )--?[a-z][\w-]*", c)) or {c} for c in commands}
+    left = set().union(*shown.values())
+    kept: set[str] = set()
+    while left:
+        most = max(commands, key=lambda command: len(shown[command] & left))
+        kept.add(most)
+        left -= shown[most]
     read: set[str] = set()
     for command in reversed(commands):
-        shows = set(re.findall(r"losscli \w+|(?<= )--?[a-z][\w-]*", command)) or {command}
-        writes = set(re.findall(r" -o ([\w-]+)", command))
-        if shows - shown or writes & read:
-            shorter = _ALL_POINTS.sub(r"\g<0> --points 5", command)
-            for option, value in _LESS.items():
-                shorter = re.sub(rf"--{option} [\d.]+", f"--{option} {value}", shorter)
-            shorter = _WHOLE_PATH.sub(_with_end, shorter)
-            shorter = _TRAINING.sub(r"\g<0> --limit 99 --steps 9", shorter)
-            kept.insert(0, _STUDY.sub(r"\g<0> --limit 99", shorter))
-            shown |= shows
+        if command in kept or set(re.findall(r" -o ([\w-]+)", command)) & read:
+            kept.add(command)
             read |= set(re.findall(r"([\w-]+)\.(?:csv|safetensors)", command))
-    return kept
+    return [_smaller(command) for command in commands if command in kept]
+
+
+def _smaller(command: str) -> str:
+    command = _ALL_POINTS.sub(r"\g<0> --points 5", command)
+    for option, value in _LESS.items():
+        command = re.sub(rf"--{option} [\d.]+", f"--{option} {value}", command)
+    command = _WHOLE_PATH.sub(_with_end, command)
+    command = _TRAINING.sub(r"\g<0> --limit 99 --steps 9", command)
+    return _STUDY.sub(r"\g<0> --limit 99", command)
 
 
 def _with_end(command: re.Match[str]) -> str:

@@ -144,9 +144,7 @@ def test_the_order_of_the_keys_is_kept() -> None:
         ("dir with spaces/x.py:f", "dir with spaces/x.py:f"),
     ],
 )
-def test_the_target_is_what_stands_before_the_first_comma_outside_quotes(
-    text: str, target: str
-) -> None:
+def test_the_target_ends_at_the_first_comma_outside_quotes(text: str, target: str) -> None:
     assert Spec.parse(f"{text},k=1") == Spec(target, {"k": 1})
 
 
@@ -172,7 +170,7 @@ def test_the_target_is_what_stands_before_the_first_comma_outside_quotes(
         ('mlp,a="x\ny"', "is not a quoted string"),
     ],
 )
-def test_a_syntax_error_says_what_stands_where_and_what_to_write(text: str, message: str) -> None:
+def test_a_syntax_error_quotes_the_spec_and_says_how_to_write_it(text: str, message: str) -> None:
     with pytest.raises(SpecError, match=message) as caught:
         Spec.parse(text)
     assert "\n" not in str(caught.value)
@@ -310,12 +308,14 @@ def test_a_folder_of_own_code_shadows_nothing_installed_now_or_later(
     assert str(shadowed) not in done.stdout
 
 
+# In `make test`, test_faults.py runs such a command in a process of its own.
+@pytest.mark.stress
 @pytest.mark.parametrize(
     ("model", "data"),
     [
         ("net:net", "net.py:data"),
-        pytest.param("net:net", "net:data", marks=pytest.mark.stress),
-        pytest.param("net.py:net", "net.py:data", marks=pytest.mark.stress),
+        ("net:net", "net:data"),
+        ("net.py:net", "net.py:data"),
     ],
 )
 def test_a_run_with_own_code_never_runs_files_with_the_names_of_libraries(
@@ -362,7 +362,7 @@ def test_an_installed_module_wins_over_a_file_of_the_same_name_with_a_note(
     assert find("specs_models/net.py:f") == "mine"
 
 
-def test_a_library_that_losscli_misses_is_not_looked_for_in_a_folder_of_own_code(
+def test_a_library_that_losscli_needs_is_not_imported_from_a_folder_of_own_code(
     tmp_path: Path, modules: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "specs_library.py").write_text("")
@@ -430,7 +430,7 @@ def test_two_files_of_one_name_are_both_code_of_the_run(tmp_path: Path, modules:
     assert files == [tmp_path / "a" / "specs_same.py", tmp_path / "b" / "specs_same.py"]
 
 
-def test_code_behind_a_link_is_judged_by_where_it_lies(
+def test_linked_code_is_classified_by_the_folder_of_its_target(
     tmp_path: Path, modules: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     site, mine = tmp_path / "site-packages", tmp_path / "mine"
@@ -450,7 +450,7 @@ def test_code_behind_a_link_is_judged_by_where_it_lies(
     "text",
     ["{folder}/specs_spy.py:build", "specs_spy:build:3,x=4", "specs_package.spy:build"],
 )
-def test_what_a_file_names_is_never_run(
+def test_code_that_a_file_names_is_never_run(
     text: str, tmp_path: Path, modules: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     marker = tmp_path / "it ran"
@@ -589,7 +589,7 @@ def test_a_file_that_imports_relative_to_its_package_is_named_as_a_module(
     assert done.stderr.endswith("from the folder above its package: package.module:callable\n")
 
 
-def test_an_interrupt_of_an_import_goes_through(tmp_path: Path, modules: None) -> None:
+def test_an_interrupt_of_an_import_is_raised(tmp_path: Path, modules: None) -> None:
     (tmp_path / "specs_slow.py").write_text("raise KeyboardInterrupt")
     with pytest.raises(KeyboardInterrupt):
         find(f"{tmp_path}/specs_slow.py:f")
@@ -616,7 +616,7 @@ def test_a_missing_argument_and_one_given_twice_are_reported() -> None:
         call(lambda: None, ("ARG",), {}, "here")
 
 
-def test_a_failure_inside_what_is_called_is_not_taken_for_a_wrong_key() -> None:
+def test_a_failure_inside_a_called_function_is_not_taken_for_a_wrong_key() -> None:
     def fails(**keys: int) -> None:
         raise TypeError(f"unexpected {keys}")
 

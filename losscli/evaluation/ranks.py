@@ -41,13 +41,14 @@ _T = TypeVar("_T")
 
 # Times in seconds: between two polls of the store within a computation, or the longest while
 # waiting; the shortest between two polls while waiting; between two heartbeats; after which a rank
-# without a heartbeat counts as gone; and for which rank 0 waits for the others at the end, if the
-# store ends with its process.
+# without a heartbeat counts as gone; and for which rank 0 waits for the others at the end, or after
+# an error, if the store ends with its process.
 _POLL = 0.1
 _FIRST_POLL = 0.002
 _HEARTBEAT = 5.0
 _TIMEOUT = 60.0
 _LINGER = 30.0
+_LINGER_AFTER_ERROR = 2.0
 
 # Bytes of a value: the store takes at most 8 MiB.
 _PIECE = 4 << 20
@@ -236,8 +237,9 @@ class Ranks:
         with contextlib.suppress(RanksError):
             if self.is_leader:
                 self._store.set("over", "")
-                if not status and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-                    self._wait_until_others_left()
+                if status <= 128 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+                    # After an error at once, others may not have joined yet.
+                    self._wait_until_others_left(_LINGER_AFTER_ERROR if status else _LINGER)
             elif 0 < status <= 128:
                 # When a rank ends with an error, torchrun kills all others: so rank 0 has to print
                 # the error first.
@@ -248,8 +250,8 @@ class Ranks:
         self._left.set()
         self._heart.join(timeout=1)
 
-    def _wait_until_others_left(self) -> None:
-        until = time.monotonic() + _LINGER
+    def _wait_until_others_left(self, seconds: float) -> None:
+        until = time.monotonic() + seconds
         while self._store.add("left", 0) < self.size - 1 and time.monotonic() < until:
             time.sleep(_POLL)
 

@@ -49,7 +49,7 @@ def test_quiet_leaves_the_process_as_it_was(folder: Path, losscli: Losscli) -> N
 
 
 @pytest.mark.parametrize("out", ["relu", "relu/", "./relu"])
-def test_a_stem_that_is_a_folder_is_refused_with_two_ways_out(
+def test_a_stem_that_is_a_folder_is_refused_with_two_remedies(
     out: str, folder: Path, losscli: Losscli
 ) -> None:
     (folder / "relu").mkdir()

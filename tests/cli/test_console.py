@@ -116,7 +116,7 @@ def test_a_log_file_gets_lines_that_count_up_to_the_end(name: str, several: Path
 
 
 @pytest.mark.usefixtures("stepwise", "clock")
-def test_points_of_a_refinement_go_on_beyond_those_that_were_planned(several: Path) -> None:
+def test_progress_counts_refined_points_beyond_the_planned_ones(several: Path) -> None:
     stdout, stderr = io.StringIO(), io.StringIO()
     line = "interpolate a.pt b.pt --points 5 --refine 0.1 --derivatives --split test"
     assert run([*line.split(), "--no-figure", "--json"], Console(stdout, stderr)) == 0
@@ -167,7 +167,7 @@ def drawn(
     return stderr
 
 
-def test_colour_is_as_the_terminal_wants_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_colour_follows_the_settings_of_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("NO_COLOR", raising=False)
     coloured = re.compile(r"\x1b\[(3[0-9]|9[0-7]|38;)[0-9;]*m")
     assert coloured.search(drawn([1, 2], 4, monkeypatch).getvalue())
@@ -202,7 +202,7 @@ def test_a_table_on_a_terminal_has_its_names_escaped_and_in_a_pipe_as_they_are(
 
 
 @pytest.mark.parametrize("terminal", [False, True])
-def test_a_file_that_was_written_is_named_without_steering_the_terminal(
+def test_a_written_file_is_named_without_controlling_the_terminal(
     terminal: bool, several: Path
 ) -> None:
     stdout = Terminal() if terminal else io.StringIO()
@@ -245,7 +245,7 @@ def test_lines_come_every_ten_seconds_at_most(monkeypatch: pytest.MonkeyPatch) -
     ]
 
 
-def test_what_was_recalled_between_does_not_count_in_the_rate(
+def test_points_recalled_in_between_do_not_count_in_the_rate(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     # Two points a second; between them 50 come from a journal, and at the end shares of them do.
@@ -268,7 +268,7 @@ def test_repeated_work_does_not_count_as_progress(monkeypatch: pytest.MonkeyPatc
     ]
 
 
-def test_rounding_is_no_rate_and_hides_no_point(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rounding_gives_no_rate_and_does_not_hide_a_point(monkeypatch: pytest.MonkeyPatch) -> None:
     almost = sum([0.1] * 10)
     assert almost < 1
     assert lines([(10.0, 50.0, 50.0), (20.0, 50 + 1e-9, 0.0)], 60, monkeypatch) == []
@@ -304,7 +304,7 @@ def strict(text: str) -> Any:
 
 @pytest.mark.usefixtures("infinite")
 @pytest.mark.parametrize("name", sample(JSON, 2))
-def test_json_is_one_line_that_any_parser_takes(name: str, losscli: Losscli) -> None:
+def test_json_is_one_line_that_any_parser_reads(name: str, losscli: Losscli) -> None:
     runs = [JSON[name]]
     if name in COMMANDS:
         runs.append(f"{JSON[name]} --dry-run")
@@ -323,7 +323,7 @@ def test_json_is_one_line_that_any_parser_takes(name: str, losscli: Losscli) -> 
     assert all(isinstance(strict(line), dict) for line in together.splitlines())
 
 
-def test_json_is_utf_8_whatever_a_checkpoint_is_called(several: Path, losscli: Losscli) -> None:
+def test_json_is_utf_8_for_any_name_of_a_checkpoint(several: Path, losscli: Losscli) -> None:
     odd = "süß\u2028\x85\u202e.pt"
     Path("c.pt").replace(odd)
     read, write = os.pipe()

@@ -14,7 +14,7 @@ from tests.conftest import Losscli
 STUDIES: dict[str, tuple[object, ...]] = {
     "interpolate": ("interpolate", "a.pt", "b.pt", "--points", 5),
     "layerwise": ("interpolate", "a.pt", "b.pt", "--points", 5, "--layerwise"),
-    "trajectory": ("trajectory", "a.pt", "init:5", "b.pt"),
+    "trajectory": ("trajectory", "a.pt", "init:5", "b.pt", "--residuals", 3),
     "plane": ("plane", "a.pt", "b.pt", "init:5", "--points", 4),
     "around": ("around", "a.pt", "b.pt", "--directions", 2, "--points", 3),
     "check": ("check", "a.pt", "b.pt"),
@@ -56,7 +56,7 @@ def test_plot_draws_the_same_bytes_with_the_stored_options(
 
 
 @pytest.mark.usefixtures("unseen")
-def test_options_that_all_csvs_share_are_taken(losscli: Losscli, folder: Path) -> None:
+def test_options_that_all_csvs_share_are_used(losscli: Losscli, folder: Path) -> None:
     run = STUDIES["interpolate"]
     for stem, more in (("x", ("--log",)), ("y", ("--label=one", "--label=two"))):
         losscli(*run, "--size", "paper", *more, "-o", stem, "--no-figure")

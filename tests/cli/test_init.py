@@ -212,7 +212,7 @@ def test_nothing_is_written_if_the_trial_fails(
     assert [p for p in sorted(project.rglob("*")) if "__pycache__" not in str(p)] == before
 
 
-def test_an_existing_file_is_overwritten_with_force_alone(project: Path, losscli: Losscli) -> None:
+def test_an_existing_file_is_overwritten_only_with_force(project: Path, losscli: Losscli) -> None:
     file = project / "losscli.toml"
     for content in ('data = "mine.py:data"\nloss = "mine.py:loss"\n', "broken = "):
         file.write_text(content)
@@ -269,7 +269,7 @@ class Terminal(io.StringIO):
         ("named.pt", "\nmine.py:data\nmine.py:loss\n", ["Model", "Data", "Loss"]),
     ],
 )
-def test_a_terminal_is_asked_for_what_is_missing(
+def test_a_terminal_is_asked_for_missing_values(
     arguments: str, typed: str, asked: list[str], project: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def stdin(text: str) -> SimpleNamespace:
@@ -299,7 +299,7 @@ def test_a_terminal_is_asked_for_what_is_missing(
         assert not Path("losscli.toml").exists()
 
 
-def test_the_recorder_writes_what_init_writes(project: Path, losscli: Losscli) -> None:
+def test_the_recorder_writes_the_same_file_as_init(project: Path, losscli: Losscli) -> None:
     specs = {"model_spec": "mine.py:net", "data_spec": "mine.py:data"}
     package.Recorder(MLP("6-5-3"), ".", steps=1, **specs).close()
     recorded = Path("losscli.toml").read_text()
@@ -320,7 +320,7 @@ def test_the_recorder_writes_what_init_writes(project: Path, losscli: Losscli) -
         {"metric": "none"},
     ],
 )
-def test_what_is_written_is_read_back(specs: dict[str, str | list[str]], tmp_path: Path) -> None:
+def test_the_written_file_is_read_back(specs: dict[str, str | list[str]], tmp_path: Path) -> None:
     file = tmp_path / "losscli.toml"
     file.write_bytes(config_content(specs))
     assert read_config(file) == specs

@@ -92,7 +92,7 @@ WHOLE = "none: never above the straight line between the losses at A and B"
         (hill, 0, 1, "1 at α = 0.5", "1 from α = 0 to 0.5"),
     ],
 )  # fmt: skip
-def test_a_part_of_the_line_claims_nothing_of_the_rest(
+def test_a_part_of_the_line_gives_no_statements_about_the_rest(
     curve: Curve, low: float, high: float, barrier: str, rise: str, tmp_path: Path
 ) -> None:
     result = line(tmp_path, curve, low, high)
@@ -101,7 +101,7 @@ def test_a_part_of_the_line_claims_nothing_of_the_rest(
 
 
 @pytest.mark.parametrize(("low", "high", "cell"), [(0, 1, "none"), (0.5, 1, "none in the range")])
-def test_a_block_on_a_part_of_the_line_claims_nothing_of_the_rest(
+def test_a_block_on_a_part_of_the_line_gives_no_statements_about_the_rest(
     low: float, high: float, cell: str, tmp_path: Path
 ) -> None:
     text = report(line(tmp_path, lambda w: -w, low, high, layerwise=True))
@@ -125,7 +125,9 @@ def ramp(w: Tensor) -> Tensor:
         (100.0, r"2, not significant: α = 1, depth [^;(]*; α = 0\.5, depth [^;(]*"),
     ],
 )
-def test_what_is_not_significant_is_marked(noise: float, pattern: str, tmp_path: Path) -> None:
+def test_a_value_that_is_not_significant_is_marked(
+    noise: float, pattern: str, tmp_path: Path
+) -> None:
     result = line(tmp_path, ramp, 0, 2, noise=noise, points=21)
     minima = result.summary["splits"]["all"]["local_minima"]
     assert [m["alpha"] for m in minima] == [0.5, 1]
@@ -175,7 +177,7 @@ def test_an_end_outside_the_range_that_is_lower_is_named(
         ([0, 2, 4, 5, 8, 10], "up to α = -1, at α = -0.6, from α = -0.2 to 0 and 2 more"),
     ],
 )
-def test_the_report_and_a_note_say_where_the_loss_is_not_finite(
+def test_the_report_and_a_note_name_points_with_a_loss_that_is_not_finite(
     lost: list[int], places: str, tmp_path: Path
 ) -> None:
     alphas = torch.tensor([(i - 5) / 5 for i in lost])

@@ -127,7 +127,7 @@ def test_plot_draws_the_same_layout_again(
     assert_drawn_again(arguments, further, losscli, suffix)
 
 
-def test_without_its_summary_a_path_is_drawn_with_all_that_lies_beside_it(
+def test_without_its_summary_a_path_is_drawn_with_all_tables_of_its_stem(
     losscli: Losscli, folder: Path, path: list[str]
 ) -> None:
     losscli("trajectory", *path[:3], "-o", "out", "--residuals", 2, "--no-figure")
@@ -148,7 +148,7 @@ def test_an_older_surface_is_not_drawn_with_a_path_that_has_none(
 
 
 @pytest.mark.usefixtures("unseen")
-def test_several_paths_lie_over_each_other(losscli: Losscli, folder: Path, path: list[str]) -> None:
+def test_several_paths_are_overlaid(losscli: Losscli, folder: Path, path: list[str]) -> None:
     losscli("trajectory", *path, "-o", "one", "--no-figure", "--residuals", 3)
     losscli("trajectory", *path[::2], "b.pt", "-o", "two", "--no-surface", "--no-figure")
     done = losscli("plot", "one.csv", "two.csv", "--label", "all", "--label", "some", "-o", "both")
@@ -270,7 +270,7 @@ def test_further_tables_of_another_run_are_kept_too(losscli: Losscli, folder: Pa
     assert Path("run.path.csv").read_bytes() == before
 
 
-def test_what_an_older_run_left_does_not_stay(
+def test_tables_of_an_older_run_are_removed(
     losscli: Losscli, folder: Path, path: list[str]
 ) -> None:
     run = ["trajectory", *path[:3], "-o", "out", "--no-figure", "--residuals", "2"]
@@ -297,7 +297,7 @@ def test_an_empty_name_is_refused(losscli: Losscli, folder: Path, path: list[str
     assert "the name of a checkpoint is empty" in done.stderr
 
 
-def test_an_initialisation_is_none_of_the_folders(
+def test_an_initialisation_is_not_taken_for_a_folder(
     losscli: Losscli, folder: Path, path: list[str]
 ) -> None:
     (folder / "init:7").mkdir()
@@ -328,7 +328,7 @@ def test_names_on_stdin_end_where_their_lines_do(
     assert odd in done.stdout.decode()
 
 
-def test_a_checkpoint_that_changes_meanwhile_ends_the_run(
+def test_a_checkpoint_that_changes_during_the_run_ends_it(
     folder: Path, path: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan = Trajectory.plan(

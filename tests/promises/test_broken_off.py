@@ -28,7 +28,7 @@ pytestmark = [
     pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork"),
     # Of a fork beside threads: the child has one thread, and uses no other.
     pytest.mark.filterwarnings("ignore:This process .* is multi-threaded"),
-    pytest.mark.usefixtures("folder"),
+    pytest.mark.usefixtures("folder", "unlaid"),
 ]
 
 TO = ["--no-figure", "-o", "out"]
@@ -139,7 +139,7 @@ def test_kill_9_at_any_instant_and_the_same_bytes(
     ("number", "status", "how"),
     [(signal.SIGTERM, 143, "terminated"), (signal.SIGINT, 130, "interrupted")],
 )
-def test_a_signal_keeps_what_was_finished_and_says_where(
+def test_a_signal_keeps_finished_work_and_names_the_journal(
     number: int, status: int, how: str, folder: Path, log: Path, losscli: Losscli
 ) -> None:
     whole = truth(LINE, folder, losscli)
@@ -177,7 +177,7 @@ def test_killed_between_two_files_of_the_results(folder: Path, log: Path, losscl
     assert results(folder) == whole
 
 
-def test_a_full_disk_keeps_what_was_finished(folder: Path, log: Path, losscli: Losscli) -> None:
+def test_a_full_disk_keeps_finished_work(folder: Path, log: Path, losscli: Losscli) -> None:
     command = [*LINE, "--batch-size", "8"]
     whole = truth(command, folder, losscli)
     assert ended(child(command, log, dies(1))) == -signal.SIGKILL
@@ -292,7 +292,7 @@ def test_losses_that_are_zero_or_nan_are_recalled(
     assert results(folder) == whole
 
 
-def test_no_journal_without_files(folder: Path, losscli: Losscli) -> None:
+def test_a_run_without_files_has_no_journal(folder: Path, losscli: Losscli) -> None:
     before = sorted(folder.iterdir())
     assert losscli(*LINE[:-1], "-").status == 0
     assert losscli(*LINE, "--dry-run").status == 0
@@ -323,7 +323,7 @@ def test_a_folder_that_cannot_be_written_to(
     assert not list((folder / "closed").iterdir())
 
 
-def test_state_dicts_of_one_file_are_not_the_same_run(folder: Path, losscli: Losscli) -> None:
+def test_state_dicts_of_one_file_are_different_runs(folder: Path, losscli: Losscli) -> None:
     states = {}
     for seed, key in enumerate(("ema", "model")):
         torch.manual_seed(seed)
@@ -354,7 +354,7 @@ def test_recalled_points_do_not_count_in_the_rate(monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize(
     "name", sample(["interpolate", "trajectory", "plane", "barriers", "around"], 1, 2)
 )
-def test_what_a_journal_holds_is_skipped(
+def test_recorded_points_are_skipped(
     name: str, folder: Path, log: Path, losscli: Losscli, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All points that were finished, and no others, are left out of the rate."""

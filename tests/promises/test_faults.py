@@ -226,7 +226,7 @@ def test_a_full_disk_leaves_whole_files_or_none(
 
 @pytest.mark.usefixtures("unseen")
 @pytest.mark.parametrize("name", sample([*STUDIES, "picture"], 1, 2))
-def test_a_folder_that_has_the_name_of_a_result_is_in_the_way_of_all(
+def test_a_folder_with_the_name_of_a_result_prevents_all_results(
     name: str, folder: Path, losscli: Losscli
 ) -> None:
     assert losscli(*WRITING[name]).status == 0
@@ -384,7 +384,9 @@ FIT = ((3, 64), (2, 7), (1, 64), (1, 2), (1, 1))
 
 
 @pytest.mark.parametrize("fit", [FIT[1::3], pytest.param(FIT, marks=pytest.mark.stress)])
-@pytest.mark.parametrize("name", ["interpolate", "trajectory", "plane", "barriers", "around"])
+@pytest.mark.parametrize(
+    "name", sample(["interpolate", "trajectory", "plane", "barriers", "around"], 0, 2)
+)
 def test_out_of_memory_at_any_size_gives_the_same_numbers(
     name: str,
     fit: Sequence[tuple[int, int]],
@@ -446,10 +448,18 @@ def test_a_clock_that_jumps_changes_no_number(
     assert done.status == 0, done.stderr
 
 
-def test_a_locale_without_utf_8_a_foreign_path_and_a_backend_that_is_not_there(
+def test_a_locale_without_utf_8_a_foreign_path_and_a_missing_backend(
     folder: Path,
 ) -> None:
-    """The whole command with α and Δ to write, in an encoding that has neither."""
+    """The whole command with α and Δ to write, in an encoding that has neither.
+
+    With own code, whose folder has files with the names of libraries.
+    """
+    for name in ("torch", "numpy", "matplotlib", "sqlite3", "json", "losscli"):
+        (folder / f"{name}.py").write_text("raise SystemExit('a file of the folder was run')\n")
+    (folder / "own.py").write_text(
+        "from losscli.models import MLP\ndef net():\n    import sqlite3\n    return MLP('6-5-3')\n"
+    )
     place = folder / "a b\n'\"中é"
     place.mkdir()
     for name in ("a.pt", "b.pt"):
@@ -461,8 +471,8 @@ def test_a_locale_without_utf_8_a_foreign_path_and_a_backend_that_is_not_there(
         "    try:\n        main([*sys.argv[1:-2], out])\n"
         "    except SystemExit as ended:\n        assert not ended.code\n"
     )
-    done = python("-c", code, "interpolate", *names, "--points", "3", "-o", "-",
-                  str(place / "out"), LC_ALL="C", PYTHONUTF8="0",
+    done = python("-P", "-c", code, "interpolate", *names, "-m", "own.py:net", "--points", "3",
+                  "-o", "-", str(place / "out"), LC_ALL="C", PYTHONUTF8="0",
                   PYTHONCOERCECLOCALE="0", MPLBACKEND="nope")  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert done.stdout.decode("ascii")
@@ -523,7 +533,7 @@ def test_a_broken_pipe_in_a_shell_is_reported_in_one_line(folder: Path, at_hand:
     assert done.stderr == "losscli: stdout was closed before the result was written to it\n"
 
 
-def test_a_current_folder_that_is_gone_is_one_line(folder: Path) -> None:
+def test_a_removed_current_folder_is_one_line(folder: Path) -> None:
     done = in_a_shell("mkdir gone && cd gone && rmdir ../gone && {losscli}", "inspect", "a.pt")
     assert done.returncode == 2
     # What the shell itself says comes before.

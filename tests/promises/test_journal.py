@@ -101,7 +101,7 @@ def path(tmp_path: Path) -> Path:
 # -- what goes in comes out -------------------------------------------------------------------
 
 
-def test_a_broken_off_run_recalls_what_it_recorded(stem: Path, path: Path) -> None:
+def test_a_stopped_run_recalls_its_records(stem: Path, path: Path) -> None:
     with begin(stem) as journal:
         assert journal.recall("r0") is None
         journal.record("r0", numbers(0))
@@ -188,7 +188,7 @@ def test_short_reads_and_writes_are_continued(stem: Path, monkeypatch: pytest.Mo
         assert all(same(journal.recall(f"r{i}"), numbers(i)) for i in range(3))
 
 
-def test_what_is_recalled_may_be_written_on(stem: Path) -> None:
+def test_recalled_arrays_are_writable(stem: Path) -> None:
     with begin(stem) as journal:
         journal.record("r", numbers(0))
         for _ in range(2):
@@ -357,7 +357,7 @@ def test_zeros_are_not_a_record(stem: Path, path: Path) -> None:
         (b"9" * 10_000, b""),
     ],
 )
-def test_a_record_that_claims_what_is_not_there_is_cut_off(
+def test_a_record_longer_than_the_file_is_cut_off(
     record: tuple[object, bytes], stem: Path, path: Path
 ) -> None:
     good = ({"key": "good", "arrays": [["a", "|u1", [3]]]}, b"abc")
@@ -424,7 +424,7 @@ def test_a_changed_input_starts_over_and_the_reason_is_reported(stem: Path, path
     assert files(path.parent) == ["run.journal"]
 
 
-def test_an_older_journal_stays_until_there_is_something_new(stem: Path, path: Path) -> None:
+def test_an_older_journal_stays_until_the_first_new_record(stem: Path, path: Path) -> None:
     _, ends = three(stem)
     with begin(stem, "j", {}) as journal:
         assert journal.restart_reason is not None
@@ -432,14 +432,14 @@ def test_an_older_journal_stays_until_there_is_something_new(stem: Path, path: P
         assert (len(journal), path.stat().st_size) == (3, ends[-1])
 
 
-def test_what_is_told_and_is_not_of_the_identity_does_not_start_anew(stem: Path) -> None:
+def test_a_changed_description_with_the_same_identity_does_not_start_over(stem: Path) -> None:
     three(stem)
     with begin(stem, told={**TOLD, "the device": "NVIDIA H200"}) as journal:
         assert (len(journal), journal.restart_reason) == (3, None)
         assert journal.changes == ("the device was not given",)
 
 
-def test_an_identity_that_nothing_told_explains_is_another_run(stem: Path) -> None:
+def test_another_identity_with_the_same_description_is_another_run(stem: Path) -> None:
     three(stem)
     with begin(stem, "j") as journal:
         assert journal.restart_reason == "it belongs to another run"
@@ -467,7 +467,9 @@ def test_differences_are_named(before: Any, now: Any, told: list[str]) -> None:
 
 
 @pytest.mark.parametrize("told", [7, None, ["--limit"]])
-def test_a_head_that_tells_nonsense_is_damaged(told: object, stem: Path, path: Path) -> None:
+def test_a_head_with_an_invalid_description_is_damaged(
+    told: object, stem: Path, path: Path
+) -> None:
     path.write_bytes(by_hand(told=told))
     with begin(stem) as journal:
         assert journal.restart_reason == "its beginning is damaged"
@@ -535,7 +537,9 @@ def _python(code: str, *arguments: object) -> Iterator[subprocess.Popen[str]]:
             process.kill()
 
 
-def test_a_second_run_is_refused_until_the_first_is_gone_however(stem: Path, path: Path) -> None:
+def test_a_second_run_is_refused_until_the_first_has_ended_or_was_killed(
+    stem: Path, path: Path
+) -> None:
     with _python(_CHILD, stem) as process:
         assert process.stdout is not None
         worker = int(process.stdout.readline())
@@ -568,7 +572,7 @@ def test_a_run_is_refused_within_one_process_too(recorded: bool, stem: Path, pat
         pass
 
 
-def test_the_holder_is_told_no_better_than_it_is_known(
+def test_the_holder_is_named_as_far_as_it_is_known(
     stem: Path, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with begin(stem) as journal:
@@ -604,7 +608,7 @@ def test_a_file_that_is_removed_before_its_lock_is_had_does_not_fool(
             begin(stem)
 
 
-def test_an_old_file_is_replaced_by_one_that_is_held(
+def test_an_old_file_is_replaced_by_a_locked_one(
     stem: Path, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = Path.replace
@@ -624,7 +628,7 @@ def test_an_old_file_is_replaced_by_one_that_is_held(
     assert refused == [path]
 
 
-def test_without_locks_a_run_goes_on_and_says_so(
+def test_without_locks_a_run_continues_and_says_so(
     stem: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(number: int) -> None:
@@ -640,7 +644,7 @@ def test_without_locks_a_run_goes_on_and_says_so(
         assert same(journal.recall("r0"), numbers(0))
 
 
-def test_what_finishes_last_removes_only_its_own(stem: Path, path: Path) -> None:
+def test_a_journal_removes_only_its_own_file(stem: Path, path: Path) -> None:
     with begin(stem) as journal:
         journal.record("r0", numbers(0))
         path.unlink()
@@ -727,7 +731,7 @@ with Journal.open(stem, "i", {}) as journal:
 """
 
 
-def test_a_full_disk_keeps_what_was_recorded(stem: Path, path: Path) -> None:
+def test_a_full_disk_keeps_all_records(stem: Path, path: Path) -> None:
     with _python(_LIMITED, stem) as process:
         stdout, _ = process.communicate()
     assert process.returncode == 0
@@ -746,7 +750,7 @@ def test_a_full_disk_keeps_what_was_recorded(stem: Path, path: Path) -> None:
     [(frames, "_put"), (room, "sync"), (room, "sync_folder"), (room, "write")],
 )
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO, None])
-def test_whatever_fails_nothing_half_written_is_taken_for_whole(
+def test_no_partial_record_is_read_after_any_failure(
     module: ModuleType,
     where: str,
     number: int | None,
@@ -807,7 +811,7 @@ def _as_somebody(function: Any) -> None:
             os.seteuid(0)
 
 
-def test_a_folder_that_may_not_be_written_to_says_so() -> None:
+def test_a_folder_without_write_permission_is_an_error() -> None:
     # Not in tmp_path, whose folders are closed to others: only this one may be what is forbidden.
     with tempfile.TemporaryDirectory() as folder:
         Path(folder).chmod(0o555)
@@ -823,12 +827,12 @@ def test_a_folder_that_may_not_be_written_to_says_so() -> None:
         assert files(folder) == []
 
 
-def test_a_folder_that_is_gone_says_so(tmp_path: Path) -> None:
+def test_a_removed_folder_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match=r"cannot be written: No such file or directory\. Choose"):
         begin(tmp_path / "gone" / "run")
 
 
-def test_a_folder_that_vanishes_meanwhile_says_so(tmp_path: Path) -> None:
+def test_a_folder_that_is_removed_during_the_run_is_an_error(tmp_path: Path) -> None:
     folder = tmp_path / "folder"
     folder.mkdir()
     with begin(folder / "run") as journal:
@@ -874,7 +878,7 @@ def test_a_folder_and_a_pipe_are_not_journals(stem: Path, path: Path) -> None:
 @pytest.mark.parametrize(
     "name", ["with space", "two\nlines", "потеря 損失", "-o", "bytes \udcff", "…"]
 )
-def test_any_name_will_do(name: str, tmp_path: Path) -> None:
+def test_any_name_works(name: str, tmp_path: Path) -> None:
     stem = tmp_path / name
     told = {f"the checkpoint {name}": "a" * 64}
     with begin(stem, "i", told) as journal:

@@ -83,15 +83,13 @@ FOLDERS = [
 
 
 @pytest.mark.parametrize("name", FOLDERS)
-def test_what_a_folder_is_read_from_is_a_regular_file(
+def test_the_files_of_a_folder_are_regular_files(
     losscli: Losscli, folder: Path, odd: Make, name: str
 ) -> None:
     refused(losscli, folder, odd(f"own/{name}"), "inspect", "own")
 
 
-def test_what_lies_beside_weights_is_a_regular_file(
-    losscli: Losscli, folder: Path, odd: Make
-) -> None:
+def test_files_next_to_weights_are_regular_files(losscli: Losscli, folder: Path, odd: Make) -> None:
     said = odd("own/config.json")
     torch.save({"w": torch.ones(2)}, "own/pytorch_model.bin")
     refused(losscli, folder, said, "inspect", "own")
@@ -127,7 +125,7 @@ def test_a_toml_file_is_a_regular_file(
     )
 
 
-def test_a_model_beside_a_checkpoint_is_not_waited_for(
+def test_a_pipe_in_place_of_a_model_next_to_a_checkpoint_is_not_read(
     losscli: Losscli, folder: Path, odd: Make
 ) -> None:
     odd("losscli.toml")
@@ -145,7 +143,7 @@ def test_tables_are_regular_files(losscli: Losscli, folder: Path, odd: Make) -> 
     )
 
 
-def test_a_table_beside_another_is_a_regular_file(
+def test_a_table_next_to_another_is_a_regular_file(
     losscli: Losscli, folder: Path, odd: Make
 ) -> None:
     (folder / "x.csv").write_text(LINE, newline="")
@@ -164,7 +162,7 @@ def test_a_table_beside_another_is_a_regular_file(
     assert "loss" in done.stdout
 
 
-def test_results_that_are_no_files_are_of_another_run(
+def test_results_that_are_not_regular_files_are_of_another_run(
     losscli: Losscli, folder: Path, odd: Make
 ) -> None:
     odd("out.json")
@@ -177,7 +175,7 @@ def test_results_that_are_no_files_are_of_another_run(
 
 @pytest.mark.parametrize("name", ["x.png", "x.csv", "out.json", "half.safetensors"])
 @pytest.mark.parametrize("planted", ["link", "file"])
-def test_no_file_is_written_through_a_link_that_somebody_planted(
+def test_no_file_is_written_through_a_planted_link(
     name: str, planted: str, losscli: Losscli, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The names of temporary files can be guessed, and a folder may be open to others."""
@@ -221,7 +219,7 @@ def test_no_file_is_written_through_a_link_that_somebody_planted(
     assert not (folder / name).exists()
 
 
-def test_what_is_unpacked_is_held_against_the_memory_at_hand(
+def test_the_unpacked_size_is_compared_with_the_free_memory(
     losscli: Losscli, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A thousandth of its size, a file may be unpacked to more than there is."""
@@ -273,7 +271,7 @@ STAND_INS = {
 @pytest.mark.parametrize("content", STAND_INS)
 @pytest.mark.parametrize("name", ["f.pt", "f.bin", "f.safetensors", "data.npz", "d.safetensors",
                                   "mnist/t10k-images-idx3-ubyte"])  # fmt: skip
-def test_what_was_not_downloaded_itself_is_named(
+def test_a_placeholder_of_a_download_is_named(
     content: str, name: str, losscli: Losscli, folder: Path
 ) -> None:
     (folder / "mnist").mkdir()
@@ -368,7 +366,7 @@ def test_plot_reads_a_pipe_that_it_is_given(
 
 
 @pytest.mark.parametrize("name", ["/dev/zero", "zero.csv", "-"])
-def test_plot_takes_no_endless_zeros(
+def test_plot_does_not_read_endless_zeros(
     losscli: Losscli, folder: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     (folder / "zero.csv").symlink_to("/dev/zero")
@@ -489,7 +487,7 @@ def test_tensors_that_are_no_plain_ones_are_named(
         assert done.status == 0
 
 
-def test_what_a_view_leaves_to_be_done_is_done(losscli: Losscli, folder: Path) -> None:
+def test_pending_operations_of_a_view_are_applied(losscli: Losscli, folder: Path) -> None:
     numbers = torch.tensor([[1 + 2j, 3 - 4j]])
     torch.save({"w": numbers.conj(), "x": numbers.clone().conj().imag}, "views.pt")
     torch.save({"w": numbers.conj().resolve_conj(), "x": -numbers.imag}, "made.pt")
@@ -521,7 +519,7 @@ def test_safetensors_that_torch_cannot_hold(
     refused(losscli, folder, said, "interpolate", "a.pt", "x.safetensors", *to)
 
 
-def test_a_tensor_that_repeats_what_it_holds_is_named(losscli: Losscli, folder: Path) -> None:
+def test_a_tensor_that_repeats_its_values_is_named(losscli: Losscli, folder: Path) -> None:
     torch.save({"w": torch.ones(1).expand(10**4, 10**3)}, "wide.pt")
     said = (
         "wide.pt has a tensor of the shape [10000, 1000] that repeats the 4 bytes it holds. "

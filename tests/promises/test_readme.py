@@ -61,14 +61,14 @@ def test_every_picture_is_there() -> None:
         assert 0 < (readme.GALLERY / name).stat().st_size < 500_000
 
 
-def test_the_main_page_is_read_in_one_sitting() -> None:
+def test_the_main_page_has_at_most_350_lines() -> None:
     text = readme.README.read_text(encoding="utf-8")
     assert text.count("<details") == text.count("</details>") > 20
     assert len(readme.visible(text).splitlines()) <= 350
 
 
 @pytest.mark.parametrize("page", readme.PAGES, ids=lambda page: f"{page.relative_to(readme.ROOT)}")
-def test_every_link_leads_somewhere(page: Path) -> None:
+def test_every_link_has_a_target(page: Path) -> None:
     links = readme.links(page)
     assert links
     for file, place in links:
@@ -119,7 +119,7 @@ def test_make_help_has_a_line_for_each_target() -> None:
     not {f"{name}=={version(name)}" for name in ("typer", "rich")} <= set(DEV),
     reason="other versions of typer and rich write other help texts",
 )
-def test_the_help_texts_and_measurements_are_in_step(at_hand: Path) -> None:
+def test_the_help_texts_and_measurements_are_up_to_date(at_hand: Path) -> None:
     assert readme.in_step(TEXT, at_hand) == TEXT
 
 
