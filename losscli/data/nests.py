@@ -27,6 +27,7 @@ __all__ = [
     "concatenate",
     "dump",
     "exchange",
+    "holds_tensors_only",
     "is_container",
     "leaves",
     "length",
@@ -153,6 +154,13 @@ def leaves(nest: Nest) -> list[Tensor]:
     if is_container(nest):
         return [leaf for child in _children(nest) for leaf in leaves(child)]
     return [] if isinstance(nest, _PLAIN) else dump(nest)[1]
+
+
+def holds_tensors_only(nest: Nest) -> bool:
+    """Whether a nest holds tensors and nothing else, such as `Ragged` columns or objects."""
+    if is_container(nest):
+        return all(map(holds_tensors_only, _children(nest)))
+    return isinstance(nest, Tensor)
 
 
 def realise(nest: Nest) -> Nest:

@@ -12,7 +12,17 @@ from typing import Any, Literal, Self
 import torch
 from torch import Tensor
 
-from losscli.data.nests import Nest, Ragged, dump, leaves, length, map_nest, realise, take
+from losscli.data.nests import (
+    Nest,
+    Ragged,
+    dump,
+    holds_tensors_only,
+    leaves,
+    length,
+    map_nest,
+    realise,
+    take,
+)
 from losscli.errors import UsageError
 from losscli.weight_space.digest import digest
 from losscli.weight_space.vectors import to_device
@@ -183,13 +193,19 @@ class Split(Examples):
         inputs, targets = (map_nest(function, nest) for nest in (self.inputs, self.targets))
         return replace(self, inputs=inputs, targets=targets)
 
+    @property
+    def holds_tensors_only(self) -> bool:
+        """Whether inputs and targets are nests of tensors, without `Ragged` columns."""
+        return holds_tensors_only((self.inputs, self.targets))
+
     def is_on(self, device: torch.device) -> bool:
         """Returns whether the split is on a device."""
-        current = self._device
+        current = self.device
         return current.type == device.type and device.index in {None, current.index}
 
     @property
-    def _device(self) -> torch.device:
+    def device(self) -> torch.device:
+        """The device of its tensors; the CPU if it has none."""
         tensors = leaves(take((self.targets, self.inputs), slice(0, 1)))
         return tensors[0].device if tensors else torch.device("cpu")
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator
+from functools import lru_cache
 from typing import Any, Protocol
 
 import torch
@@ -83,8 +84,10 @@ class _CudaCopyStream:
         batch.map(record)
 
 
+@lru_cache(maxsize=1)
 def copy_stream(device: torch.device) -> CopyStream | None:
-    """Returns a queue of copies to a device; None if it has none."""
+    """Returns the queue of copies to a device; None if it has none."""
+    # The same for all passes: memory that a stream has used is kept for that stream.
     return _CudaCopyStream(device) if device.type == "cuda" else None
 
 
@@ -112,6 +115,9 @@ def transferred(
     for batch in batches:
         if batch.is_on(device):
             following = batch, None
+        elif not batch.holds_tensors_only:
+            # The tensors of other columns are made when the batch is used, too late for a buffer.
+            following = batch.to(device), None
         else:
             turn = next(turns)
             if events[turn] is not None:

@@ -26,6 +26,7 @@ __all__ = [
     "float32_precision",
     "half_precision_note",
     "launches_kernels",
+    "uses_tensor_cores",
     "widened",
     "without_cudnn",
 ]
@@ -90,6 +91,22 @@ def describe_device(device: torch.device) -> str:
 def launches_kernels(device: torch.device) -> bool:
     """Whether the host launches kernels of a device, which may wait for the host; not on a CPU."""
     return device.type != "cpu"
+
+
+def uses_tensor_cores(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether a GPU multiplies with tensor cores.
+
+    Args:
+        device: The device.
+        dtype: The type of the factors.
+
+    Returns:
+        Whether it does for this type, within `float32_precision` as that allows.
+    """
+    if device.type != "cuda":
+        return False
+    half = dtype in {torch.float16, torch.bfloat16}
+    return half or (dtype == torch.float32 and torch.backends.cudnn.allow_tf32)
 
 
 def half_precision_note(device: torch.device, dtype: torch.dtype) -> str:
@@ -176,15 +193,23 @@ class _Float32Setting:
 
     def read(self) -> Any:
         """The value; None if PyTorch refuses to return it because both interfaces were mixed."""
-        try:
-            return self.getter()
-        except RuntimeError:
-            return None
+        with _without_warnings():
+            try:
+                return self.getter()
+            except RuntimeError:
+                return None
 
     def write(self, value: object) -> None:
-        with warnings.catch_warnings():  # PyTorch 2.9 to 2.12 warn of the older interface
-            warnings.simplefilter("ignore")
+        with _without_warnings():
             self.setter(value)
+
+
+@contextmanager
+def _without_warnings() -> Iterator[None]:
+    # PyTorch 2.9 to 2.12 warn once of the older interface, where it is read too.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 def _float32_settings(tf32: bool) -> Sequence[_Float32Setting]:

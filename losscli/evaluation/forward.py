@@ -36,6 +36,7 @@ from losscli.evaluation.losses.built_in import (
     PerExample,
     function_of,
     nll,
+    on_device,
     per_example_mean,
 )
 from losscli.evaluation.losses.example_weights import weights_of
@@ -123,7 +124,7 @@ class ScoredModel(LoadableModel):
         self.function = function
         self.seeds = tuple(seeds)
         self.draws = False
-        self.loss = loss if function is None else returned_losses
+        self.loss = on_device(loss, device) if function is None else returned_losses
         self.metrics = dict(metrics)
         self.batch_loss = batch_loss
         self.copies_inputs = False

@@ -51,11 +51,12 @@ def points_that_fit(
 
     Returns:
         At least 1. They take at most 256 MiB on a CPU, or a quarter of the free memory of
-        a GPU.
+        a GPU, together with the graphs that they are evaluated by.
     """
     splits = objective.splits if splits is None else splits
     size = sum(map(len, splits.values())) * objective.loss_type.itemsize
-    if not objective.takes_points_in_turn(names, splits):
+    in_turn = objective.takes_points_in_turn(names, splits)
+    if not in_turn:
         size += sum(objective.tensors[name].nbytes for name in names)
         for layer in objective.statistics:
             # Estimated statistics also have float64 sums.
@@ -66,6 +67,8 @@ def points_that_fit(
         size += 2 * objective.batch_size * objective.activations
     if objective.device.type == "cuda":
         budget = int(device_memory(objective.device) * _GPU_SHARE)
+        if in_turn and not objective.why_no_graphs(splits.values()):
+            budget -= objective.graph_bytes(splits.values())
     else:
         budget = _CPU_STACK
     return max(1, budget // max(1, size))

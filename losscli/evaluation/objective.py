@@ -33,6 +33,7 @@ from losscli.errors import (
     NondeterministicModelError,
     OutOfMemoryError,
 )
+from losscli.evaluation import gpu_thresholds
 from losscli.evaluation.device import launches_kernels
 from losscli.evaluation.flops import Trace, operations
 from losscli.evaluation.forward import (
@@ -55,7 +56,7 @@ from losscli.evaluation.objective_functions import ObjectiveFunction
 from losscli.evaluation.output_collector import OutputCollector, join_weights
 from losscli.evaluation.recalibration import BatchNormLayer, Recalibration, batchnorm_layers
 from losscli.evaluation.strategies.base import Strategy
-from losscli.evaluation.strategies.batch_graphs import LEAST_REPLAYS, BatchGraphs, graph_capture
+from losscli.evaluation.strategies.batch_graphs import BatchGraphs, GraphCapture, graph_capture
 from losscli.evaluation.strategies.first_layer import FirstLayerFound, FirstLayerWatcher
 from losscli.evaluation.strategies.points import (
     BoundPoints,
@@ -150,6 +151,24 @@ class _Sums:
     losses: Tensor
     totals: dict[str | None, Tensor]
     weights: list[Mapping[str | None, Tensor | None]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class _Graphs:
+    """Graphs at points that take all batches in turn.
+
+    Attributes:
+        losses: Those of batches.
+        statistics: Those of training batches, for BatchNorm's statistics.
+    """
+
+    losses: BatchGraphs
+    statistics: BatchGraphs
+
+    @property
+    def reason(self) -> str:
+        """Why some batches are evaluated without a graph; empty if none is."""
+        return self.losses.reason or self.statistics.reason
 
 
 class Objective(ScoredModel):
@@ -543,12 +562,14 @@ class Objective(ScoredModel):
             sums = {name: self._zeros(len(points), len(split)) for name, split in splits.items()}
             graphs = self._graphs_for(points, splits.values())
             for indices in points.passes():
-                self.recalibrate(points, report)
+                later = graphs if indices.start else None
+                statistics = None if later is None else later.statistics
+                self.recalibrate(points, report, statistics)
                 for name, split in splits.items():
-                    if graphs is not None and indices.start:
-                        self._replay_split(graphs, split, sums[name], indices.start, report)
-                    else:
+                    if later is None:
                         self._add_split(points, split, sums[name], indices, report)
+                    else:
+                        self._replay_split(later.losses, split, sums[name], indices.start, report)
             if graphs is not None and self.proving:
                 self.graph = graphs.reason or "used"
             evaluations = {name: self._means(sums[name], len(splits[name])) for name in splits}
@@ -560,12 +581,18 @@ class Objective(ScoredModel):
             )
         return evaluations
 
-    def recalibrate(self, points: Points, report: Callable[[int], None] = lambda _: None) -> None:
+    def recalibrate(
+        self,
+        points: Points,
+        report: Callable[[int], None] = lambda _: None,
+        graphs: BatchGraphs | None = None,
+    ) -> None:
         """Estimates BatchNorm's statistics at all points, a batch at a time.
 
         Args:
             points: The points.
             report: Called with the number of examples of each finished batch.
+            graphs: Graphs of the batches, for points after the first that take them in turn.
 
         Raises:
             OutOfMemoryError: One point and one batch do not fit.
@@ -573,9 +600,14 @@ class Objective(ScoredModel):
         if self.recalibration is None:
             return
         try:
-            for batch in self.recalibration.batches():
-                inputs = self.prepare(batch.to(self.device))
-                self._finish(points.record_statistics(inputs), len(batch), report)
+            batches = self.recalibration.batches()
+            batches = transferred(batches, self.device, copy_stream(self.device))
+            if graphs is not None and isinstance(points, SequentialPoints):
+                self._replay_statistics(graphs, points, batches, report)
+            else:
+                for batch in batches:
+                    inputs = self.prepare(batch)
+                    self._finish(points.record_statistics(inputs), len(batch), report)
             updated = points.use_statistics()
         except (torch.OutOfMemoryError, MemoryError):
             # Fewer points at once may fit; but the batch must not be halved.
@@ -623,28 +655,71 @@ class Objective(ScoredModel):
             previous = done, len(batch), own
         self._add(*previous, sums.totals, report)
 
-    def _graphs_for(self, points: Points, splits: Iterable[Examples]) -> BatchGraphs | None:
+    def graph_bytes(self, splits: Iterable[Examples]) -> int:
+        """Estimates the memory of graphs, which is not used for anything else.
+
+        Args:
+            splits: The examples.
+
+        Returns:
+            The bytes of a batch as stored, and of its activations: what one operator reads and
+            writes, and as much that others keep.
+        """
+        size = self.batch_size
+        if self.recalibration is not None:
+            size = max(size, self.recalibration.size)
+        stored = max(split.first(1).nbytes for split in splits)
+        return size * (stored + 2 * self.activations)
+
+    def why_no_graphs(self, splits: Iterable[Examples]) -> str:
+        """Returns why batches cannot be evaluated as graphs on a device that has them; or nothing.
+
+        Args:
+            splits: The examples.
+        """
+        functions = [self.loss, *self.metrics.values()]
+        if self.seeds or not (is_stateless(self) and all(map(is_registered, functions))):
+            return "the model or the loss has code of its own"
+        budget = device_budget(self.device)
+        if budget is not None and self.graph_bytes(splits) > budget:
+            return "the graph of a batch takes more than a quarter of the free memory"
+        return ""
+
+    def _graphs_for(self, points: Points, splits: Collection[Examples]) -> _Graphs | None:
         """Returns graphs for batches at points that take all batches in turn, if they pay."""
         capture = graph_capture(self.device)
         if capture is None or not isinstance(points, SequentialPoints):
             return None
-        functions = [self.loss, *self.metrics.values()]
-        if self.seeds or not (is_stateless(self) and all(map(is_registered, functions))):
-            self.graph = "the model or the loss has code of its own"
+        if reason := self.why_no_graphs(splits):
+            self.graph = reason
             return None
+        if self.proving:
+            return self._new_graphs(capture, points)
+        if self.graph not in {None, "used"}:
+            # They were not right when the strategy was tested.
+            return None
+        batches = sum(math.ceil(len(split) / self.batch_size) for split in splits)
+        if self.recalibration is not None:
+            batches += math.ceil(len(self.recalibration) / self.recalibration.size)
         # The first point is evaluated without.
-        replays = (len(points) - 1) * sum(math.ceil(len(s) / self.batch_size) for s in splits)
-        if replays < LEAST_REPLAYS and not self.proving:
-            return None
-        return BatchGraphs(capture, self._evaluate_bound)
+        pays = (len(points) - 1) * batches >= gpu_thresholds.LEAST_REPLAYS
+        return self._new_graphs(capture, points) if pays else None
 
-    def _evaluate_bound(
-        self, batch: Split, losses: Tensor, sums: Mapping[str | None, Tensor]
-    ) -> None:
-        """Evaluates a batch with the weights that the model is bound to."""
-        collector = OutputCollector(self, batch.targets, losses, sums, weighs=False)
-        for _ in LoadedPoint(self).evaluate(self.prepare(batch), collector):
-            pass
+    def _new_graphs(self, capture: GraphCapture, points: SequentialPoints) -> _Graphs:
+        """Makes graphs of evaluating a batch with the weights that the model is bound to."""
+        names: list[str | None] = [*self._zeros(1, 0).totals]
+
+        def evaluate(batch: Split, results: Sequence[Tensor]) -> None:
+            losses, *sums = results
+            own = dict(zip(names, sums, strict=True))
+            collector = OutputCollector(self, batch.targets, losses, own, weighs=False)
+            for _ in LoadedPoint(self).evaluate(self.prepare(batch), collector):
+                pass
+
+        def estimate(batch: Split, results: Sequence[Tensor]) -> None:
+            points.write_statistics(self.prepare(batch), results[0])
+
+        return _Graphs(BatchGraphs(capture, evaluate), BatchGraphs(capture, estimate))
 
     def _replay_split(
         self,
@@ -657,12 +732,30 @@ class Objective(ScoredModel):
         """Evaluates a point after the first batch by batch, as graphs."""
         start = 0
         for batch in self.batches(split):
-            own = {name: torch.zeros_like(total[:1]) for name, total in sums.totals.items()}
-            graphs.evaluate(batch, sums.losses[p : p + 1, start : start + len(batch)], own)
-            for name, values in own.items():
-                sums.totals[name][p : p + 1].add_(values)
+            losses = sums.losses[p : p + 1, start : start + len(batch)]
+            own = [torch.empty_like(total[:1]) for total in sums.totals.values()]
+            graphs.evaluate(batch, [losses, *own])
+            for total, values in zip(sums.totals.values(), own, strict=True):
+                total[p : p + 1].add_(values)
             start += len(batch)
             report(len(batch))
+
+    @staticmethod
+    def _replay_statistics(
+        graphs: BatchGraphs,
+        points: SequentialPoints,
+        batches: Iterable[Split],
+        report: Callable[[int], None],
+    ) -> None:
+        """Estimates BatchNorm's statistics at a point after the first, as graphs."""
+        total: Tensor | None = None
+        for batch in batches:
+            own = points.empty_statistics()
+            graphs.evaluate(batch, [own])
+            total = own if total is None else total + own
+            report(len(batch))
+        if total is not None:
+            points.set_statistics(total)
 
     def _means(self, sums: _Sums, examples: int) -> Evaluation:
         """Moves losses and the means of the metrics to the CPU."""
@@ -731,14 +824,18 @@ def _placed_recalibration(
     device: torch.device,
 ) -> Recalibration:
     """Moves training examples to the device if they fit, or takes a split that is already there."""
-    for name, split in splits.items():
-        if split is recalibration.split:
-            return replace(recalibration, split=placed[name])
     split, budget = recalibration.split, device_budget(device)
-    if isinstance(split, Split) and (budget is None or split.nbytes <= budget):
+    there = [placed[name] for name, own in splits.items() if own is split]
+    if there:
+        split = there[0]
+    elif isinstance(split, Split) and (budget is None or split.nbytes <= budget):
         with placing(f"the examples of {recalibration.name}", device, "--limit"):
             split = split.to(device)
-    return replace(recalibration, split=split)
+    order = recalibration.order
+    if isinstance(split, Split) and split.holds_tensors_only and not split.in_batches:
+        # Else every batch would wait for a copy of its indices.
+        order = order.to(split.device)
+    return replace(recalibration, split=split, order=order)
 
 
 def _bytes_in_forward(inputs: Tensor) -> int:

@@ -197,6 +197,24 @@ class Statistics:
             total, before = self._sums[p].get(name, (None, 0))
             self._sums[p][name] = value if total is None else total + value, before + calls
 
+    def totals(self, p: int) -> list[Tensor]:
+        """Returns the sums at a point, in the order of the names there."""
+        return [total for total, _ in self._sums[p].values()]
+
+    def set_totals(self, p: int, totals: Tensor, like: Statistics) -> None:
+        """Sets the sums at a point.
+
+        Args:
+            p: The point.
+            totals: The sums, one after another.
+            like: Statistics of the first point of others, over as many calls of the same layers.
+        """
+        sums = like._sums[0]
+        parts = torch.split(totals, [total.numel() for total, _ in sums.values()])
+        self._sums[p] = {
+            name: (part, sums[name][1]) for name, part in zip(sums, parts, strict=True)
+        }
+
     @property
     def names(self) -> Collection[str]:
         """The names of the statistics recorded at any point."""

@@ -169,15 +169,16 @@ def candidates(objective: Objective) -> list[Strategy]:
     # channels, [B, P·C, h, w], calls one convolution of P groups and moves them back. So every
     # layer copies its activations, which takes about as long as a layer of few channels, and
     # grouped kernels are slower than P plain ones. A stack of our own would need the same copies.
-    # A linear layer has none of this: it becomes a batched product.
+    # A linear layer has none of this: it becomes a batched product. And vmap has no rules for
+    # recurrent layers.
     # A CPU has no launches to save. And functional_call does not restore the tensors of a module
     # that has two names.
     modules = list(objective.model.modules())
     twice = len(list(objective.model.named_modules(remove_duplicate=False))) > len(modules)
-    if objective.device.type == "cuda" and not twice and not any(map(_convolves, modules)):
+    if objective.device.type == "cuda" and not twice and not any(map(_has_no_stack, modules)):
         strategies.insert(0, Strategy.STACKED)
     return strategies
 
 
-def _convolves(module: nn.Module) -> bool:
-    return isinstance(module, nn.modules.conv._ConvNd)
+def _has_no_stack(module: nn.Module) -> bool:
+    return isinstance(module, (nn.modules.conv._ConvNd, nn.RNNBase, nn.RNNCellBase))

@@ -98,8 +98,8 @@ class StrategyChoice(TypedDict):
 
     ``difference`` is ‖l − t‖ / ‖t‖ with the losses l of the strategy and t of loaded points on a
     part of a batch; None if it was not measured, as a second copy of a large model would be needed.
-    ``graph`` is ``used`` if batches are evaluated as CUDA graphs, or the reason why not; missing
-    where there are none.
+    ``graph`` is ``used`` if batches are evaluated as CUDA graphs where there are enough of them, or
+    the reason why not; missing where there are no graphs.
     """
 
     name: str

@@ -379,7 +379,7 @@ class Path:
         gram = np.zeros((number, number))
         for parts in _common_pieces(names, *self.ends):
             steps = torch.stack([y - x for x, y in itertools.pairwise(parts)]).reshape(number, -1)
-            gram += (steps @ steps.T).numpy()
+            gram += (steps @ steps.T).cpu().numpy()
         if self.kind == "chain":
             return float(np.sqrt(np.diag(gram)).sum())
         nodes, weights = np.polynomial.legendre.leggauss(_NODES)

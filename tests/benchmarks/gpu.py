@@ -31,10 +31,13 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from losscli.data import DataSet, Split
+from losscli.evaluation import gpu_thresholds
 from losscli.evaluation.device import float32_precision
 from losscli.evaluation.losses import built_in
 from losscli.evaluation.losses.built_in import cross_entropy, token_cross_entropy
 from losscli.evaluation.objective import Objective
+from losscli.evaluation.strategies.base import Strategy
+from losscli.evaluation.strategies.batch_graphs import CudaCapture
 from losscli.evaluation.strategy_choice import choose_strategy
 from losscli.evaluation.sweep import check, sweep
 from losscli.models import MLP
@@ -68,15 +71,20 @@ class Scale(NamedTuple):
     sequences: int
     chunks: tuple[int, ...]
     rounds: int
+    layer: tuple[int, int]
+    weights: tuple[int, ...]
+    stacked: tuple[int, ...]
 
 
 FULL = Scale(
     8192, 1 << 30, "784-512-512-10", 50_000, 51, 4096, (128, 1024, 4096), (64, 256, 1024, 4096),
     {}, 16, tuple(1 << k for k in range(21, 28)), 3,
+    (8192, 512), (16, 27, 48, 80, 128, 256, 600, 1024), tuple(1 << k for k in range(22, 29)),
 )  # fmt: skip
 TINY = Scale(
     64, 1 << 16, "12-8-10", 16, 4, 8, (4, 8), (2, 4, 6, 8),
     {"words": 50, "context": 8, "width": 64, "depth": 1}, 2, (64, 128), 1,
+    (64, 8), (16, 80), (1 << 8, 1 << 20),
 )  # fmt: skip
 
 
@@ -262,38 +270,92 @@ def language(scale: Scale) -> Rows:
     return rows
 
 
+def sharing(scale: Scale) -> Rows:
+    """A layer computed at a point, and combined from its outputs at two ends, by its inputs."""
+    rows: Rows = {}
+    kinds = {
+        "float32": (torch.float32, False), "tf32": (torch.float32, True),
+        "bfloat16": (torch.bfloat16, False),
+    }  # fmt: skip
+    examples, units = scale.layer
+    for kind, (dtype, tf32) in kinds.items():
+        if tf32 and not has_gpu():
+            rows[kind] = NEEDS_GPU
+            continue
+        least = None
+        for weights in scale.weights:
+            x, w = (torch.rand(n, weights, device=device()).to(dtype) for n in (examples, units))
+            low, high, out = (torch.empty(examples, units, device=device()).to(dtype).fill_(i)
+                              for i in range(3))  # fmt: skip
+            with float32_precision(tf32=tf32), torch.no_grad():
+                layer = seconds_of(partial(_repeat, partial(F.linear, x, w)), scale.rounds)
+                shared = partial(torch.lerp, low, high, 0.3, out=out)
+                combined = seconds_of(partial(_repeat, shared), scale.rounds)
+            rows[f"{kind} {weights}"] = {"layer_seconds": layer, "combined_seconds": combined}
+            if combined < layer and least is None:
+                least = weights
+        on = "" if kind == "float32" else "_ON_TENSOR_CORES"
+        now = getattr(gpu_thresholds, f"WORTH_SHARING{on}")
+        rows[f"WORTH_SHARING{on} {kind}"] = {"now": now, "measured": least}
+    return rows
+
+
+def _repeat(work: Callable[[], object]) -> None:
+    # So that the wait for the device is a small part.
+    for _ in range(20):
+        work()
+
+
+def stacked(scale: Scale) -> Rows:
+    """A perceptron at all points at once, by the bytes of its widest layer."""
+    objective, line, points = objective_of(networks(scale)["mlp"](scale.batches[-1]))
+    objective.strategy = Strategy.STACKED
+    found = {}
+    for nbytes in scale.stacked:
+        with mock.patch.object(gpu_thresholds, "STACKED_BYTES", nbytes):
+            found[nbytes] = seconds_of(partial(objective.at, line, points), scale.rounds)
+    rows: Rows = {str(nbytes): {"seconds": seconds} for nbytes, seconds in found.items()}
+    best = min(found, key=lambda nbytes: found[nbytes])
+    rows["STACKED_BYTES"] = {"now": gpu_thresholds.STACKED_BYTES, "measured": best}
+    return rows
+
+
 def graphs(scale: Scale) -> Rows:
     """A forward pass with its loss, launched kernel by kernel and as one graph."""
     rows: Rows = {}
+    least = []
     for name, work in networks(scale).items():
         for batch in scale.graph_batches:
             own = work(batch)
             model = own.build().to(device()).eval()
             inputs, targets = own.inputs[:batch], own.targets[:batch]
-            run = partial(_losses, model, inputs, targets)
+            found = torch.empty(batch, device=device())
+            run = partial(_losses, model, inputs, targets, found)
             eager = seconds_of(run, 10 * scale.rounds)
             row: dict[str, Any] = {"seconds": eager}
             if has_gpu():
-                stream = torch.cuda.Stream()
-                stream.wait_stream(torch.cuda.current_stream())
-                with torch.cuda.stream(stream):
-                    run()
-                torch.cuda.current_stream().wait_stream(stream)
-                graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph):
-                    found = run()
-                replayed = seconds_of(graph.replay, 10 * scale.rounds)
+                expected = found.clone()
+                begun = time.perf_counter()
+                replay = CudaCapture(device()).record(run)
+                torch.cuda.synchronize()
+                recording = time.perf_counter() - begun
+                replayed = seconds_of(replay, 10 * scale.rounds)
                 row |= {"graph_seconds": replayed, "eager_of_graph": eager / replayed}
-                row["same_bits"] = torch.equal(found, run())
+                row |= {"recording_seconds": recording, "same_bits": torch.equal(found, expected)}
+                if replayed < eager:
+                    row["least_replays"] = math.ceil(recording / (eager - replayed))
+                    least.append(row["least_replays"])
             else:
                 row["graph_seconds"] = NEEDS_GPU
             rows[f"{name} {batch}"] = row
+    measured = sorted(least)[len(least) // 2] if least else None
+    rows["LEAST_REPLAYS"] = {"now": gpu_thresholds.LEAST_REPLAYS, "measured": measured}
     return rows
 
 
 @torch.no_grad()
-def _losses(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
-    return F.cross_entropy(model(inputs), targets, reduction="none")
+def _losses(model: nn.Module, inputs: Tensor, targets: Tensor, out: Tensor) -> None:
+    out.copy_(F.cross_entropy(model(inputs), targets, reduction="none"))
 
 
 def memory(scale: Scale) -> Rows:
@@ -323,6 +385,7 @@ COMMANDS = {
     "interpolate cnn": ["cnn/init.safetensors", "cnn/final.safetensors"],
     "plane": ["relu/init.pt", "relu/final.pt", "relu-seed1/final.pt", "--points", "9"],
     "check": ["relu/final.pt"],
+    "connect": ["relu/init.pt", "relu/final.pt", "--steps", "5"],
 }
 
 
@@ -374,14 +437,16 @@ def _differences(one: list[dict[str, str]], other: list[dict[str, str]]) -> dict
 
 # The parts in order, with their time limits in seconds: 8 minutes in all.
 PARTS: dict[str, tuple[Callable[[Scale], Rows], int]] = {
-    "tests": (marked_tests, 90),
+    "tests": (marked_tests, 80),
     "peak": (peak_rates, 30),
     "synchronisations": (synchronisations, 40),
-    "strategies": (strategies, 90),
+    "strategies": (strategies, 80),
+    "sharing": (sharing, 15),
+    "stacked": (stacked, 15),
     "gpt2": (language, 60),
     "graphs": (graphs, 40),
     "memory": (memory, 40),
-    "commands": (commands, 90),
+    "commands": (commands, 80),
 }
 
 
@@ -421,7 +486,7 @@ def show(name: str, part: dict[str, Any]) -> None:
                 f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
                 for key, value in values.items()
             )
-        print(f"  {row:<24}{text}", flush=True)
+        print(f"  {row:<24} {text}", flush=True)
 
 
 def main() -> None:

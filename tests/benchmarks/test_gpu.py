@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from losscli.evaluation import gpu_thresholds
 from tests.benchmarks import gpu
 
 
@@ -26,6 +27,16 @@ def test_a_tiny_run_takes_all_parts_and_says_what_needs_a_gpu(tmp_path: Path) ->
         assert f"\n{name}  " in "\n" + ended.stdout
     differences = found["commands"]["rows"]["interpolate"]["difference"]
     assert differences["loss"] < 1e-5
+    printed = {line.split()[0] for line in ended.stdout.splitlines()}
+    for part, threshold in (
+        ("sharing", "WORTH_SHARING"), ("sharing", "WORTH_SHARING_ON_TENSOR_CORES"),
+        ("stacked", "STACKED_BYTES"), ("graphs", "LEAST_REPLAYS"),
+    ):  # fmt: skip
+        rows = [row for name, row in found[part]["rows"].items() if name.split()[0] == threshold]
+        assert {row["now"] for row in rows if row != gpu.NEEDS_GPU} == {
+            getattr(gpu_thresholds, threshold)
+        }
+        assert threshold in printed
     if not torch.cuda.is_available():
         only_gpu = {
             name

@@ -245,7 +245,7 @@ def test_results_of_another_run_are_kept(losscli: Losscli, folder: Path) -> None
         (["interpolate", "a.pt", "b.pt", "--dtype", "int8"], 2, "float32"),
         (["interpolate", "a.pt", "b.pt", "--figure", "x.gif"], 2, ".png, .svg, .pdf, .html"),
         (["interpolate", "a.pt", "b.pt", "--figure", "x.png", "--no-figure"], 2, "contradict"),
-        (["interpolate", "a.pt", "b.pt", "-o", "-", "--json"], 2, "no place"),
+        (["interpolate", "a.pt", "b.pt", "-o", "-", "--json"], 2, "--json has no effect"),
         (["interpolate", "a.pt", "b.pt", "-o", ""], 2, "is a folder"),
         (["interpolate", "a.pt", "b.pt", "-o", "."], 2, "is a folder"),
         (["interpolate", "a.pt", "b.pt", "-o", "x/"], 2, "is a folder"),

@@ -87,12 +87,16 @@ def test_budgets_count_what_is_reserved_and_not_used(
     assert points_that_fit(objective, names) == free // 4 // size
     objective.strategy = Strategy.STACKED
     assert points_that_fit(objective, names) == free // 4 // (size + activations)
-    # In turn, points take no weights of their own.
+    # In turn, points take no weights of their own, and the graphs of a batch are counted.
     monkeypatch.setattr(Split, "is_on", lambda *_: True)
     objective.strategy = Strategy.BOUND
-    assert points_that_fit(objective, names) == free // 4 // losses
+    graphs = objective.graph_bytes(objective.splits.values())
+    assert graphs > 0
+    assert points_that_fit(objective, names) == (free // 4 - graphs) // losses
     first = {"all": objective.splits["all"].first(3)}
-    assert points_that_fit(objective, names, first) == free // 4 // (3 * 8)
+    assert points_that_fit(objective, names, first) == (free // 4 - graphs) // (3 * 8)
+    monkeypatch.setattr(Objective, "why_no_graphs", lambda *_: "for a reason")
+    assert points_that_fit(objective, names) == free // 4 // losses
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from losscli.data import DataSet, Split, transferred
+from losscli.data import DataSet, Split, realise, transferred
+from losscli.data.nests import Build, Ragged
 from losscli.evaluation.losses.built_in import LOSSES
 from losscli.evaluation.objective import Objective
 from losscli.models import MLP
@@ -123,6 +124,16 @@ def test_batches_on_the_device_are_not_copied() -> None:
     batches = list(split.batches(5))
     assert all(x is y for x, y in zip(transferred(batches, CPU, stream), batches, strict=True))
     assert all(x is y for x, y in zip(transferred(batches, CPU, None), batches, strict=True))
+    assert not stream.log
+
+
+def test_columns_that_are_no_tensors_are_not_copied_by_the_stream() -> None:
+    # Their tensors are made when a batch is used, when its buffers may hold those of another.
+    rows = [torch.full((n,), float(n)) for n in (1, 2, 3, 4, 5)]
+    split, stream = Split(Ragged(rows, Build(list)), torch.arange(5)), LateCopies()
+    batches = list(transferred(split.batches(1), META, stream))
+    assert [b.targets.device.type for b in batches] == ["meta"] * 5
+    assert [len(t) for b in batches for t in realise(b.inputs)] == [1, 2, 3, 4, 5]
     assert not stream.log
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 
 import pytest
@@ -41,6 +42,32 @@ def test_other_types_and_devices_are_not_measured(
 
 def test_the_products_of_every_type_are_measured() -> None:
     assert all(device._product_seconds(t) > 0 for t in (torch.float32, torch.bfloat16))
+
+
+@pytest.mark.parametrize("tf32", [False, True])
+@pytest.mark.parametrize("kind", ["cpu", "cuda", "mps"])
+def test_tensor_cores_multiply_half_precision_and_tf32_on_cuda(
+    kind: str, tf32: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", tf32)
+    types = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+    found = [device.uses_tensor_cores(torch.device(kind), dtype) for dtype in types]
+    assert found == ([False, tf32, True, True] if kind == "cuda" else [False] * 4)
+
+
+@pytest.mark.parametrize("writes", [False, True])
+def test_no_setting_of_the_precision_warns(writes: bool) -> None:
+    def old() -> str:
+        warnings.warn("Please use the new API settings to control TF32 behavior", stacklevel=1)
+        return "ieee"
+
+    setting = device._Float32Setting(old, lambda _: old(), "ieee")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        if writes:
+            setting.write("ieee")
+        else:
+            assert setting.read() == "ieee"
 
 
 @pytest.mark.skipif(

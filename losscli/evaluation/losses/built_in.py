@@ -43,6 +43,7 @@ __all__ = [
     "function_of",
     "mse",
     "nll",
+    "on_device",
     "options_of",
     "per_example_mean",
     "token_cross_entropy",
@@ -414,6 +415,25 @@ def per_example_mean(values: Tensor) -> Tensor:
     return values.flatten(1).mean(1) if values.ndim > 1 else values
 
 
+def on_device(function: PerExample, device: torch.device) -> PerExample:
+    """Moves the weights in the options of a loss to a device, once instead of for every batch.
+
+    Args:
+        function: A loss or a metric.
+        device: The device.
+
+    Returns:
+        The same function, with the weights as tensors in float64, on MPS in float32.
+    """
+    wide = torch.float32 if device.type == "mps" else torch.float64
+    own = {
+        key: torch.as_tensor(value, dtype=wide, device=device)
+        for key, value in options_of(function).items()
+        if key in _WEIGHTS and value is not None
+    }
+    return partial(function, **own) if own and function_of(function) in _WEIGHTED else function
+
+
 def function_of(function: PerExample) -> PerExample:
     """Returns a loss or metric without its options, which a `functools.partial` holds."""
     return function.func if isinstance(function, partial) else function
@@ -434,3 +454,7 @@ LOSSES: dict[str, PerExample] = {
 
 TOKEN_LOSSES = frozenset({causal_lm, token_cross_entropy})
 """The losses of tokens: a target for each, and scores in the last dimension."""
+
+_WEIGHTS = frozenset({"weight", "pos_weight"})
+
+_WEIGHTED = frozenset({cross_entropy, nll, bce, token_cross_entropy})

@@ -21,7 +21,8 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from losscli.evaluation.device import launches_kernels
+from losscli.evaluation import gpu_thresholds
+from losscli.evaluation.device import launches_kernels, uses_tensor_cores
 from losscli.evaluation.function_mode import METADATA, FunctionMode
 from losscli.evaluation.strategies.prefix import Prefix, PrefixRecorder
 from losscli.weight_space.slices import Slice
@@ -34,14 +35,6 @@ _AFFINE = frozenset({F.linear, F.embedding, F.conv1d, F.conv2d, F.conv3d})
 # Largest ratio of the terms of a combination to the combination itself. The rounding error of a
 # shared layer is then at most this many times that of an ordinary forward pass.
 _LARGEST_TERMS = 8
-
-# Weights of a unit from which sharing pays on a GPU. For fewer, reading the outputs at the ends
-# takes longer than computing the layer, and points that share nothing are evaluated in turn.
-# Computed for a line from the product rates and the bandwidth of an H100 in float32 (67 TFLOP/s,
-# 3.35 TB/s) and with tensor cores (495 in TF32, 990 in bfloat16); not measured. On one core of an
-# Ice Lake Xeon sharing pays from about 16 weights, and for fewer both take next to no time.
-_WORTH_SHARING = 80
-_WORTH_SHARING_ON_TENSOR_CORES = 600
 
 # Units times points that are computed together.
 _NUMBERS = 1 << 20
@@ -91,6 +84,20 @@ class FirstLayer:
     def output(self, point: Sequence[float]) -> Tensor:
         """Combines the outputs at the ends to the layer's output at a point."""
         return self.slice_.combine(self.products, point)
+
+    def outputs(self, points: Sequence[Sequence[float]]) -> Tensor:
+        """Combines the outputs at the ends for several points.
+
+        Args:
+            points: The coordinates of P points.
+
+        Returns:
+            The layer's outputs, stacked over the points.
+        """
+        stack = self.products[0].new_empty(len(points), *self.products[0].shape)
+        for row, point in zip(stack.unbind(0), points, strict=True):
+            self.slice_.combine(self.products, point, row)
+        return stack
 
     def replay(
         self,
@@ -218,14 +225,15 @@ class FirstLayerWatcher(FunctionMode):
 
 def _pays(function: Callable[..., Any], weight: Tensor) -> bool:
     """Whether combining a layer's outputs takes less time than computing it at every point."""
+    # On one core of an Ice Lake Xeon sharing pays from about 16 weights of a unit, and for fewer
+    # both take next to no time.
     if function is F.embedding or not launches_kernels(weight.device):
         return True
-    tensor_cores = weight.dtype in {torch.float16, torch.bfloat16} or (
-        weight.dtype == torch.float32
-        and weight.device.type == "cuda"
-        and torch.backends.cudnn.allow_tf32
+    least = (
+        gpu_thresholds.WORTH_SHARING_ON_TENSOR_CORES
+        if uses_tensor_cores(weight.device, weight.dtype)
+        else gpu_thresholds.WORTH_SHARING
     )
-    least = _WORTH_SHARING_ON_TENSOR_CORES if tensor_cores else _WORTH_SHARING
     return weight[0].numel() >= least
 
 

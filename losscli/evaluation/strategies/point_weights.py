@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
+from losscli.evaluation import gpu_thresholds
+from losscli.evaluation.device import uses_tensor_cores
 from losscli.evaluation.strategies.base import Network
 from losscli.weight_space.slices import Slice
 
@@ -17,10 +19,6 @@ __all__ = ["PointWeights", "SinglePointWeights", "combining_type", "weights_at"]
 # Values that are converted to another type at once: on a CPU few enough to stay in its cache.
 _PIECE = 1 << 14
 _PIECE_ELSEWHERE = 1 << 22
-
-# Bytes of a tensor that is combined together with others: for a larger one a GPU takes longer to
-# combine it than the host to launch the kernels.
-_SMALL = 1 << 20
 
 # Tensors in a buffer start at multiples of this many values: the fastest kernels of a GPU need
 # aligned operands.
@@ -106,7 +104,7 @@ class SinglePointWeights:
         self._large: list[str] = []
         self.tensors: dict[str, Tensor] = {}
         for name, own in tensors.items():
-            if own.nbytes <= _SMALL:
+            if own.nbytes <= gpu_thresholds.SMALL_TENSOR:
                 small.setdefault(own.dtype, []).append(name)
             else:
                 self._large.append(name)
@@ -163,9 +161,8 @@ def _channels_last(network: Network) -> frozenset[str]:
     # On two cores of an Ice Lake Xeon ResNet-20 takes 1.3 to 1.4 times as long with the channels
     # first. A GPU's tensor cores are faster with the channels last, its float32 units are not.
     tensors = network.tensors
-    device = next(iter(tensors.values())).device.type if tensors else "cpu"
-    half = network.dtype in {torch.float16, torch.bfloat16}
-    if device != "cpu" and not (device == "cuda" and (half or torch.backends.cudnn.allow_tf32)):
+    device = next(iter(tensors.values())).device if tensors else torch.device("cpu")
+    if device.type != "cpu" and not uses_tensor_cores(device, network.dtype):
         return frozenset()
     kernels = {
         id(module.weight) for module in network.model.modules() if isinstance(module, nn.Conv2d)

@@ -17,6 +17,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
+from operator import itemgetter
 from typing import Any, Self
 
 import torch
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 from torch.func import vmap
 from torch.utils._pytree import tree_leaves
 
-from losscli.data import Nest
+from losscli.data import Nest, length, map_nest
 from losscli.errors import ModelError
 from losscli.evaluation.recalibration import Statistics, recording
 from losscli.evaluation.spectral import SpectralLayer, normalise
@@ -37,6 +38,11 @@ from losscli.evaluation.strategies.replicas import (
     forward_with,
     is_stateless,
     make_replicas,
+)
+from losscli.evaluation.strategies.stacked_linear import (
+    StackedLinear,
+    examples_at_once,
+    is_perceptron,
 )
 from losscli.weight_space.slices import Slice
 
@@ -419,10 +425,10 @@ class BoundPoints(_OnePass):
 
 
 class StackedPoints(BoundPoints):
-    """P points at once: one forward pass, mapped over their stacked weights.
+    """P points at once: one forward pass with their stacked weights.
 
     With a small model a GPU waits for the host to launch kernels: P points then take as many
-    launches as one.
+    launches as one. A perceptron runs on stacked activations, other models are mapped.
 
     Args:
         network: The model.
@@ -440,6 +446,7 @@ class StackedPoints(BoundPoints):
         proving: bool = False,
     ) -> None:
         super().__init__(network, slice_, coordinates, Strategy.STACKED, proving=proving)
+        self._is_perceptron = self._stateless and is_perceptron(network.model)
 
     def evaluate(self, inputs: Nest, recorder: OutputRecorder) -> Iterator[int]:
         """Evaluates a batch at all points."""
@@ -449,12 +456,37 @@ class StackedPoints(BoundPoints):
             self._outputs(p, replica, inputs, mode)
 
         layer, _, _ = self._find_first_layer(take)
-        self._fill()
+        # All of them: the forward pass may use any, and estimating statistics leaves one out.
+        for name in self._weights.stacks:
+            self._weights.fill(name, range(len(self)))
         # One forward pass cannot share the layer at some points only.
         layer = None if self._unshared else layer
-        products = None
-        if layer is not None:
-            products = torch.stack([layer.output(point) for point in self._coordinates])
+        products = None if layer is None else layer.outputs(self._coordinates)
+        if self._is_perceptron:
+            recorder.all(self._pass_stacked(inputs, layer, products))
+        else:
+            recorder.all(self._pass_mapped(inputs, layer, products))
+        return iter(range(len(self)))
+
+    def _pass_stacked(
+        self, inputs: Nest, layer: FirstLayer | None, products: Tensor | None
+    ) -> Tensor:
+        """Runs a perceptron on activations ``[P, B, *]``, some examples at a time."""
+        tensors, number = self._network.tensors, len(self)
+        stacks = {id(tensors[name]): stack for name, stack in self._stacks.items()}
+        first = None if layer is None else id(tensors[layer.weight])
+        size = examples_at_once(self._network.model, number)
+        parts = []
+        for start in range(0, length(inputs), size):
+            some = slice(start, start + size)
+            given = None if products is None else products[:, some]
+            with StackedLinear(stacks, number, first, given):
+                own = map_nest(itemgetter(some), inputs)
+                parts.append(self._network.forward(self._network.model, own))
+        return torch.cat(parts, 1) if len(parts) > 1 else parts[0]
+
+    def _pass_mapped(self, inputs: Nest, layer: FirstLayer | None, products: Tensor | None) -> Any:
+        """Maps a forward pass over the points."""
 
         def at(tensors: Mapping[str, Tensor], product: Tensor | None) -> Any:
             replay: AbstractContextManager[Any] = nullcontext()
@@ -468,8 +500,7 @@ class StackedPoints(BoundPoints):
             # chosen.
             warnings.filterwarnings("error", "There is a performance drop")
             mapped = vmap(at, in_dims=(0, None if products is None else 0))
-            recorder.all(mapped(self._stacks, products))
-        return iter(range(len(self)))
+            return mapped(self._stacks, products)
 
 
 def moving_spectral_layers(network: Network, slice_: Slice) -> list[SpectralLayer]:

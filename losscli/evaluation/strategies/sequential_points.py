@@ -5,7 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Self
 
-from losscli.evaluation.recalibration import Statistics
+import torch
+from torch import Tensor
+
+from losscli.data import Nest
+from losscli.evaluation.recalibration import Statistics, recording
 from losscli.evaluation.spectral import normalise
 from losscli.evaluation.strategies.base import Network
 from losscli.evaluation.strategies.point_weights import SinglePointWeights
@@ -74,6 +78,38 @@ class SequentialPoints(LoadedPoint):
             for name in self._copied:
                 self._own[name].copy_(self._weights.tensors[name])
             normalise(self._spectral, tensors)
+            if p == 1:
+                self._first = self._statistics
             self._statistics = Statistics(1)
             self._point = p
             yield range(p, p + 1)
+
+    def empty_statistics(self) -> Tensor:
+        """Allocates memory for the statistics of a training batch, after the first point.
+
+        Returns:
+            ``[n]``, for all statistics that were recorded at the first point, one after another.
+        """
+        totals = self._first.totals(0)
+        numbers = sum(total.numel() for total in totals)
+        return totals[0].new_empty(numbers) if totals else torch.empty(0)
+
+    def write_statistics(self, inputs: Nest, out: Tensor) -> None:
+        """Writes BatchNorm's statistics of a training batch at the point of the pass.
+
+        Args:
+            inputs: The batch, prepared.
+            out: Receives them, as `empty_statistics` returns it.
+        """
+        with recording(self._network.statistics) as statistics:
+            self._network.forward(self._network.model, inputs)
+        if self._first.names:
+            torch.cat([statistics[name][0] for name in self._first.names], out=out)
+
+    def set_statistics(self, totals: Tensor) -> None:
+        """Sets the sums of the statistics over all training batches at the point of the pass.
+
+        Args:
+            totals: The sums of what `write_statistics` wrote.
+        """
+        self._statistics.set_totals(0, totals, self._first)

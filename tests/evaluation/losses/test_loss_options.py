@@ -17,7 +17,15 @@ from torch import Tensor, nn
 import losscli
 from losscli.data import DataSet, Split
 from losscli.errors import LossError, SpecError
-from losscli.evaluation.losses.built_in import bce, causal_lm, cross_entropy, token_cross_entropy
+from losscli.evaluation.losses.built_in import (
+    bce,
+    causal_lm,
+    cross_entropy,
+    function_of,
+    on_device,
+    options_of,
+    token_cross_entropy,
+)
 from losscli.evaluation.losses.metrics import accuracy
 from losscli.evaluation.losses.torch_losses import from_torch
 from losscli.evaluation.objective import Objective
@@ -416,3 +424,18 @@ def test_a_complex_loss_is_refused() -> None:
             data={"all": (torch.randn(9, 4), torch.arange(9) % 3)},
             loss=lambda outputs, targets: torch.complex(outputs[:, 0], outputs[:, 1]),
         )
+
+
+@pytest.mark.parametrize("value", [(0.2, 1, 5), torch.tensor([0.2, 1, 5])], ids=["list", "tensor"])
+def test_weights_are_moved_to_the_device_once(value: Any) -> None:
+    # A copy for every batch would make a GPU wait.
+    loss = on_device(functools.partial(cross_entropy, weight=value, dim=1), torch.device("meta"))
+    assert function_of(loss) is cross_entropy
+    assert options_of(loss)["weight"].device.type == "meta"
+    assert options_of(loss)["weight"].dtype == torch.float64
+    assert options_of(loss)["dim"] == 1
+
+
+def test_losses_without_weights_stay_as_they_are() -> None:
+    for loss in (cross_entropy, functools.partial(cross_entropy, ignore_index=0), torch.sub):
+        assert on_device(loss, torch.device("meta")) is loss

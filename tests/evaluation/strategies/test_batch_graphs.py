@@ -6,7 +6,8 @@ and computes the same operators again on the same memory. Like CUDA it refuses w
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,13 +17,17 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from losscli.data import DataSet, Split
+from losscli.data import DataSet, Split, realise
+from losscli.data.nests import Build, Ragged
+from losscli.errors import ModelError
+from losscli.evaluation import gpu_thresholds, recalibration
 from losscli.evaluation.losses.built_in import LOSSES
 from losscli.evaluation.losses.metrics import accuracy
 from losscli.evaluation.objective import Evaluation, Objective
 from losscli.evaluation.recalibration import Recalibration
+from losscli.evaluation.strategies import batch_graphs
 from losscli.evaluation.strategies.base import Strategy
-from losscli.evaluation.strategies.batch_graphs import CudaCapture, graph_capture
+from losscli.evaluation.strategies.batch_graphs import BatchGraphs, CudaCapture, graph_capture
 from losscli.evaluation.strategy_choice import choose_strategy
 from losscli.evaluation.sweep import check
 from losscli.models import CNN, MLP
@@ -115,6 +120,8 @@ def evaluated(
     build, loss, recalibrates = CASES[name]
     monkeypatch.setattr("losscli.evaluation.objective.launches_kernels", lambda _: True)
     monkeypatch.setattr("losscli.evaluation.objective.graph_capture", lambda _: capture)
+    monkeypatch.setattr(gpu_thresholds, "LEAST_REPLAYS", 16)
+    monkeypatch.setattr(recalibration, "BATCH", 5)
     generator = torch.Generator().manual_seed(3)
     shape = (17, 1, 4, 4) if build in {CASES["cnn"][0], CASES["recalibrated"][0]} else (17, 6)
     inputs = torch.randint(256, shape, generator=generator, dtype=torch.uint8)
@@ -155,8 +162,9 @@ def test_graphs_have_the_bits_of_batches_without(
         for metric, values in own.metrics.items():
             assert torch.equal(found[split].metrics[metric], values)
     # Four points after the first take batches of 7, 7, 3 and 3; two shapes are compared once, and
-    # the batch on which they are recorded is not replayed again.
-    assert capture.replays == 4 * 4
+    # the batch on which they are recorded is not replayed again. Four training batches are of one
+    # shape.
+    assert capture.replays == 4 * (4 + (4 if name == "recalibrated" else 0))
 
 
 def test_few_points_are_evaluated_without_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -186,6 +194,195 @@ def test_the_summary_says_whether_graphs_are_used(
     monkeypatch.setattr("losscli.evaluation.strategy_choice.candidates", lambda _: [Strategy.BOUND])
     choose_strategy(objective, line, POINTS)
     assert objective.first_choice == {"name": "bound", "difference": 0.0, "graph": graph}
+
+
+def test_graphs_that_failed_in_the_comparison_are_not_tried_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    capture = Double()
+    expected, objective, line = evaluated("mlp", capture, monkeypatch)
+    replays = capture.replays
+    objective.graph = "a graph gives other bits"
+    found = objective.at(line, POINTS)
+    assert torch.equal(found["all"].losses, expected["all"].losses)
+    assert capture.replays == replays
+
+
+def test_graphs_that_do_not_fit_are_not_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    capture = Double()
+    expected, objective, line = evaluated("recalibrated", capture, monkeypatch)
+    replays = capture.replays
+    splits = objective.splits.values()
+    # A batch of seven images of a byte a pixel with its classes, and their activations.
+    assert objective.graph_bytes(splits) == 7 * (16 + 8 + 2 * objective.activations)
+    for spare in (0, -1):
+        budget = objective.graph_bytes(splits) + spare
+        monkeypatch.setattr(
+            "losscli.evaluation.objective.device_budget", lambda _, budget=budget: budget
+        )
+        assert bool(objective.why_no_graphs(splits)) is (spare < 0)
+    found = objective.at(line, POINTS)
+    assert torch.equal(found["all"].losses, expected["all"].losses)
+    assert capture.replays == replays
+    assert objective.graph == "the graph of a batch takes more than a quarter of the free memory"
+
+
+def results_of(graphs: BatchGraphs, batches: list[Split]) -> list[float]:
+    found = [torch.empty(1) for _ in batches]
+    for batch, result in zip(batches, found, strict=True):
+        graphs.evaluate(batch, [result])
+    return [float(result) for result in found]
+
+
+def test_inputs_in_another_order_are_another_shape() -> None:
+    def evaluate(batch: Split, results: Sequence[Tensor]) -> None:
+        results[0].copy_(batch.inputs["x"].sum() - batch.inputs["shift"].sum())
+
+    x, shift, targets = torch.ones(2, 3), torch.zeros(2, 3), torch.zeros(2)
+    batches = [
+        Split({"x": x, "shift": shift}, targets),
+        Split({"shift": shift, "x": x}, targets),
+        Split({"x": shift, "shift": x}, targets),
+    ]
+    capture = Double()
+    assert results_of(BatchGraphs(capture, evaluate), batches) == [6, 6, -6]
+    assert capture.replays == 3
+
+
+def test_examples_that_are_not_tensors_are_not_recorded() -> None:
+    def evaluate(batch: Split, results: Sequence[Tensor]) -> None:
+        # The numbers beside the tensors would be those of the first batch.
+        results[0].fill_(sum(len(row) * scale for row, scale in realise(batch.inputs)))
+
+    graphs = BatchGraphs(Double(), evaluate)
+    targets = torch.zeros(2)
+    batches = [
+        Split(Ragged([(torch.ones(3), scale), (torch.ones(2), scale)], Build(list)), targets)
+        for scale in (1, 10)
+    ]
+    assert results_of(graphs, batches) == [5, 50]
+    assert graphs.reason == "examples are not only tensors"
+
+
+class FakeStream:
+    def __init__(self, name: str, log: list[str]) -> None:
+        self.name, self.log = name, log
+
+    def wait_stream(self, other: FakeStream) -> None:
+        self.log.append(f"{self.name} waits for {other.name}")
+
+
+class FakeCuda:
+    """What `CudaCapture` uses of `torch.cuda`: writes down in which order."""
+
+    def __init__(self, log: list[str]) -> None:
+        self.log, self.mode = log, "default"
+        self.default, self.side = FakeStream("default", log), FakeStream("side", log)
+        self.current = self.default
+
+    def current_stream(self) -> FakeStream:
+        return self.current
+
+    def get_sync_debug_mode(self) -> str:
+        return self.mode
+
+    def set_sync_debug_mode(self, mode: str) -> None:
+        self.mode = mode
+
+    @contextmanager
+    def stream(self, stream: FakeStream) -> Iterator[None]:
+        before, self.current = self.current, stream
+        try:
+            yield
+        finally:
+            self.current = before
+
+    @contextmanager
+    def graph(
+        self, graph: Any, pool: Any, stream: FakeStream, capture_error_mode: str
+    ) -> Iterator[None]:
+        self.log.append(f"begin in pool {pool}, {capture_error_mode}")
+        # As in PyTorch the stream stays current if the recording cannot be ended.
+        self.current = stream
+        try:
+            yield
+        finally:
+            if self.mode == "broken":
+                raise RuntimeError("operation failed due to a previous error during capture")
+            self.current = self.default
+        self.log.append("end")
+
+    def patch(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        class Graph:
+            def pool(self) -> str:
+                return "P"
+
+            def replay(self) -> None:
+                pass
+
+        monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+        monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
+        monkeypatch.setattr(batch_graphs, "_capture_stream", lambda _: self.side)
+        for name in ("current_stream", "get_sync_debug_mode", "set_sync_debug_mode"):
+            monkeypatch.setattr(torch.cuda, name, getattr(self, name))
+        monkeypatch.setattr(torch.cuda, "stream", self.stream)
+        monkeypatch.setattr(torch.cuda, "graph", self.graph)
+
+
+def test_a_recording_follows_a_run_on_its_stream_that_must_not_wait(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    log: list[str] = []
+    cuda = FakeCuda(log)
+    cuda.patch(monkeypatch)
+    capture = CudaCapture(torch.device("cuda"))
+    for _ in range(2):
+        capture.record(lambda: log.append(f"work on {cuda.current.name}, {cuda.mode}"))
+    one = [
+        "side waits for default", "work on side, error", "default waits for side",
+        "begin in pool None, thread_local", "work on side, default", "end",
+    ]  # fmt: skip
+    assert log == one + [line.replace("None", "P") for line in one]
+    assert (cuda.current, cuda.mode) == (cuda.default, "default")
+
+
+def test_work_that_waits_is_refused_before_it_is_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    log: list[str] = []
+    cuda = FakeCuda(log)
+    cuda.patch(monkeypatch)
+
+    def wait() -> None:
+        if cuda.mode == "error":
+            raise RuntimeError("called a synchronizing CUDA operation")
+
+    graphs = BatchGraphs(CudaCapture(torch.device("cuda")), lambda *_: wait())
+    graphs.evaluate(Split(torch.zeros(2, 3), torch.zeros(2)), [])
+    assert graphs.reason == "RuntimeError: called a synchronizing CUDA operation"
+    assert log == ["side waits for default"]
+    assert (cuda.current, cuda.mode) == (cuda.default, "default")
+
+
+def test_a_recording_that_fails_restores_the_stream_and_names_the_first_error(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cuda = FakeCuda([])
+    cuda.patch(monkeypatch)
+
+    def launch() -> None:
+        cuda.mode = "broken"
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    def fail() -> None:
+        if cuda.mode == "default" and cuda.current is cuda.side:
+            try:
+                launch()
+            except RuntimeError as error:
+                raise ModelError("the model fails") from error
+
+    graphs = BatchGraphs(CudaCapture(torch.device("cuda")), lambda *_: fail())
+    graphs.evaluate(Split(torch.zeros(2, 3), torch.zeros(2)), [])
+    assert graphs.reason == "RuntimeError: operation not permitted when stream is capturing"
+    assert cuda.current is cuda.default
 
 
 def test_code_of_the_user_is_not_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -218,16 +415,26 @@ def test_only_cuda_has_graphs() -> None:
 
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
-@pytest.mark.parametrize("build", [net, lambda: MLP("6-5-3")])
-def test_a_gpu_uses_graphs(build: Callable[[], nn.Module]) -> None:
+@pytest.mark.parametrize("recalibrates", [False, True])
+def test_a_gpu_uses_graphs(recalibrates: bool) -> None:
     device = torch.device("cuda")
-    data = DataSet({"all": Split(torch.rand(17, 6), torch.arange(17) % 3)})
+    split = Split(torch.rand(17, 1, 6, 6), torch.arange(17) % 3)
     ends = []
     for seed in (1, 2):
         torch.manual_seed(seed)
-        ends.append(build().to(device).state_dict())
-    objective = Objective(build(), LOSSES["cross_entropy"], {}, data, device=device, batch_size=7)
-    check(objective, ends[0])
-    objective.strategy, objective.proving = Strategy.BOUND, True
-    objective.at(Line(*ends), POINTS)
-    assert objective.graph == "used"
+        model = CNN("2-3", channels=1, classes=3, batchnorm=True)
+        ends.append({n: t.to(device) for n, t in model.state_dict().items()})
+    names = [n for n, t in ends[0].items() if t.is_floating_point() and "running" not in n]
+    found = []
+    for graphs in (True, False):
+        objective = Objective(
+            CNN("2-3", channels=1, classes=3, batchnorm=True), LOSSES["cross_entropy"], {},
+            DataSet({"all": split}), device=device, batch_size=7,
+            recalibration=Recalibration.plan("all", split, 0) if recalibrates else None,
+        )  # fmt: skip
+        check(objective, ends[0])
+        objective.strategy, objective.proving = Strategy.BOUND, graphs
+        line = Line(*({n: end[n] for n in names} for end in ends))
+        found.append(objective.at(line, POINTS)["all"].losses)
+        assert objective.graph == ("used" if graphs else None)
+    assert torch.equal(*found)

@@ -10,6 +10,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from losscli.data import DataSet, Split
+from losscli.evaluation import gpu_thresholds
 from losscli.evaluation.losses.built_in import cross_entropy
 from losscli.evaluation.objective import Objective
 from losscli.evaluation.strategies import first_layer
@@ -98,7 +99,7 @@ def test_points_that_share_too_little_take_batches_in_turn_and_have_the_same_los
     expected = losses(Strategy.BOUND)
     for module in ("strategies.first_layer", "objective"):
         monkeypatch.setattr(f"losscli.evaluation.{module}.launches_kernels", lambda _: True)
-    monkeypatch.setattr(first_layer, "_WORTH_SHARING", least)
+    monkeypatch.setattr(gpu_thresholds, "WORTH_SHARING", least)
     found = losses(Strategy.SHARED)
     if least > 27:
         assert torch.equal(found, expected)
@@ -114,6 +115,16 @@ def first_layer_of(model: nn.Module, inputs: Tensor) -> FirstLayer:
         model(inputs)
     assert watcher.layer is not None
     return watcher.layer
+
+
+def test_outputs_at_several_points_have_the_bits_of_each() -> None:
+    inputs = torch.rand(2, 4)
+    ends = [nn.Linear(4, 5).state_dict(keep_vars=True) for _ in range(2)]
+    line = Line(*ends)
+    products = [F.linear(inputs, end["weight"], end["bias"]).detach() for end in ends]
+    layer = FirstLayer(F.linear, "weight", products, line)
+    points = [(0.0,), (0.3,), (0.5,), (0.8,), (1.0,), (1.4,)]
+    assert torch.equal(layer.outputs(points), torch.stack([layer.output(p) for p in points]))
 
 
 def test_after_the_layer_has_run_no_call_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:

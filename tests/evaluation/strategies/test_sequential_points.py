@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
 from losscli.data import DataSet, Split
+from losscli.evaluation import gpu_thresholds
 from losscli.evaluation.losses import metrics
 from losscli.evaluation.losses.built_in import LOSSES
 from losscli.evaluation.objective import Evaluation, Objective
 from losscli.evaluation.recalibration import Recalibration
-from losscli.evaluation.strategies import point_weights
 from losscli.evaluation.strategies.base import Strategy
 from losscli.evaluation.strategies.point_weights import PointWeights, SinglePointWeights
 from losscli.evaluation.sweep import check
@@ -155,7 +155,7 @@ def test_weights_that_cudnn_keeps_in_one_buffer_stay_in_it(monkeypatch: pytest.M
 def test_weights_keep_their_memory_and_have_the_bits_of_stacked_weights(
     small: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(point_weights, "_SMALL", small)
+    monkeypatch.setattr(gpu_thresholds, "SMALL_TENSOR", small)
     case = BY_NAME["cnn-batchnorm"]
     objective = objective_of(case, dtype=dtype)
     _, ends = ends_of(case, 2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from losscli.evaluation import objective as objective_module
 from losscli.evaluation import strategy_choice
@@ -71,3 +72,13 @@ def test_weights_that_are_too_large_to_compare_are_not_noted(
     assert objective.first_choice == {"name": "bound", "difference": None}
     assert candidates(objective)[0] is not Strategy.BOUND
     assert not objective.notes
+
+
+@pytest.mark.parametrize(
+    ("name", "stacks"),
+    [("mlp-relu", True), ("attention-tied", True), ("cnn", False), ("lstm", False)],
+)
+def test_convolutions_and_recurrent_layers_are_not_stacked(name: str, stacks: bool) -> None:
+    objective = objective_of(next(case for case in CASES if case.name == name))
+    objective.device = torch.device("cuda")
+    assert (Strategy.STACKED in candidates(objective)) is stacks
