@@ -100,7 +100,7 @@ def dense_eigenvalue(
     ("dense", "kind", "options", "only"),
     [
         (1000, torch.optim.AdamW, {"amsgrad": True, "eps": 1e-4, "betas": (0.8, 0.95)}, ()),
-        (0, torch.optim.Adam, {}, ()),
+        pytest.param(0, torch.optim.Adam, {}, (), marks=pytest.mark.stress),
         (0, torch.optim.Adam, {"weight_decay": 1e-2}, ("layers.1.*",)),
     ],
 )

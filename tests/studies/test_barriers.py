@@ -92,7 +92,7 @@ def losses_at(case: Case, state: dict[str, torch.Tensor]) -> list[float]:
     )
 
 
-@pytest.mark.parametrize("case", sample(SAMPLE, 0, 2))
+@pytest.mark.parametrize("case", sample(SAMPLE, 0))
 def test_barriers_are_those_of_a_plain_float64_loop(case: Case, tmp_path: Path) -> None:
     files = save(case, tmp_path)
     result = losscli.barriers(files, **options(case), dtype="float64", points=POINTS)

@@ -305,7 +305,7 @@ def spoilt_batchnorm(folder: Path, prefix: str = "") -> None:
 NETWORK = "cnn:3,channels=1,classes=3,batchnorm=true"
 
 
-@pytest.mark.parametrize("prefix", ["", "module."])
+@pytest.mark.parametrize("prefix", ["module.", pytest.param("", marks=pytest.mark.stress)])
 @pytest.mark.parametrize(
     ("more", "at_a", "at_b"),
     [
@@ -625,7 +625,7 @@ def normed(seed: int, norm: Callable[[nn.Module], nn.Module]) -> nn.Module:
     return nn.Sequential(norm(nn.Linear(4, 5)), nn.ReLU(), norm(nn.Linear(5, 3)))
 
 
-@pytest.mark.parametrize("prefix", ["", "module."])
+@pytest.mark.parametrize("prefix", ["module.", pytest.param("", marks=pytest.mark.stress)])
 @pytest.mark.parametrize("has", ["A", "B", "neither"])
 def test_a_count_of_batches_in_only_one_checkpoint_is_exported(
     has: str, prefix: str, tmp_path: Path

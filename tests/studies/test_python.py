@@ -149,7 +149,8 @@ def of_files(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Any]:
             *(function, kind),
             # All functions read their checkpoints in one of two places.
             marks=()
-            if function in {"interpolate", "trajectory", "inspect"} or kind == "module"
+            if function in {"interpolate", "trajectory", "inspect"}
+            or (kind == "module" and function not in {"align", "check", "sharpness"})
             else pytest.mark.stress,
         )
         for function in [*LINES, *PATHS]
@@ -575,7 +576,13 @@ def test_settings_refuse_what_the_functions_refuse() -> None:
 EVALUATING = ["interpolate", *(name for name in PATHS if name != "inspect")]
 
 
-@pytest.mark.parametrize("function", EVALUATING)
+@pytest.mark.parametrize(
+    "function",
+    [
+        pytest.param(name, marks=pytest.mark.stress) if name == "sharpness" else name
+        for name in EVALUATING
+    ],
+)
 def test_progress_counts_up_to_the_end_of_every_study(
     function: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -364,7 +364,9 @@ COMMANDS = [
     ("trajectory", ("init:5", "a.pt", "b.pt", "--no-surface")),
     ("plane", ("a.pt", "--points", 3)),
     ("barriers", ("a.pt", "b.pt", "--points", 3)),
-    ("sharpness", ("a.pt", "--samples", 1, "--split", "test")),
+    pytest.param(
+        *("sharpness", ("a.pt", "--samples", 1, "--split", "test")), marks=pytest.mark.stress
+    ),
     ("check", ("a.pt", "--limit", 4, "--split", "test")),
     ("interpolate", ("a.pt", "b.pt", "--dry-run")),
 ]

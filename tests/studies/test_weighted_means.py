@@ -361,8 +361,15 @@ def test_a_split_without_a_target_that_counts_is_refused() -> None:
         assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("loss", ["cross_entropy,weight=1-1-1", "cross_entropy,ignore_index=9"])
-@pytest.mark.parametrize("option", ["derivatives", "layerwise"])
+@pytest.mark.parametrize(
+    ("loss", "option"),
+    [
+        ("cross_entropy,weight=1-1-1", "derivatives"),
+        ("cross_entropy,ignore_index=9", "layerwise"),
+        pytest.param("cross_entropy,weight=1-1-1", "layerwise", marks=pytest.mark.stress),
+        pytest.param("cross_entropy,ignore_index=9", "derivatives", marks=pytest.mark.stress),
+    ],
+)
 def test_weights_of_one_do_not_change_the_results(loss: str, option: str) -> None:
     x, y = classes()
     data, more = {"all": (x, y.clamp(min=0))}, {"dtype": "float32", option: True}
