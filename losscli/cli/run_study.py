@@ -102,7 +102,7 @@ def run_study(
     made = [Path(f"{output.stem}{suffix}") for suffix in study.checkpoint_suffixes]
     written = [*output.paths(command.further_tables), *made, *filter(None, [checkpoint])]
     refuse_overwriting(written, inputs)
-    protect_inputs(written, study.problem.names, study.problem.settings)
+    protect_inputs(written, study.inputs, study.problem.settings)
     output.guard(study.identity, command.further_tables)
     for path in made if checkpoint is None else [checkpoint]:
         # An earlier run of the same command may have written it, and may have been killed then.

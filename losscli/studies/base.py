@@ -72,6 +72,11 @@ class Study(ABC):
         return True
 
     @property
+    def inputs(self) -> Sequence[str]:
+        """The names of the checkpoints that it reads."""
+        return self.problem.names
+
+    @property
     def checkpoint_suffixes(self) -> Sequence[str]:
         """The ends of the names, after STEM, of the files of checkpoints that a run makes."""
         return ()

@@ -183,6 +183,7 @@ class Connect(Study):
     ts: tuple[float, ...]
     plane: bool
     aligned: Checkpoint | None
+    given: tuple[str, str]
 
     @classmethod
     def plan(
@@ -220,7 +221,7 @@ class Connect(Study):
                 "--sampling-error is not available with connect", "Evaluate fewer with --limit"
             )
         ts = tuple(grid(points, 0.0, 1.0, include=(0.0, 1.0)))
-        aligned = None
+        aligned, given = None, (a, b)
         if align:
             own = {name: getattr(settings, name) for name in _FOR_ALIGNMENT}
             aligned = alignment.align(a, b, **own).checkpoint
@@ -248,7 +249,13 @@ class Connect(Study):
             ts,
             plane and bends == 1,
             aligned,
+            given,
         )
+
+    @property
+    def inputs(self) -> Sequence[str]:
+        """A and B as they are in their files, also if B was aligned."""
+        return self.given
 
     @property
     def options(self) -> dict[str, Any]:

@@ -153,7 +153,7 @@ def test_a_square_weight_whose_layout_is_not_known_is_refused(tmp_path: Path) ->
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     config["fan_in_fan_out"] = False
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
-    with pytest.raises(CheckpointError, match=r"attn\.c_proj\.weight is square: how it is"):
+    with pytest.raises(CheckpointError, match=r"attn\.c_proj\.weight is square: its layout is"):
         opened(base, tmp_path, tiny(0).state_dict())
 
 
@@ -554,7 +554,7 @@ def test_other_kinds_of_lora_are_refused(config: dict[str, Any], told: str, tmp_
 def test_a_config_cannot_name_a_module_to_import(tmp_path: Path) -> None:
     adapt(mlp(), tmp_path, r=2, target_modules=["layers.0"], use_dora=True)
     change(tmp_path, megatron_config={"x": 1}, megatron_core="antigravity")
-    assert "Megatron is not read. Merge it with peft" in refusal(tmp_path)
+    assert "Megatron is not supported. Merge it with peft" in refusal(tmp_path)
 
 
 def test_lora_of_multi_head_attention_is_refused(tmp_path: Path) -> None:
@@ -565,7 +565,7 @@ def test_lora_of_multi_head_attention_is_refused(tmp_path: Path) -> None:
 
     adapt(Attending(), tmp_path, r=2, target_modules=["attention"])
     expected = dict(Attending().state_dict())
-    with pytest.raises(CheckpointError, match=r"here attention, is not read\. Merge it with peft"):
+    with pytest.raises(CheckpointError, match=r"here attention, is not supported\. Merge it"):
         opened(expected, tmp_path, expected)
 
 
@@ -580,7 +580,7 @@ def test_other_kinds_of_adapters_are_refused(losscli: Losscli, tmp_path: Path) -
         peft.get_peft_model(mlp(), config).save_pretrained(folder)
         done = losscli("interpolate", tmp_path / "base.pt", folder, "-m", "mlp:4-3-2", "-o", "-")
         assert (done.status, done.stdout, done.stderr.count("\n")) == (1, "", 1)
-        assert "is of an adapter of the type" in done.stderr
+        assert "describes an adapter of type" in done.stderr
         assert "Merge it with peft (merge_and_unload) and save the whole model" in done.stderr
 
 
@@ -599,8 +599,8 @@ def change(folder: Path, **values: Any) -> None:
         ({"lora_alpha": None}, "lora_alpha is None, which is not a factor"),
         ({"lora_alpha": float("nan")}, "lora_alpha is nan, which is not a factor"),
         ({"alpha_pattern": {"(": 1}}, "'(' is not a regular expression"),
-        ({"peft_type": None}, "an adapter of the type None"),
-        ({"peft_type": ["LORA"]}, "an adapter of the type ['LORA']"),
+        ({"peft_type": None}, "an adapter of type None"),
+        ({"peft_type": ["LORA"]}, "an adapter of type ['LORA']"),
     ],
     ids=str,
 )

@@ -292,7 +292,7 @@ BROKEN: dict[str, tuple[Callable[[Metadata], object], str]] = {
     "outside": (move("../a/__0_0.distcp"), "which is not in the folder. Keep the parts of a dist"),
     "absolute": (move("/etc/passwd"), "which is not in the folder"),
     "missing": (move("__9_0.distcp"), "cannot be read: No such file or directory. The copy may"),
-    "compressed": (compress, "was written through ['zstd'], which is not read"),
+    "compressed": (compress, "was written through ['zstd'], which is not supported"),
     "nowhere": (forget, "is not the metadata of a distributed checkpoint (KeyError"),
 }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +75,9 @@ def config(name: str) -> Any:
     return kind(**more)
 
 
+@cache
 def state(name: str, seed: int) -> dict[str, Tensor]:
+    """Weights; read only."""
     torch.manual_seed(seed)
     model: nn.Module = cls(name)(config(name))
     with torch.no_grad():

@@ -7,7 +7,9 @@ import csv
 import io
 import json
 import math
+import shutil
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +46,9 @@ def build() -> nn.Module:
     return transformers.GPT2LMHeadModel(transformers.GPT2Config(**CONFIG, **ENDS))
 
 
+@cache
 def state(seed: int) -> dict[str, Tensor]:
+    """Weights; read only."""
     torch.manual_seed(seed)
     # Larger than they are drawn, so that tokens are told from each other.
     return {name: 8 * tensor for name, tensor in build().state_dict().items()}
@@ -95,13 +99,21 @@ def truth(alpha: float, targets: Tensor | None = None) -> list[float]:
     return oracle.losses(build, point, tokens(len(targets)), targets, by_hand)
 
 
-@pytest.fixture
-def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Three folders as Hugging Face saves them, and data in code; the commands run beside them."""
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three folders as Hugging Face saves them."""
+    folder = tmp_path_factory.mktemp("saved")
     for seed, name in enumerate("abc"):
         model = build()
         model.load_state_dict(state(seed))
-        model.save_pretrained(tmp_path / name)
+        model.save_pretrained(folder / name)
+    return folder
+
+
+@pytest.fixture
+def folders(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The saved folders, and data in code; the commands run next to them."""
+    shutil.copytree(saved, tmp_path, dirs_exist_ok=True)
     (tmp_path / "data.py").write_text(DATA)
     monkeypatch.chdir(tmp_path)
     return tmp_path

@@ -8,6 +8,7 @@ import json
 import re
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -191,16 +192,20 @@ class Exported(nn.Module):
         return self.head(x) + self.twin(x.square())
 
 
-def export(file: Path, *, dynamic: bool = True) -> None:
+@cache
+def exported(*, dynamic: bool = True) -> bytes:
+    """A saved program, for batches of any size or of 4 examples."""
     shapes = {"x": {0: torch.export.Dim("examples")}} if dynamic else None
     program = torch.export.export(Exported().eval(), (torch.rand(4, 6),), dynamic_shapes=shapes)
+    file = io.BytesIO()
     torch.export.save(program, file)
+    return file.getvalue()
 
 
 @pytest.fixture
 def program(folder: Path) -> Path:
-    """Beside the data of `folder`: a saved program, and two checkpoints of its model."""
-    export(folder / "model.pt2")
+    """Next to the data of `folder`: a saved program, and two checkpoints of its model."""
+    (folder / "model.pt2").write_bytes(exported())
     for seed, name in enumerate("pq"):
         torch.manual_seed(seed)
         torch.save(Exported().state_dict(), folder / f"{name}.pt")
@@ -233,7 +238,7 @@ def test_a_saved_program_is_a_model_with_the_names_of_the_original(
 
 @EXPORTING
 def test_a_program_for_batches_of_one_size_says_so(program: Path, losscli: Losscli) -> None:
-    export(program / "model.pt2", dynamic=False)
+    (program / "model.pt2").write_bytes(exported(dynamic=False))
     done = losscli(*RUN, "-o", "x")
     assert done.status == 1
     told = "model.pt2 was exported for batches of exactly 4 examples, not 29. Export"
@@ -351,6 +356,7 @@ def test_models_of_other_packages_are_called_by_their_names(
     for seed, name in enumerate("pq"):
         torch.manual_seed(seed)
         torch.save(nn.Sequential(nn.Flatten(), nn.Linear(6, 3)).state_dict(), f"{name}.pt")
-    done = losscli("interpolate", "p.pt", "q.pt", "-m", spec, "--points", 2, "-o", "x", "--json")
+    out = ("-o", "x", "--no-figure", "--json")
+    done = losscli("interpolate", "p.pt", "q.pt", "-m", spec, "--points", 2, *out)
     assert done.status == 0, done.stderr
     assert json.loads(done.stdout)["model"] == spec

@@ -143,12 +143,11 @@ def test_barriers_are_those_of_a_plain_float64_loop(case: Case, tmp_path: Path) 
 @pytest.mark.parametrize(
     ("case", "more"),
     [
-        (RELU, {}),
-        (BATCHNORM, {}),
-        (BATCHNORM, {"buffers": "recalibrate"}),
-        (RELU, {"except_": ("layers.0.*",)}),
+        pytest.param(RELU, {}, id="mlp", marks=pytest.mark.stress),
+        pytest.param(BATCHNORM, {}, id="batchnorm"),
+        pytest.param(BATCHNORM, {"buffers": "recalibrate"}, id="recalibrated"),
+        pytest.param(RELU, {"except_": ("layers.0.*",)}, id="except"),
     ],
-    ids=("mlp", "batchnorm", "recalibrated", "except"),
 )
 def test_a_pair_has_the_barrier_that_interpolate_finds(
     case: Case, more: dict[str, Any], tmp_path: Path

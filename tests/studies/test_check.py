@@ -541,7 +541,8 @@ def test_a_reason_is_in_the_text_and_in_the_summary(losscli: Losscli, folder: Pa
     )
     torch.save({"w": torch.tensor([-1e-3, 0.0])}, "a.pt")
     given = ("-m", "mine.py:Net", "-d", "mine.py:data", "--loss", "mine.py:loss")
-    done = losscli("check", "a.pt", *given, "--metric", "none", "--dtype", "float64", "-o", "out")
+    given += ("--metric", "none", "--dtype", "float64", "--no-figure")
+    done = losscli("check", "a.pt", *given, "-o", "out")
     assert done.status == 0, done.stderr
     (point,) = json.loads(Path("out.json").read_text())["splits"]["all"]["points"]
     assert f"because       {point['reason']}" in done.stdout
@@ -905,7 +906,7 @@ class Head(nn.Module):
 @pytest.mark.parametrize("dtype", ["float32", pytest.param("float64", marks=pytest.mark.stress)])
 @pytest.mark.parametrize(
     ("offset", "scale"),
-    sample([(1e3, 1.0), (1e8, 1.0), (1e5, 1.0), (0.0, 1e-4), (0.0, 1.0), (0.0, 1e4)], 1, 2),
+    sample([(1e3, 1.0), (1e8, 1.0), (1e5, 1.0), (0.0, 1.0), (0.0, 1e4), (0.0, 1e-4)], 1, 3),
 )
 def test_a_convex_head_has_no_negative_eigenvalue(offset: float, scale: float, dtype: str) -> None:
     generator = torch.Generator().manual_seed(5)

@@ -45,6 +45,7 @@ def is_refused(
 # --- inspect --figure ----------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("unlaid")
 def test_inspect_draws_what_it_prints(losscli: Losscli, folder: Path) -> None:
     for names in (["a.pt"], ["a.pt", "b.pt"]):
         stem = "-".join(Path(name).stem for name in names)
@@ -64,6 +65,7 @@ def test_inspect_draws_what_it_prints(losscli: Losscli, folder: Path) -> None:
     assert widths == pytest.approx(shares, rel=1e-12)
 
 
+@pytest.mark.usefixtures("unlaid")
 def test_inspect_keeps_other_pictures(losscli: Losscli, folder: Path) -> None:
     Path("x.png").write_bytes(b"a photograph")
     refused = losscli("inspect", "a.pt", "--figure", "x.png", "--figure", "y.svg")

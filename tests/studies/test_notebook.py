@@ -27,7 +27,12 @@ from tests.conftest import ROOT, Losscli
 CELLS = [
     """
     import losscli, losscli.progress
+    from losscli.plotting import style
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
     losscli.progress._NOTEBOOK_INTERVAL = 0
+    # As the fixture `unlaid` has it.
+    style._STYLE["savefig.dpi"] = 40
+    ConstrainedLayoutEngine.execute = lambda *_: None
     result = losscli.interpolate("a.pt", "b.pt", points=3, progress=True)
     """,
     "result",
@@ -40,6 +45,7 @@ CELLS = [
 ]
 
 
+@pytest.mark.usefixtures("unlaid")
 def test_a_notebook_shows_each_result_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for package in ("nbclient", "ipykernel", "pandas"):
         pytest.importorskip(package)

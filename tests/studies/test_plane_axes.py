@@ -211,7 +211,7 @@ def spanning(kind: str, case: Case, names: Sequence[str]) -> tuple[np.ndarray, n
     ("kind", "case"),
     [
         ("random", BATCHNORM),
-        ("random", TANH),
+        pytest.param("random", TANH, marks=pytest.mark.stress),
         pytest.param("points", BATCHNORM, marks=pytest.mark.stress),
         ("points", TANH),
         ("hessian", TANH),

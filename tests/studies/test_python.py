@@ -35,6 +35,7 @@ from losscli.errors import (
 from losscli.evaluation.losses.built_in import LOSSES
 from losscli.models import MLP
 from tests import oracle
+from tests.cases import sample
 from tests.cli.test_console import Terminal
 
 SIZES = "6-5-3"
@@ -386,14 +387,18 @@ def accuracy(outputs: Tensor, targets: Tensor) -> Tensor:
 
 @pytest.mark.parametrize(
     ("option", "one"),
-    [
-        ("split", "test"),
-        ("only", "layers.0.*"),
-        ("except_", "layers.0.bias"),
-        ("metric", "none"),
-        ("metric", "accuracy"),
-        ("metric", accuracy),
-    ],
+    sample(
+        [
+            ("split", "test"),
+            ("only", "layers.0.*"),
+            ("metric", "none"),
+            ("except_", "layers.0.bias"),
+            ("metric", accuracy),
+            ("metric", "accuracy"),
+        ],
+        0,
+        2,
+    ),
     ids=lambda value: getattr(value, "__name__", value),
 )
 def test_a_repeatable_option_takes_one_value_or_several(option: str, one: Any) -> None:
@@ -421,7 +426,9 @@ def test_whole_numbers_of_other_libraries_are_whole_numbers(kind: Callable[[int]
     assert found.summary["identity"] == plain.summary["identity"]
 
 
-@pytest.mark.parametrize("kind", [np.float64, np.float32, np.array, torch.tensor, int, np.int8])
+@pytest.mark.parametrize(
+    "kind", sample([np.float64, np.float32, torch.tensor, np.array, int, np.int8], 0, 2)
+)
 def test_numbers_of_other_libraries_are_numbers(kind: Callable[[float], Any]) -> None:
     plain = call("interpolate", [state(1), state(2)], range=(-1.0, 2.0))
     for form in (list, tuple, iter):

@@ -22,6 +22,7 @@ import losscli
 from losscli.errors import OutOfMemoryError
 from losscli.evaluation.objective import Objective
 from losscli.evaluation.tasks import Execution
+from losscli.registry import COMMANDS
 from losscli.results.result import Result
 from losscli.settings import Settings
 from losscli.studies.interpolation import Interpolation
@@ -152,6 +153,7 @@ def test_derivatives_are_those_of_the_mean_over_seeds(files: list[Path]) -> None
     assert row["gradient_norm"] == pytest.approx(float(gradient.norm()), rel=1e-9)
     assert row["lambda_min"] == pytest.approx(float(values[0]), rel=1e-8)
     assert row["lambda_max"] == pytest.approx(float(values[-1]), rel=1e-8)
+    assert "over the seeds" in COMMANDS["check"].as_text(checked)
     found = losses(DRAWS["dropout"], 0.0, N)
     error = statistics.stdev(found) / math.sqrt(SEEDS)
     assert checked.summary["splits"]["t"]["points"][0]["loss_seed_stderr"] == pytest.approx(error)
@@ -306,23 +308,31 @@ def test_invalid_options_are_refused_in_one_line(name: str, mine: Path, losscli:
 
 @pytest.mark.usefixtures("unseen")
 @forks
-def test_two_processes_give_the_results_of_one(mine: Path, losscli: Losscli) -> None:
+@pytest.mark.parametrize(
+    "command",
+    [
+        pytest.param(
+            f"{LINE.replace('3', '9')} -m mine.py:Noisy --loss mine.py:loss --stochastic 3",
+            id="line",
+        ),
+        pytest.param(
+            "check a.pt b.pt -q --no-figure -m mine.py:Noisy --stochastic 2 --split test",
+            id="check",
+            marks=pytest.mark.stress,
+        ),
+    ],
+)
+def test_two_processes_give_the_results_of_one(command: str, mine: Path, losscli: Losscli) -> None:
     torch.set_num_threads(1)
-    commands = [
-        f"{LINE.replace('3', '9')} -m mine.py:Noisy --loss mine.py:loss --stochastic 3",
-        "check a.pt b.pt -q --no-figure -m mine.py:Noisy --stochastic 2 --split test",
-    ]
-    for i, command in enumerate(commands):
-        done = losscli(*command.split(), "-o", f"one{i}")
-        assert done.status == 0, done
-        assert ("over the seeds" in done.stdout) == ("check" in command)
-        dry = losscli(*command.split(), "--dry-run", "--json")
-        described = json.loads(dry.stdout)
-        passes = described["points"] * sum(described["examples"].values())
-        assert described["forward_passes"] == passes * described["stochastic"]
-    assert losscli("plot", "one0.csv", "-o", "x.png").status == 0
-    first, other = forked([f"{c} -o two{i}" for i, c in enumerate(commands)], 2)
-    assert [outcome.status for outcome in (*first, *other)] == [0] * 4, first
+    done = losscli(*command.split(), "-o", "one")
+    assert done.status == 0, done
+    assert ("over the seeds" in done.stdout) == ("check" in command)
+    plan = json.loads(losscli(*command.split(), "--dry-run", "--json").stdout)
+    passes = plan["points"] * sum(plan["examples"].values())
+    assert plan["forward_passes"] == passes * plan["stochastic"]
+    assert losscli("plot", "one.csv", "-o", "x.png").status == 0
+    (first,), (other,) = forked([f"{command} -o two"], 2)
+    assert (first.status, other.status) == (0, 0), first
     for path in mine.glob("one*.csv"):
         assert_same(path.name, path.name.replace("one", "two"))
 

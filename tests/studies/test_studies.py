@@ -450,7 +450,7 @@ def test_a_model_that_returns_no_tensor_is_refused(folder: Path) -> None:
         ({"loss": "tests.foreign:batch_mean"}, LossError, "reduction=none"),
         ({"loss": "mse"}, LossError, "one shape"),
         ({"metric": ("f1",)}, SpecError, "unknown metric"),
-        ({"metric": ("accuracy", "accuracy")}, UsageError, "two columns"),
+        ({"metric": ("accuracy", "accuracy")}, UsageError, "is that of another column"),
         ({"device": "cuda:99"}, DeviceError, "is not available"),
         ({"device": "abacus"}, DeviceError, "is not available"),
         ({"device": "meta"}, DeviceError, "not supported"),

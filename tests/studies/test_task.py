@@ -168,7 +168,8 @@ def test_an_ambiguous_shape_is_refused_in_one_line_and_nothing_is_written(
     assert refused.stderr.count("\n") == 1
     assert "--loss token_cross_entropy" in refused.stderr
     assert sorted(p for p in tmp_path.iterdir() if p.name != "__pycache__") == before
-    done = losscli("interpolate", *there, "--loss", "cross_entropy,dim=1", "--points", 3)
+    chosen = ("--loss", "cross_entropy,dim=1", "--points", 3, "--no-figure")
+    done = losscli("interpolate", *there, *chosen)
     assert done.status == 0
     assert json.loads(Path("line.json").read_text())["loss"] == "cross_entropy,dim=1"
 
