@@ -116,8 +116,8 @@ PICTURES: dict[str, Callable[[], Figure]] = {
         layered(layers(41)), Drawing(title="Forty-one blocks")
     ),
     "moved": lambda: draw_inspection(moved(transformer(2), wrong=1, whole_numbers=2)),
-    "held": lambda: draw_inspection(held([(n, v, x) for n, v, x, _ in transformer(2)])),
     "moved-far": lambda: draw_inspection(moved(transformer(12))),
+    "held": lambda: draw_inspection(held([(n, v, x) for n, v, x, _ in transformer(2)])),
 }
 
 

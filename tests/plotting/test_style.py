@@ -14,6 +14,7 @@ from losscli.plotting.style import (
     number_checkpoints,
     scale_checkpoints,
     shorten,
+    shorten_path,
     text_width,
 )
 
@@ -100,3 +101,14 @@ def test_labels_keep_their_beginning_and_names_their_end(text: str, start: str, 
     assert len(shown) < len(text)
     assert text_width(figure, shown) <= 120.0
     assert shorten(figure, text, 1000.0) == text
+
+
+@pytest.mark.parametrize("width", [20.0, 60.0, 120.0, 200.0, 400.0])
+@pytest.mark.parametrize("name", ["runs/i/a-long-name/of/seed-1/step-00100.pt", "a/b", "a-name.pt"])
+def test_a_path_loses_as_few_leading_folders_as_possible(name: str, width: float) -> None:
+    figure = Figure()
+    parts = name.split("/")
+    names = [name, *(f"…/{'/'.join(parts[k:])}" for k in range(1, len(parts)))]
+    fitting = [each for each in names if text_width(figure, each) <= width]
+    expected = fitting[0] if fitting else shorten(figure, name, width)
+    assert shorten_path(figure, name, width) == expected
