@@ -356,17 +356,7 @@ class Curvature:
         *,
         keeps: bool,
     ) -> Tensor:
-        """Multiplies the Hessian of the loss of a batch with vectors, ``[K, n]``.
-
-        Args:
-            gradients: The gradient of the batch.
-            directions: The vectors, as tensors like the parameters.
-            differentiate: Differentiates ⟨∇L, v⟩, given in parts; may keep the graph.
-            keeps: Whether the graph is kept in the end.
-
-        Returns:
-            The products.
-        """
+        """Multiplies the Hessian of a batch with vectors, ``[K, n]``; may keep the graph."""
         rows = []
         for k, direction in enumerate(directions):
             # ⟨∇L, v⟩, and not ∇L with the argument v: for that PyTorch imports SymPy.
