@@ -526,7 +526,6 @@ def wait_for_both(run: str, most: int) -> None:
         time.sleep(0.01)
 
 
-@pytest.mark.stress
 def test_sigterm_to_torchrun_ends_all_ranks_and_names_the_journal(
     line: Callable[[str], str], losscli: Losscli
 ) -> None:
