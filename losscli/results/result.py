@@ -559,18 +559,20 @@ class Output:
             ) from None
 
     def guard(self, identity: str | None, tables: Iterable[str] = ()) -> None:
-        """Refuses to overwrite the results of another run.
+        """Refuses to overwrite the results of another run, and folders.
 
         Args:
             identity: The identity of this run; None if it has none and nothing is overwritten.
             tables: The names of further tables that the run may write.
 
         Raises:
-            OutputError: A file of another run exists.
+            OutputError: A file of another run exists, or a folder has the name of a result.
         """
+        paths = self.paths(tables)
+        _refuse_folders(paths)
         if self.force:
             return
-        existing = [path for path in self.paths(tables) if path.exists()]
+        existing = [path for path in paths if path.exists()]
         if existing and not self.is_of(identity):
             raise OutputError(
                 f"{existing[0]} contains the results of another run",
@@ -687,6 +689,12 @@ def _read_if_possible(path: Path) -> bytes | None:
         return None
 
 
+def _refuse_folders(paths: Iterable[Path]) -> None:
+    for path in paths:
+        if path.is_dir():
+            raise OutputError(f"{path} is a folder", "Move it away, or choose another --out")
+
+
 def replace_all(contents: Mapping[Path, bytes]) -> list[Path]:
     """Writes several files, given by their contents: either all or none.
 
@@ -697,10 +705,8 @@ def replace_all(contents: Mapping[Path, bytes]) -> list[Path]:
         OutputError: A file cannot be written. No file is changed then, and no temporary file is
             left.
     """
-    for path in contents:
-        # Checked first, since a rename would fail only after others have succeeded.
-        if path.is_dir():
-            raise OutputError(f"{path} is a folder", "Move it away, or choose another --out")
+    # Checked first, since a rename would fail only after others have succeeded.
+    _refuse_folders(contents)
     current = next(iter(contents), Path())
     temporary = {path: path.with_name(f".{path.name}.{os.getpid()}.tmp") for path in contents}
     try:
