@@ -56,7 +56,7 @@ bench-gpu: ## Check and measure the GPU in 8 minutes; PYTHON names a Python with
 	$(PYTHON) -m tests.benchmarks.gpu
 
 golden: .venv/installed ## Redraw the pictures that the tests compare with, from stored tables
-	LOSSCLI_REGENERATE_GOLDEN=1 $(BIN)/python -m pytest -q tests/plotting
+	LOSSCLI_REGENERATE_GOLDEN=1 $(BIN)/python -m pytest -q tests/plotting -k golden -m 'stress or not stress'
 
 clean: ## Remove .venv and what is built or cached
 	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -43,7 +43,7 @@ class LosscliError(Exception):
 
 
 class UsageError(LosscliError):
-    """The command or its options are invalid, whatever the content of the files."""
+    """The command or its options are invalid, regardless of the content of the files."""
 
     exit_code = 2
 

@@ -384,12 +384,14 @@ def _load(module: str, attribute: str, kind: str, folder: Path | None) -> Callab
             _USER_FOLDERS.shadowing_hint(error) or "Install it, or give a path to a .py file",
         ) from error
     except (Exception, SystemExit) as error:  # a script may exit
-        alone = f"python {shlex.quote(module)}" if module.endswith(".py") else f"python -m {module}"
+        command = (
+            f"python {shlex.quote(module)}" if module.endswith(".py") else f"python -m {module}"
+        )
         raise SpecError(
             f"{where}: importing it failed: {one_line(error)}",
             _USER_FOLDERS.shadowing_hint(error)
             or _package_hint(error, base / module, attribute, kind)
-            or f"Run it on its own: {alone}",
+            or f"Run it on its own: {command}",
         ) from error
     found: Any = loaded
     try:
@@ -466,16 +468,7 @@ def _load_file(name: str, folder: Path, where: str) -> Any:
 
 
 def _check_neighbours(path: Path, where: str) -> None:
-    """Checks that imports of files in the same folder do not get modules of another folder.
-
-    Args:
-        path: The file.
-        where: Its description for the errors.
-
-    Raises:
-        SpecError: It imports a file of its folder, but a user module of that name is loaded from
-            another folder.
-    """
+    """Checks that a file's imports from its own folder do not get modules of another folder."""
     try:
         nodes = list(ast.walk(ast.parse(path.read_bytes())))
     except (SyntaxError, ValueError, RecursionError):

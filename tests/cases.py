@@ -23,12 +23,28 @@ def sample(values: Iterable[Any], start: int, share: int = 3) -> list[Any]:
     return [value if k % share == start else _stressed(value) for k, value in enumerate(values)]
 
 
+def in_turn(values: Iterable[Any], *variants: Any) -> list[Any]:
+    """Parameters of a test of each value in each variant: ``make test`` takes one per value."""
+    return sample(
+        (
+            tuple(x for part in (value, variant) for x in _parts(part))
+            for k, value in enumerate(values)
+            for variant in variants[k % len(variants) :] + variants[: k % len(variants)]
+        ),
+        0,
+        len(variants),
+    )
+
+
+def _parts(value: Any) -> tuple[Any, ...]:
+    return value if isinstance(value, tuple) else (value,)
+
+
 def _stressed(value: Any) -> Any:
     """The parameter of a test for ``make stress``."""
     if hasattr(value, "marks"):  # it is one of pytest already
         return pytest.param(*value.values, id=value.id, marks=[*value.marks, pytest.mark.stress])
-    values = value if isinstance(value, tuple) else (value,)
-    return pytest.param(*values, marks=pytest.mark.stress)
+    return pytest.param(*_parts(value), marks=pytest.mark.stress)
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,11 +12,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import typer.main
 from hypothesis import HealthCheck, settings
+from matplotlib.backends import backend_agg
 from packaging.version import Version
 
 from losscli import spec
@@ -54,6 +56,20 @@ spec._library_folders = lambda: _INSTALLED
 if not torch.cuda.is_available():
     for _device in (torch.cuda, torch.xpu, torch.mtia):
         _device._is_in_bad_fork = lambda: True
+
+# Figures of all tests measure the same texts, each with a renderer of its own.
+_measure = backend_agg.RendererAgg.get_text_width_height_descent
+_measured: dict[tuple[Any, ...], Any] = {}
+
+
+def _measure_once(self: Any, s: str, prop: Any, ismath: Any) -> Any:
+    key = s, prop, ismath, self.dpi, backend_agg.get_hinting_flag()
+    if key not in _measured:
+        _measured[key] = _measure(self, s, prop, ismath)
+    return _measured[key]
+
+
+backend_agg.RendererAgg.get_text_width_height_descent = _measure_once
 
 # No power is lost here, and to wait for the disk takes a while.
 os.fsync = lambda _: None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import resource
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -34,6 +35,8 @@ def child(command: list[str], log: Path, before: Callable[[], Any] = lambda: Non
         stderr = io.StringIO()
         before()
         status = run(command, Console(io.StringIO(), stderr))
+        # A second Ctrl-C, for example of another worker that starts, must not cut the log.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
         # What the disk had no room for may be told of.
         _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
         resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))

@@ -356,6 +356,6 @@ def _number(where: str, value: Any, limit: float = math.inf) -> float:
         number = math.nan
     if not 0 <= number < limit:
         raise CheckpointError(
-            f"{where} has {value!s:.40} in the place of an option or the step of Adam", _RESAVE
+            f"{where} has {value!s:.40} as an option or as the step of Adam", _RESAVE
         )
     return number

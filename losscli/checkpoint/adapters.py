@@ -62,14 +62,14 @@ def parse_config(config: Mapping[str, Any], where: Path) -> Adapter:
         return PeftAdapter(where, base_name(config), str(kind), config)
     if kind != "LORA":
         raise CheckpointError(
-            f"{where} is of an adapter of the type {kind!r}, which is not read", MERGE_FIRST
+            f"{where} describes an adapter of type {kind!r}, which is not supported", MERGE_FIRST
         )
     other = next((name for key, name in _UNSUPPORTED.items() if config.get(key)), None)
     initial = config.get("init_lora_weights")
     if other is None and initial not in _NEUTRAL_INITIALISATIONS:
         other = f"init_lora_weights={initial!r}, which changes the base as well"
     if other:
-        raise CheckpointError(f"{where}: {other} is not read", MERGE_FIRST)
+        raise CheckpointError(f"{where}: {other} is not supported", MERGE_FIRST)
     variant = next((name for key, name in _VARIANTS.items() if config.get(key)), None)
     if variant:
         return PeftAdapter(where, base_name(config), variant, config)

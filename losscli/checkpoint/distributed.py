@@ -277,7 +277,7 @@ def _chunk(
     if info["transform_descriptors"]:
         raise CheckpointError(
             f"{folder / METADATA}: {label!r} was written through {info['transform_descriptors']}, "
-            "which is not read",
+            "which is not supported",
             "Save it without extensions",
         )
     return _Chunk(label, offsets, sizes, folder / file, start, length)

@@ -130,7 +130,7 @@ class LoraAdapter:
             if name not in base and f"{module}.in_proj_weight" in base:
                 # peft 0.21 applies the update of the output projection twice, in training too.
                 raise CheckpointError(
-                    f"{self.where}: LoRA of nn.MultiheadAttention, here {module}, is not read",
+                    f"{self.where}: LoRA of nn.MultiheadAttention, here {module}, is not supported",
                     MERGE_FIRST,
                 )
             if "A" not in pair or "B" not in pair:
@@ -204,8 +204,8 @@ class LoraAdapter:
             # peft stores one flag, that of the last module, even if modules differ.
             if _contradicts_layout(base, tensors, transposed=self.transposed):
                 raise CheckpointError(
-                    f"{self.where}: fan_in_fan_out is {str(self.transposed).lower()} and not so of "
-                    f"all its modules, and {name} is square: how it is stored is not known",
+                    f"{self.where}: fan_in_fan_out is {str(self.transposed).lower()}, which does "
+                    f"not hold for all its modules, and {name} is square: its layout is unknown",
                     MERGE_FIRST,
                 )
             product = product.T if self.transposed else product

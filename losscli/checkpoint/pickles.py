@@ -51,9 +51,10 @@ class _Unpickler(pickle.Unpickler):  # noqa: S301 - it imports nothing, see find
         self._persistent = persistent
 
     def find_class(self, module: str, name: str, /) -> Any:
-        if (module, name) not in self._allowed:
-            raise ForbiddenPickleError(f"{module}.{name}")
-        return self._allowed[module, name]
+        try:
+            return self._allowed[module, name]
+        except KeyError:
+            raise ForbiddenPickleError(f"{module}.{name}") from None
 
     def persistent_load(self, pid: Any, /) -> Any:
         assert self._persistent is not None  # the scan refuses these opcodes otherwise

@@ -27,7 +27,7 @@ from losscli.errors import CheckpointError, MismatchError, ModelError
 from losscli.weight_space.digest import digest
 from losscli.weight_space.vectors import Weights, mismatches, number_kind, pieces
 
-__all__ = ["dtype_argument", "select_for"]
+__all__ = ["dtype_argument", "select_for", "silent"]
 
 # Maximum number of state dicts that are passed to the load hooks.
 _MAX_TRIED = 8
@@ -218,7 +218,7 @@ def _from_pretrained(library: Any, model: nn.Module, weights: Weights) -> Weight
     if len(types) > 1:
         # The promoted type represents each value exactly.
         dtype = functools.reduce(torch.promote_types, types, torch.bfloat16)
-    with _silent(library):
+    with silent(library):
         try:
             loaded, loading_info = type(model).from_pretrained(  # type: ignore[attr-defined]
                 None,
@@ -239,7 +239,7 @@ def _tensors(state: dict[str, Any]) -> Weights:
 
 
 @contextmanager
-def _silent(library: Any) -> Iterator[None]:
+def silent(library: Any) -> Iterator[None]:
     """Silences the logging and the progress bars of transformers, then restores them."""
     logging = library.utils.logging
     level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()

@@ -12,7 +12,7 @@ import mmap
 import pickletools
 import struct
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from io import BufferedReader
 from pathlib import Path
 from typing import IO, Any, NoReturn, cast
@@ -158,10 +158,10 @@ _COLLECTIONS: dict[tuple[str, str], type] = {
 }
 
 
-class _InertGlobals(Mapping[tuple[str, str], Any]):
+class _InertGlobals(dict[tuple[str, str], Any]):
     """Maps each global name of a pickle to a replacement. Nothing is imported."""
 
-    def __getitem__(self, key: tuple[str, str]) -> Any:
+    def __missing__(self, key: tuple[str, str]) -> Any:
         module, name = key
         if module in {"torch", "torch.storage"} and name in _ITEM_SIZES:
             return name  # a pickle cannot call a string
@@ -169,16 +169,7 @@ class _InertGlobals(Mapping[tuple[str, str], Any]):
             return _Tensor
         if module == "torch" and name in _DTYPES:
             return _DTYPES[name]
-        return _COLLECTIONS.get(key, _Inert)
-
-    def __iter__(self) -> Iterator[tuple[str, str]]:
-        return iter(())
-
-    def __len__(self) -> int:
-        return 0
-
-    def __contains__(self, _: object) -> bool:
-        return True
+        return _Inert
 
 
 def check_sizes(file: Path | BufferedReader | io.BytesIO | mmap.mmap) -> None:
@@ -337,4 +328,4 @@ def _check_pickle(content: bytes, fits: Callable[[str, int], bool]) -> None:
             raise SizeError(f"{stored.nbytes:,} bytes of a tensor that are not in it")
         return stored
 
-    load(content, _InertGlobals(), encoding="latin-1", persistent=storage)
+    load(content, _InertGlobals(_COLLECTIONS), encoding="latin-1", persistent=storage)

@@ -89,11 +89,6 @@ def _run_and_report(work: Callable[[Console], int], console: Console) -> int:
     """Runs a command, reports its error and returns its exit status."""
     try:
         return work(console)
-    except LosscliError as error:
-        if console.traceback:
-            raise
-        console.error(_with_resume_hint(str(error), console))
-        return error.exit_code
     except _Signalled as signalled:
         import multiprocessing
 
@@ -110,21 +105,22 @@ def _run_and_report(work: Callable[[Console], int], console: Console) -> int:
         message = f"code that this command runs ended with SystemExit({error.code})"
         console.error(_with_resume_hint(message, console))
         return 1
-    except OSError as error:
-        if console.traceback:
-            raise
-        message = f"{error.filename or 'a stream'}: {error.strerror}"
-        console.error(_with_resume_hint(message, console))
-        return 1
     except Exception as error:
         if console.traceback:
             raise
-        message = (
-            f"unexpected {type(error).__name__}: {error}. This is a bug in losscli: run again "
-            "with --traceback and report what it shows"
-        )
-        console.error(_with_resume_hint(message, console))
-        return 1
+        console.error(_with_resume_hint(_message(error), console))
+        return error.exit_code if isinstance(error, LosscliError) else 1
+
+
+def _message(error: Exception) -> str:
+    if isinstance(error, LosscliError):
+        return str(error)
+    if isinstance(error, OSError):
+        return f"{error.filename or 'a stream'}: {error.strerror}"
+    return (
+        f"unexpected {type(error).__name__}: {error}. This is a bug in losscli: run again with "
+        "--traceback and report what it shows"
+    )
 
 
 def _resume_hint(console: Console) -> str:

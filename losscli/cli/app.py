@@ -37,7 +37,7 @@ def make_app(name: str = "") -> typer.Typer:
     """
     app = typer.Typer(
         name="losscli",
-        help="See the loss surface of a neural network, from checkpoint files.",
+        help="Show the loss surface of a neural network from checkpoint files.",
         pretty_exceptions_enable=False,
         context_settings={"help_option_names": ["-h", "--help"]},
     )
@@ -59,4 +59,4 @@ def _root(
         typer.Option("--version", callback=_version, is_eager=True, help="Print the version."),
     ] = False,
 ) -> None:
-    """See the loss surface of a neural network, from checkpoint files."""
+    """Show the loss surface of a neural network from checkpoint files."""

@@ -11,6 +11,7 @@ from losscli.cli.report import (
     format_examples,
     format_moving,
     format_number,
+    format_with_error,
     is_finite,
     task_lines,
 )
@@ -168,8 +169,8 @@ def _derivatives(derivatives: Sequence[Derivative]) -> Iterator[tuple[str, str]]
             yield f"λ of {of['direction']}", "not finite"
         else:
             caveat = "" if of["converged"] else ", not converged"
-            value, error = format_number(of["eigenvalue"]), format_number(of["error"], 2)
-            yield f"λ of {of['direction']}", f"{value} ± {error}{caveat}"
+            value = format_with_error(of["eigenvalue"], of["error"])
+            yield f"λ of {of['direction']}", f"{value}{caveat}"
 
 
 def _mean_rises(point: AroundPoint, coefficients: Sequence[float]) -> Iterator[tuple[str, str]]:
@@ -203,7 +204,6 @@ def _radii(point: AroundPoint, summary: AroundSummary) -> Iterator[tuple[str, st
 
 
 def _radius(found: BasinRadius) -> str:
-    error = f" ± {format_number(found['stderr'], 2)}" if is_finite(found["stderr"]) else ""
     bound = f"{found['bound']} " if found["bound"] else ""
     relative = f" ({found['relative']:.2g} ‖θ‖)" if is_finite(found["relative"]) else ""
-    return f"{bound}{format_number(found['distance'])}{error}{relative}"
+    return f"{bound}{format_with_error(found['distance'], found['stderr'])}{relative}"

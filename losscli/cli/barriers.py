@@ -14,6 +14,7 @@ from losscli.cli.report import (
     format_height,
     format_moving,
     format_number,
+    format_with_error,
     is_finite,
     repair_lines,
     task_lines,
@@ -188,9 +189,8 @@ def _means(split: BarriersSplit, column: str) -> list[str]:
     for at in means:
         cells = []
         for value in at["values"].values():
-            error = value["stderr"]
-            text = format_number(value["mean"]) if is_finite(value["mean"]) else "nan"
-            cells.append(text + (f" ± {format_number(error, 2)}" if is_finite(error) else ""))
+            mean = value["mean"]
+            cells.append(format_with_error(mean, value["stderr"]) if is_finite(mean) else "nan")
         rows.append([format_number(at["x"], 6), str(at["pairs"]), *cells])
     return align_columns(rows, left=())
 

@@ -1,4 +1,4 @@
-"""``losscli list``: the entries of the registries."""
+"""``losscli list``: the built-in models, data sets, losses and metrics."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ __all__ = ["catalogue"]
 def catalogue(
     kind: Annotated[
         Literal["models", "data", "losses", "metrics"],
-        typer.Argument(help="Which registry.", show_default=False),
+        typer.Argument(help="What to list.", show_default=False),
     ],
     console: Console,
 ) -> None:
-    """List the entries of a registry, with their keys."""
+    """List the built-in models, data sets, losses or metrics, with their keys."""
     with importing("torch"):
         from losscli.data import DATASETS
         from losscli.evaluation.losses.built_in import LOSSES

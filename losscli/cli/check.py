@@ -12,6 +12,7 @@ from losscli.cli.report import (
     format_examples,
     format_loss,
     format_number,
+    format_with_error,
     is_finite,
     task_lines,
 )
@@ -217,7 +218,9 @@ def report(result: Result[CheckSummary]) -> str:
             shares = (f"{row[kind]:.2%} {kind}" for kind in ("positive", "negative", "undecided"))
             findings.append(("signs of λ", f"{', '.join(shares)} of {moving['values']:,}"))
         if row["trace"] is not None:
-            findings.append(("trace", _with_error(row["trace"], row["trace_stderr"])))
+            # The trace of a whole Hessian is exact, with an error of 0.
+            trace = format_with_error(row["trace"], row["trace_stderr"] or None)
+            findings.append(("trace", trace))
         if density := point["density"]:
             findings.append(("outliers", _outliers(density)))
         if (predicted := point["predicted"]) and not point["reason"]:
@@ -274,8 +277,8 @@ def _block_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
             [
                 printable(row["block"]),
                 format_number(row["gradient_norm"]),
-                _with_error(row["lambda_max"], row["lambda_max_error"]),
-                _with_error(row["trace"], row["trace_stderr"]),
+                format_with_error(row["lambda_max"], row["lambda_max_error"] or None),
+                format_with_error(row["trace"], row["trace_stderr"] or None),
             ]
             for row in rows
         ),
@@ -283,18 +286,9 @@ def _block_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     return [f"  {line}" for line in align_columns(cells, left={0})]
 
 
-def _with_error(value: float, error: float | None) -> str:
-    """Returns a number and its error, unless that is 0 or unknown."""
-    bound = f" ± {format_number(error, 2)}" if error and is_finite(error) else ""
-    return format_number(value) + bound
-
-
 def _eigenvalue(row: Mapping[str, Any], which: str, *, converged: bool) -> str:
-    error = (
-        f" ± {format_number(row[f'{which}_error'], 2)}" if is_finite(row[f"{which}_error"]) else ""
-    )
     caveat = "" if converged else ", not converged"
-    return f"{format_number(row[which])}{error}{caveat}"
+    return f"{format_with_error(row[which], row[f'{which}_error'])}{caveat}"
 
 
 def _preconditioned(row: Mapping[str, Any], point: CheckedPoint, state: Preconditioner) -> str:
@@ -310,6 +304,5 @@ def _preconditioned(row: Mapping[str, Any], point: CheckedPoint, state: Precondi
 
 
 def _gain(step: Step) -> str:
-    error = f" ± {format_number(step['gain_stderr'], 2)}" if is_finite(step["gain_stderr"]) else ""
-    gain = f"{format_number(step['gain'])}{error}"
+    gain = format_with_error(step["gain"], step["gain_stderr"])
     return f"a step of {format_number(abs(step['distance']), 3)} lowers the loss by {gain}"

@@ -116,8 +116,8 @@ def export(
         typer.Option(
             "--csv",
             metavar="CSV",
-            help="A table of interpolate. Tensors that stayed there (--buffers, --only, --except) "
-            "stay.",
+            help="A table of interpolate. Tensors that did not move there (--buffers, --only, "
+            "--except) do not move.",
             show_default=False,
         ),
     ] = None,
@@ -208,7 +208,8 @@ def export(
         from losscli.studies.inputs import protect_inputs
         from losscli.studies.plane_point import point_of_plane
 
-    protect_inputs([out], checkpoints or _checkpoints_of(plane), settings)
+    names = checkpoints or _checkpoints_of(plane)
+    protect_inputs([out], names, None if plane is None else settings)
     summary = None
     if plane is not None and at is not None:
         with console.guard_stdout():

@@ -16,6 +16,7 @@ from losscli.cli.report import (
     format_moving,
     format_number,
     format_ties,
+    format_with_error,
     is_finite,
     repair_lines,
     task_lines,
@@ -203,10 +204,7 @@ def _blocks(blocks: Mapping[str, BlockSummary], split: str, covers: bool) -> lis
         low, barrier = curve["minimum"], curve["barrier"]
         change = "not defined"
         if is_finite(curve["change"]):
-            error = curve["change_stderr"]
-            change = format_number(curve["change"]) + (
-                f" ± {format_number(error, 2)}" if is_finite(error) else ""
-            )
+            change = format_with_error(curve["change"], curve["change_stderr"])
         rows.append((
             printable(name),
             f"{block['values']:,}",
@@ -282,8 +280,7 @@ def _extrema(which: str, extrema: Sequence[Extremum], low: float, high: float) -
         for e in extrema
     ]
     largest = "; ".join(
-        f"α = {alpha:.4g}, {size} {format_number(height)}"
-        + (f" ± {format_number(error, 2)}" if is_finite(error) else "")
+        f"α = {alpha:.4g}, {size} {format_with_error(height, error)}"
         + (" (not significant)" if mixed and not beyond_noise else "")
         for height, error, alpha, beyond_noise in sorted(sizes, key=lambda size: -size[0])[:3]
     )

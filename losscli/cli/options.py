@@ -493,14 +493,7 @@ def with_some_settings(*names: str) -> Callable[[Command], Command]:
 
 
 def _with_output(command: Command) -> Command:
-    """Replaces the parameter ``write`` of a command by the output options.
-
-    Args:
-        command: A function with a parameter ``write``, a `Write`.
-
-    Returns:
-        The function with the options instead.
-    """
+    """Replaces the parameter ``write`` of a command, a `Write`, by the output options."""
 
     def gather(values: dict[str, Any]) -> dict[str, Any]:
         values["figure"] = tuple(values["figure"] or ())

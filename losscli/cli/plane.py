@@ -11,6 +11,7 @@ from losscli.cli.report import (
     format_moving,
     format_number,
     format_ties,
+    format_with_error,
     task_lines,
 )
 from losscli.cli.run_study import expand_names, run_study
@@ -161,8 +162,7 @@ def _axis(axis: PlaneAxis) -> str:
     """Describes an axis with its share of the variance or its eigenvalue."""
     if "eigenvalue" in axis:
         caveat = "" if axis["converged"] else ", not converged"
-        value, error = format_number(axis["eigenvalue"]), format_number(axis["error"], 2)
-        return f"{axis['name']} = {value} ± {error}{caveat}"
+        return f"{axis['name']} = {format_with_error(axis['eigenvalue'], axis['error'])}{caveat}"
     explained = axis["explained_variance"]
     return axis["name"] + ("" if explained is None else f", {explained:.1%} of the variance")
 

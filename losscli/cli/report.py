@@ -33,6 +33,7 @@ __all__ = [
     "format_moving",
     "format_number",
     "format_ties",
+    "format_with_error",
     "is_finite",
     "plan",
     "repair_lines",
@@ -137,8 +138,8 @@ def _estimate(e: CostEstimate, device: str, processes: int) -> str:
     time = f"{e['kind']} {_duration(e['seconds'])}"
     if "seconds_at_most" in e:
         time = f"about {_duration(e['seconds'])} to {_duration(e['seconds_at_most'])}"
-    alone = " for one process" if processes > 1 else ""
-    return f"{time} on {device}{alone} ({', '.join(timings)})"
+    per_process = " for one process" if processes > 1 else ""
+    return f"{time} on {device}{per_process} ({', '.join(timings)})"
 
 
 def _duration(seconds: float) -> str:
@@ -216,14 +217,19 @@ def is_finite(value: float | None) -> TypeGuard[float]:
 
 def format_height(height: Height | Rise | PairBarrier) -> str:
     """Returns a height with its standard error, if that is known."""
-    error = f" ± {format_number(height['stderr'], 2)}" if is_finite(height["stderr"]) else ""
-    return format_number(height["height"]) + error
+    return format_with_error(height["height"], height["stderr"])
 
 
 def format_loss(loss: float, seed_error: float | None) -> str:
     """Returns a loss with its standard error over seeds, if there are several."""
     error = "" if seed_error is None else f" ± {format_number(seed_error, 2)} over the seeds"
     return format_number(loss) + error
+
+
+def format_with_error(value: float | None, error: float | None) -> str:
+    """Returns a number with its error, if that is known and finite."""
+    bound = f" ± {format_number(error, 2)}" if is_finite(error) else ""
+    return format_number(value) + bound
 
 
 def format_number(value: float | None, digits: int = 4) -> str:

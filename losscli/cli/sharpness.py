@@ -12,6 +12,7 @@ from losscli.cli.report import (
     format_loss,
     format_moving,
     format_number,
+    format_with_error,
     is_finite,
     task_lines,
 )
@@ -150,14 +151,11 @@ def _findings(
     elif not is_finite(critical):
         yield "critical", "inf: the loss rises at once"
     else:
-        error = format_number(point["critical_sharpness_error"], 2)
+        value = format_with_error(critical, point["critical_sharpness_error"])
         step = format_number(row["critical_step"])
-        what = "the smallest step found that raises the loss"
-        yield "critical", f"{format_number(critical)} ± {error}: {what} is {step}"
+        yield "critical", f"{value}: the smallest step found that raises the loss is {step}"
 
 
 def _rise(row: Mapping[str, Any], column: str) -> str:
     """Returns a rise of the loss with its standard error."""
-    value, stderr = row[column], row[f"{column}_stderr"]
-    error = f" ± {format_number(stderr, 2)}" if is_finite(stderr) else ""
-    return f"{format_number(value)}{error}"
+    return format_with_error(row[column], row[f"{column}_stderr"])

@@ -13,7 +13,7 @@ from losscli.cli.report import (
     align_columns,
     format_examples,
     format_number,
-    is_finite,
+    format_with_error,
     task_lines,
 )
 from losscli.cli.run_study import run_study
@@ -49,7 +49,7 @@ def soup(
 ) -> None:
     """Write the average of checkpoints, with the metadata of the first.
 
-    Needs `-o X.safetensors`, or X.pt. Without --greedy it writes this file alone, and needs a
+    Needs `-o X.safetensors`, or X.pt. Without --greedy it writes only this file, and needs a
     model and data only for options about them, such as --buffers recalibrate. With --greedy it
     also writes X.csv with the steps of the search, X.json and a figure.
     """
@@ -79,9 +79,10 @@ def soup(
     with importing("torch"):
         from losscli.checkpoint import expand_folders
         from losscli.studies.inputs import protect_inputs
+        from losscli.studies.soup import needs_model
         from losscli.studies.soup import soup as study
 
-    protect_inputs([out], expand_folders(checkpoints), settings)
+    protect_inputs([out], expand_folders(checkpoints), settings if needs_model(settings) else None)
     with console.guard_stdout():
         checkpoint = study(checkpoints, **asdict(settings))
     checkpoint.save(out, force=True)
@@ -115,8 +116,8 @@ def report(result: Result[SoupSummary]) -> str:
             format_number(error, 2) if isinstance(error, float) else "",
         ])
     lines += align_columns(cells, left={1, 2})
-    gain, error = split["gain"], split["gain_stderr"]
     kept = f"{len(split['kept'])} of {format_count(len(split['checkpoints']), 'checkpoint')} kept"
-    change = format_number(gain) + (f" ± {format_number(error, 2)}" if is_finite(error) else "")
-    lines += ["", f"{kept}; score {format_number(split['soup'])}, {change} above the best alone"]
+    change = format_with_error(split["gain"], split["gain_stderr"])
+    score = format_number(split["soup"])
+    lines += ["", f"{kept}; score {score}, {change} above the best checkpoint"]
     return "\n".join(lines) + "\n"

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
+from losscli.checkpoint.renaming import silent
 from losscli.data.memory import host_memory
 from losscli.data.split import DataSet, Split
 from losscli.errors import DataError, SpecError, one_line
@@ -178,8 +179,7 @@ def _tokenizer(folder: Path) -> tuple[int, Callable[[Sequence[bytes | str]], lis
             "Save yours with its save_pretrained(FOLDER), or write tokenizer=bytes",
         )
     try:
-        from transformers import AutoTokenizer
-        from transformers.utils import logging
+        import transformers
     except ImportError as error:
         raise DataError(
             f"tokenizers are read by transformers, which is not installed ({one_line(error)})",
@@ -187,19 +187,16 @@ def _tokenizer(folder: Path) -> tuple[int, Callable[[Sequence[bytes | str]], lis
         ) from None
     _require_regular(folder)
     _require_printable(folder)
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # the library would write to stderr
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=False
-        )
+        with silent(transformers):
+            tokenizer = transformers.AutoTokenizer.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=False
+            )
     except Exception as error:
         raise DataError(
             f"{folder} contains no tokenizer that transformers can read: {one_line(error)}",
             "Save it with its save_pretrained(FOLDER)",
         ) from error
-    finally:
-        logging.set_verbosity(verbosity)
     _require_vocabulary(folder, tokenizer)
 
     def encode(texts: Sequence[bytes | str]) -> list[list[int]]:

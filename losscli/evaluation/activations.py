@@ -223,12 +223,7 @@ class UnitMoments:
 
 
 class _Moments:
-    """Sums over examples of the activations x of A and y of B in one tensor.
-
-    Args:
-        group: The number of the group of the units.
-        dtype: The type of the sums.
-    """
+    """Sums over examples of the activations x of A and y of B in one tensor of a group."""
 
     def __init__(self, group: int, dtype: torch.dtype) -> None:
         self.group = group

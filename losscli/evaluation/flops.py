@@ -87,9 +87,6 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     `torch.utils.flop_counter.FlopCounterMode` does the same for each module, but imports PyTorch's
     compiler, which takes two seconds.
-
-    Args:
-        trace: Receives the sum.
     """
 
     supports_higher_order_operators = True

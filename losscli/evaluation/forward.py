@@ -158,15 +158,7 @@ class ScoredModel(LoadableModel):
         return Samples(tuple(self._for_each_seed(lambda _: self._pass(model, inputs))))
 
     def _for_each_seed(self, function: Callable[[int], _T], stream: int = 0) -> list[_T]:
-        """Calls a function with the index of each seed, and restores the generators.
-
-        Args:
-            function: The function, called with seeded generators.
-            stream: A number that chooses other random numbers for the same seeds.
-
-        Returns:
-            Its results.
-        """
+        """Calls a function with the index of each seed, and restores the generators."""
         results = []
         with RandomnessDetector(self.device):
             for k, seed in enumerate(self.seeds):

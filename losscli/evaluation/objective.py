@@ -707,11 +707,10 @@ class Objective(ScoredModel):
 
     def _new_graphs(self, capture: GraphCapture, points: SequentialPoints) -> _Graphs:
         """Makes graphs of evaluating a batch with the weights that the model is bound to."""
-        names: list[str | None] = [*self._zeros(1, 0).totals]
 
         def evaluate(batch: Split, results: Sequence[Tensor]) -> None:
             losses, *sums = results
-            own = dict(zip(names, sums, strict=True))
+            own: dict[str | None, Tensor] = dict(zip(self.metrics, sums, strict=True))
             collector = OutputCollector(self, batch.targets, losses, own, weighs=False)
             for _ in LoadedPoint(self).evaluate(self.prepare(batch), collector):
                 pass

@@ -52,7 +52,10 @@ def random_step(point: Weights, generator: torch.Generator) -> dict[str, Tensor]
         for name, t in point.items()
         if t.numel()
     }
-    return {name: step * (length / (norm(steps) or 1.0)) for name, step in steps.items()}
+    scale = length / (norm(steps) or 1.0)
+    for step in steps.values():
+        step.mul_(scale)
+    return steps
 
 
 def displaced(point: Weights, direction: Weights, step: float) -> Weights:

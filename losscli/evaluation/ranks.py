@@ -353,9 +353,6 @@ class _GuardedStore:
     """Makes a one-line error of every failure of a store.
 
     Only keys that exist are read, so any failure means that the store is gone.
-
-    Args:
-        store: The store.
     """
 
     def __init__(self, store: Store) -> None:

@@ -88,11 +88,7 @@ def join_ranks(note: Callable[[str], None] = lambda _: None) -> Iterator[Ranks]:
 
 
 class _WaitNote:
-    """Notes once that other ranks take long to arrive.
-
-    Args:
-        note: Called with the note.
-    """
+    """Notes once that other ranks take long to arrive."""
 
     def __init__(self, note: Callable[[str], None]) -> None:
         self._note: Callable[[str], None] | None = note
@@ -135,12 +131,6 @@ def _choose_prefix(store: Store, rank: int, size: int, wait: _WaitNote) -> tuple
     When torchrun restarts ranks, it may give them the store of those that died, with all its keys.
     So each rank registers under a random name, and rank 0 publishes the names that it has seen. The
     name of the machine is a part of it.
-
-    Args:
-        store: The store that all ranks share.
-        rank: The rank of this process.
-        size: The number of ranks.
-        wait: Notes that ranks take long to arrive.
 
     Returns:
         The prefix, the same on all ranks; and the number of lower ranks on this machine.

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from losscli.checkpoint.renaming import dtype_argument
+from losscli.checkpoint.renaming import dtype_argument, silent
 from losscli.errors import ModelError, one_line
 from losscli.files import read_object, read_regular
 
@@ -98,7 +98,7 @@ def build_pretrained(folder: str | Path) -> nn.Module:
             "Try a newer one: pip install --upgrade transformers",
         )
     try:
-        with _offline(transformers):
+        with _offline(), silent(transformers):
             config = transformers.AutoConfig.from_pretrained(
                 path, local_files_only=True, trust_remote_code=False
             )
@@ -181,15 +181,13 @@ def _build(transformers: Any, config: Any, architecture: str) -> nn.Module:
 
 
 @contextmanager
-def _offline(transformers: Any) -> Iterator[None]:
-    """Prevents network access by the Hugging Face client, and logging by transformers."""
+def _offline() -> Iterator[None]:
+    """Prevents network access by the Hugging Face client."""
     from huggingface_hub import constants
 
-    before = constants.HF_HUB_OFFLINE, transformers.logging.get_verbosity()
+    before = constants.HF_HUB_OFFLINE
     constants.HF_HUB_OFFLINE = True
-    transformers.logging.set_verbosity_error()
     try:
         yield
     finally:
-        constants.HF_HUB_OFFLINE = before[0]
-        transformers.logging.set_verbosity(before[1])
+        constants.HF_HUB_OFFLINE = before

@@ -193,9 +193,7 @@ def _mark_extrema(
     lowest: Sequence[tuple[Series, float, float]],
     drawing: Drawing,
 ) -> tuple[list[tuple[Artist, str]], list[str]]:
-    """Marks the significant local minima and maxima (beyond two standard errors) in the summaries.
-
-    Points in ``lowest`` already have a mark.
+    """Marks the significant local minima and maxima in the summaries, unless they have a mark.
 
     Returns:
         The entries of the legend, and notes.

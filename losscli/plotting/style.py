@@ -8,9 +8,10 @@ import math
 import re
 import unicodedata
 import warnings
+from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from pathlib import PurePath
 from typing import Any, Literal
 
@@ -18,11 +19,10 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
-from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_agg import FigureCanvasAgg, RendererAgg
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, fontManager
-from matplotlib.text import Text
 from matplotlib.ticker import (
     Formatter,
     LogLocator,
@@ -348,9 +348,16 @@ class Label(str):
 
 def text_width(figure: Figure, text: str, size: float | None = None) -> float:
     """Returns the width of a line of text in points, by default in the size of legends."""
-    artist = Text(0, 0, text, fontsize=small_size() if size is None else size)
-    artist.set_figure(figure)
-    return artist.get_window_extent().width / figure.dpi * INCH
+    font = FontProperties(size=small_size() if size is None else size)
+    width, _, _ = _renderer(figure.dpi).get_text_width_height_descent(text, font, ismath=False)
+    return float(width) / figure.dpi * INCH
+
+
+@cache
+def _renderer(dpi: float) -> Any:
+    """Returns a renderer that measures text; that of a figure is replaced when its size changes."""
+    renderer: Any = RendererAgg
+    return renderer(1, 1, dpi)
 
 
 def shorten(figure: Figure, text: str, width: float, size: float | None = None) -> str:
@@ -386,10 +393,12 @@ def _cut(text: str, letters: int, *, words: bool) -> str:
 
 def shorten_path(figure: Figure, name: str, width: float) -> str:
     """Shortens a checkpoint's name to a width in points, by its leading folders first."""
+    if text_width(figure, name) <= width:
+        return name
     parts = [name] if isinstance(name, Label) else name.split("/")
-    names = (f"…/{'/'.join(parts[k:])}" for k in range(1, len(parts)))
-    fitting = (n for n in (name, *names) if text_width(figure, n) <= width)
-    return next(fitting, None) or shorten(figure, name, width)
+    names = [f"…/{'/'.join(parts[k:])}" for k in range(1, len(parts))]
+    first = bisect_left(names, True, key=lambda n: text_width(figure, n) <= width)
+    return names[first] if first < len(names) else shorten(figure, name, width)
 
 
 def _scientific(value: float, digits: int) -> str:

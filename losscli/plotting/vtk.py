@@ -140,11 +140,7 @@ def _arrays(values: Mapping[str, Mapping[str, Floats]]) -> dict[str, NDArray[Any
 def _poly_data(
     points: Floats, arrays: Mapping[str, NDArray[Any]], cells: Mapping[str, Sequence[Sequence[int]]]
 ) -> str:
-    """Writes points with arrays, and cells as lists of points, by ``Verts``, ``Lines``, ``Polys``.
-
-    Returns:
-        XML.
-    """
+    """Writes points with arrays, and cells as lists of points, by their kinds."""
     counts = "".join(f' NumberOf{kind}="{len(found)}"' for kind, found in cells.items())
     lines = [
         '<?xml version="1.0" encoding="UTF-8"?>',

@@ -124,7 +124,7 @@ def _as_run(value: Any, name: str) -> Run[Any]:
         return value.run
     if isinstance(value, str | os.PathLike):
         return read_run(Path(value))
-    raise UsageError(f"{describe(value)} is neither a CSV nor a result", "Give result, or its CSV")
+    raise UsageError(f"{describe(value)} is neither a CSV nor a result", "Give one of the two")
 
 
 def report(names: Sequence[str], runs: Sequence[Run[Any]], drawing: Drawing) -> str:

@@ -347,7 +347,7 @@ class Around(Study):
 
     def _line(self, placed: Weights, direction: Weights) -> Line:
         """Makes the line θ + c d, on the device."""
-        wide = torch.float64 if self.problem.settings.dtype == "float64" else torch.float32
+        wide = self.problem.working_type
         start = {
             name: placed[name].to(torch.promote_types(placed[name].dtype, wide))
             for name in self.moving
@@ -443,16 +443,7 @@ class Around(Study):
         }
 
     def _count_rounded(self, t: int, own: float, losses: NDArray[np.float64]) -> int:
-        """Counts the points that rounding may separate from a checkpoint, or their losses.
-
-        Args:
-            t: The number of the checkpoint.
-            own: Its loss.
-            losses: The losses around it, ``[directions, coefficients]``.
-
-        Returns:
-            Their number, without the checkpoint itself.
-        """
+        """Counts the points whose distance or loss may differ from the checkpoint's by rounding."""
         precision = self.problem.objective.precision
         distances = np.abs(np.array(self.coefficients)) * self.lengths[t]
         near = distances <= unit_of_rounding(precision) * self.norms[t]

@@ -52,7 +52,7 @@ from losscli.studies.notes import (
     storage_notes,
 )
 from losscli.studies.pairs import Pairs, read_pairs
-from losscli.studies.problem import counted, prepare
+from losscli.studies.problem import counted, prepare, unequal_names
 from losscli.studies.repair import RepairedLines
 from losscli.studies.task import like_loss
 from losscli.studies.verification import verify_fresh_model, verify_sweep
@@ -183,12 +183,8 @@ class Barriers(Study):
         )
         check_point_count("--points", points, points * len(pairs))
         problem = prepare(names, settings, ranks=ranks, training="--repair" if repair else "")
-        first, *others = states = [problem.open(t).weights for t, _ in enumerate(names)]
-        moving = tuple(
-            name
-            for name in problem.moving
-            if not all(torch.equal(first[name], other[name]) for other in others)
-        )
+        states = [problem.open(t).weights for t, _ in enumerate(names)]
+        moving = unequal_names(problem.moving, states)
         metrics = problem.objective.metrics
         if listed is not None and listed.column in {
             column for name in metrics for column in _barrier_columns([name])

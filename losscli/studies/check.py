@@ -459,17 +459,12 @@ class Check(Study):
     ]:
         """Analyses all checkpoints on all splits.
 
-        Each checkpoint and split is analysed by one rank: a search for eigenvalues is a sequence of
-        products, each of which needs the one before. With only one checkpoint and one split, the
-        other ranks therefore wait, unless there are probes or blocks, which are tasks of their own.
-        The escape is evaluated by all ranks.
-
-        Args:
-            execution: How the tasks are executed.
+        One rank searches for the eigenvalues of a checkpoint on a split, since each product needs
+        the one before. Probes and blocks are tasks of their own; all ranks evaluate the escape.
 
         Returns:
-            The record of each `PointAnalysis`; what probes and blocks show of each checkpoint, by
-            its name, and split; and the preconditioned eigenvalues, likewise.
+            The record of each `PointAnalysis`; what probes and blocks show, and the preconditioned
+            eigenvalues, by the name of the checkpoint and split.
         """
         objective, spectra, adam = self.problem.objective, self._spectra, self.adam
         names, splits = self.problem.names, objective.splits

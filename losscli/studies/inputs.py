@@ -15,13 +15,15 @@ from losscli.studies.specs import SourcedSpec, find_specs
 __all__ = ["protect_inputs"]
 
 
-def protect_inputs(outputs: Iterable[Path], names: Sequence[str], settings: Settings) -> None:
+def protect_inputs(
+    outputs: Iterable[Path], names: Sequence[str], settings: Settings | None
+) -> None:
     """Checks that no file to write is a file of a checkpoint or of the data.
 
     Args:
         outputs: The files to write.
         names: The checkpoints.
-        settings: The settings, for the data.
+        settings: The settings, for the data; None if the command reads no data.
 
     Raises:
         UsageError: An output is one of them.
@@ -31,9 +33,11 @@ def protect_inputs(outputs: Iterable[Path], names: Sequence[str], settings: Sett
         return
     base = find_base(names)
     stored = dict.fromkeys(name for name in (*names, base) if name and name[:5] != "init:")
-    specs = find_specs(settings, None, read(base) if base else None)
-    checkpoints = [file for name in stored for file in read(name).files]
-    refuse_overwriting(existing, [*checkpoints, *_data_files(specs.data)])
+    inputs = [file for name in stored for file in read(name).files]
+    if settings is not None:
+        specs = find_specs(settings, None, read(base) if base else None)
+        inputs += _data_files(specs.data)
+    refuse_overwriting(existing, inputs)
 
 
 def _data_files(data: SourcedSpec | None) -> list[Path]:

@@ -263,7 +263,7 @@ class Interpolation(Study):
         return self.evaluations + (len(self.alphas) if self.derivatives else 0)
 
     def extra_description(self, description: Description) -> Description:
-        """Returns the blocks that move alone, and the passes that they and derivatives add.
+        """Returns the blocks that move on their own, and the passes that they and derivatives add.
 
         Returns:
             The blocks, if any, and all passes over the data: a derivative takes one for each point.

@@ -163,11 +163,11 @@ class BlockCurve:
             alphas: The P points, in ascending order.
 
         Returns:
-            ``loss_at_1``, the loss with this block alone taken from B, and ``change``, what it is
-            above the loss at A; ``minimum``, the lowest of the points, with ``ties``, how many have
-            that loss, and ``below_a``, how much it lies below A; ``barrier``, the largest height
-            above the chord over 0 ≤ α ≤ 1, None if no point between the ends was evaluated or
-            the loss at an end is not finite; ``not_finite``, the number of points without a finite
+            ``loss_at_1``, the loss with only this block from B, and ``change``, its difference from
+            the loss at A; ``minimum``, the lowest point, with ``ties``, the number of points with
+            that loss, and ``below_a``, how much it is below A; ``barrier``, the largest height
+            above the chord over 0 ≤ α ≤ 1, None if no point between the ends was evaluated or the
+            loss at an end is not finite; ``not_finite``, the number of points without a finite
             loss.
         """
         means, end = self.losses.mean, len(alphas)

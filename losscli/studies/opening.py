@@ -40,8 +40,8 @@ def open_pair(
         raise MismatchError(refused.what, refused.cure or cure)
     weights = {names[name]: t for name, t in second.weights.items()}
     second = replace(second, weights={**first.weights, **weights})
-    alone = {name: t for name, t in weights.items() if name not in first.weights}
-    first = replace(first, weights={**first.weights, **alone})
+    only_second = {name: t for name, t in weights.items() if name not in first.weights}
+    first = replace(first, weights={**first.weights, **only_second})
     if differ := differing_versions(first, second):
         raise MismatchError(
             differ[0],
@@ -52,12 +52,12 @@ def open_pair(
 
 
 def _select_matching(
-    file: CheckpointFile, expected: Weights, base: Checkpoint | None, whose: str
+    file: CheckpointFile, expected: Weights, base: Checkpoint | None, first_name: str
 ) -> Checkpoint:
     """Opens a checkpoint that must have the expected tensors; an adapter adds those of its base."""
-    found = file.select(expected, base, whose)
+    found = file.select(expected, base, first_name)
     if wrong := mismatches(found.weights, expected):
-        raise MismatchError(f"{found.name} does not fit {whose}: {'; '.join(wrong)}")
+        raise MismatchError(f"{found.name} does not fit {first_name}: {'; '.join(wrong)}")
     return found
 
 
@@ -65,8 +65,8 @@ def _alternative_names(weights: Weights) -> Iterator[dict[str, str]]:
     """Yields the names that a file may have for the tensors of a state dict, as PyTorch accepts.
 
     Yields:
-        Those names and the state dict's own: the same; without the numbers of batches that
-        BatchNorm counts, and with them; those of the other ``weight_norm``.
+        From those names to the state dict's own: the same names; those without, and those with
+        ``num_batches_tracked``; those of the other ``weight_norm``.
     """
     own = {name: name for name in weights}
     yield own

@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any, Literal, get_args
 
-import torch
-
 from losscli.checkpoint import CheckpointLike, expand_folders, name_checkpoints, order_path
 from losscli.data import Examples
 from losscli.errors import UsageError
@@ -423,15 +421,7 @@ class Plane(Study):
 
     def _at(self, layout: Layout, point: tuple[float, float]) -> Weights:
         """Returns all tensors at a point of the plane."""
-        wide = torch.float64 if self.problem.settings.dtype == "float64" else torch.float32
-        slice_ = layout.spanned.slice_
-        moved = {
-            name: slice_.combine(
-                [end[name].to(torch.promote_types(end[name].dtype, wide)) for end in slice_.ends],
-                point,
-            )
-            for name in self.moving
-        }
+        moved = layout.spanned.combine(point, self.problem.working_type)
         return {**self.problem.place(self.problem.last.weights), **moved}
 
     def _verify(self, layout: Layout, here: Triangle | Span) -> float:
@@ -545,21 +535,10 @@ class Plane(Study):
 def _read_paths(
     given: Sequence[str], *, keep_order: bool
 ) -> tuple[dict[str, list[str]], list[str]]:
-    """Lists the checkpoints of paths.
-
-    Args:
-        given: Folders, each of which is a path, and checkpoints, which are one path together.
-        keep_order: Whether checkpoints keep their order.
-
-    Returns:
-        The checkpoints of each path by its name, the folder or the first checkpoint; and notes on
-        their order.
-
-    Raises:
-        UsageError: A folder is given twice.
-    """
+    """Lists the checkpoints of each path by its name, and notes on their order."""
     paths: dict[str, list[str]] = {}
     notes: list[str] = []
+    # Each folder is a path; all other checkpoints form one path, named after the first.
     single = [name for name in given if expand_folders([name]) == [name]]
     for name in given:
         if name in single and single[0] in paths:

@@ -60,6 +60,16 @@ class Spanned:
     axes: tuple[PlaneAxis, PlaneAxis]
     shares: tuple[float, ...] = ()
 
+    def combine(self, point: Sequence[float], dtype: torch.dtype) -> Weights:
+        """Computes the tensors that move at a point, in ``dtype`` or the wider type of a tensor."""
+        ends = self.slice_.ends
+        return {
+            name: self.slice_.combine(
+                [end[name].to(torch.promote_types(end[name].dtype, dtype)) for end in ends], point
+            )
+            for name in ends[0]
+        }
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -268,9 +278,8 @@ def _principal(problem: Problem, moving: Sequence[str], counted: Sequence[str]) 
     """Spans the plane of the first two principal components of a path."""
     along = [name for name in moving if name not in counted]
     number = len(problem.spanning)
-    dtype = torch.float64 if problem.settings.dtype == "float64" else torch.float32
     directions, shares = principal_axes(
-        lambda t: problem.open(t).weights, number, counted, along, dtype
+        lambda t: problem.open(t).weights, number, counted, along, problem.working_type
     )
     axes = (
         _axis("principal component 1", shares[0]),

@@ -86,19 +86,13 @@ def point_of_plane(csv: PathLike, at: tuple[float, float], **settings: Any) -> C
             f"{path} is of the model {summary['model']}, not of {problem.provenance['model']}",
             f"Give --model {summary['model']}",
         )
-    slice_ = span_plane(problem, pca=summary["plane"] == "pca").slice_
-    exact = torch.float64 if problem.settings.dtype == "float64" else torch.float32
+    combined = span_plane(problem, pca=summary["plane"] == "pca").combine(at, problem.working_type)
     first = problem.first.weights
-    stored = {name: first[name].dtype for name in slice_.ends[0]}
+    stored = {name: first[name].dtype for name in combined}
     for t in range(1, len(problem.names)):
         weights = problem.open(t).weights
         stored = {n: torch.promote_types(x, weights[n].dtype) for n, x in stored.items()}
-    moved = {
-        name: slice_.combine(
-            [end[name].to(torch.promote_types(end[name].dtype, exact)) for end in slice_.ends], at
-        ).to(dtype)
-        for name, dtype in stored.items()
-    }
+    moved = {name: combined[name].to(dtype) for name, dtype in stored.items()}
     point = {**problem.place(problem.last.weights), **moved}
     if not all(torch.equal(tensor, first[name]) for name, tensor in moved.items()):
         point |= normalise_stored(point)

@@ -48,6 +48,7 @@ __all__ = [
     "differing_tensors",
     "prepare",
     "require_finite",
+    "unequal_names",
 ]
 
 
@@ -176,6 +177,11 @@ class Problem:
             return self.first.weights
         last = self.last.weights
         return {**self.first.weights, **{name: last[name] for name in self.buffers}}
+
+    @property
+    def working_type(self) -> torch.dtype:
+        """The type that points are computed in, unless tensors are stored in a wider one."""
+        return torch.float64 if self.settings.dtype == "float64" else torch.float32
 
     def model_to_trace(self) -> nn.Module:
         """Builds a model in float32 on the CPU, in eval mode, which tracing may modify."""
@@ -370,19 +376,7 @@ def prepare(
 def _compare_extra_states(
     objective: Objective, checkpoints: Checkpoints, names: Sequence[str]
 ) -> list[str]:
-    """Compares the extra state of checkpoints; it cannot move, so that of the first one stays.
-
-    Args:
-        objective: What is evaluated, with the extra state of the first checkpoint.
-        checkpoints: Opens them.
-        names: The checkpoints.
-
-    Returns:
-        A note where another has other extra state, and the same losses with either.
-
-    Raises:
-        MismatchError: It has other losses.
-    """
+    """Refuses extra states between which losses differ; notes that only the first one's is used."""
     kept, notes = objective.extra, list[str]()
     for name in dict.fromkeys(names) if kept else ():
         checkpoint = checkpoints.open(name)
@@ -527,15 +521,7 @@ def counted(objective: Objective, numbers: Mapping[str, int], seed: int = 0) -> 
 
 
 def _floating_buffers(objective: Objective) -> tuple[str, ...]:
-    """Lists the buffers that ``--buffers`` is about.
-
-    Args:
-        objective: The objective with the model.
-
-    Returns:
-        The names of its floating-point buffers, except for the singular vectors of spectral
-        normalisation: they are functions of the parameters.
-    """
+    """Lists the floating-point buffers, without singular vectors, which depend on parameters."""
     computed = {id(objective.tensors[n]) for layer in objective.spectral for n in layer.names}
     return tuple(
         name
@@ -547,20 +533,7 @@ def _floating_buffers(objective: Objective) -> tuple[str, ...]:
 def _moving_names(
     objective: Objective, buffers: Sequence[str], settings: Settings
 ) -> tuple[str, ...]:
-    """Chooses the tensors that may move.
-
-    Args:
-        objective: The objective with the model.
-        buffers: Its floating-point buffers.
-        settings: The settings, which say whether buffers move and which tensors are chosen.
-
-    Returns:
-        Their names; of a tied tensor the last one, which load_state_dict uses.
-
-    Raises:
-        ModelError: The model has no parameters.
-        UsageError: None is left.
-    """
+    """Lists the tensors that may move, a tied tensor under its last name."""
     names = [
         name
         for name, tensor in objective.tensors.items()
@@ -584,6 +557,20 @@ def _moving_names(
     if not moving:
         raise UsageError("--only and --except leave no tensor to move", "Widen the patterns")
     return moving
+
+
+def unequal_names(names: Iterable[str], points: Iterable[Weights]) -> tuple[str, ...]:
+    """Selects the names of tensors that differ between points.
+
+    Args:
+        names: The tensors.
+        points: All tensors of each point.
+
+    Returns:
+        The names, in their order.
+    """
+    first, *others = points
+    return tuple(n for n in names if not all(torch.equal(first[n], other[n]) for other in others))
 
 
 def differing_tensors(problem: Problem) -> tuple[str, ...]:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 
-import torch
-
 from losscli.errors import ModelError, UsageError
 from losscli.evaluation.activations import Traces
 from losscli.evaluation.cost import Timings
@@ -48,7 +46,7 @@ class RepairedLines:
             raise ModelError(
                 f"--repair corrects real weights, and {some[0]} is complex", "Leave --repair out"
             )
-        dtype = torch.float64 if objective.dtype == torch.float64 else torch.float32
+        dtype = problem.working_type
         model = problem.model_to_trace().to(dtype).to(objective.device)
         self._training = training
         self._repair = Repair(objective, Traces(objective, model), dtype, training.examples)

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, overload
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from losscli.checkpoint import Checkpoint, CheckpointLike, expand_folders, name_checkpoints
@@ -31,14 +30,14 @@ from losscli.studies.base import Study
 from losscli.studies.checkpoints import require_distinct
 from losscli.studies.export import average_checkpoints
 from losscli.studies.notes import general_notes, integer_notes, storage_notes
-from losscli.studies.problem import Problem, counted, prepare
+from losscli.studies.problem import Problem, counted, prepare, unequal_names
 from losscli.studies.verification import made_checkpoint, verify_fresh_model
 from losscli.table import Table
 from losscli.weight_space.averages import average
 from losscli.weight_space.curve import standard_error
 from losscli.weight_space.vectors import Weights
 
-__all__ = ["Soup", "SoupResult", "soup"]
+__all__ = ["Soup", "SoupResult", "needs_model", "soup"]
 
 
 @dataclass(frozen=True, repr=False)
@@ -124,12 +123,17 @@ def soup(
         plan = Soup.plan(named, chosen, greedy=greedy)
         with report_to(progress, plan.steps, plan.unit) as report:
             return plan.run(Execution(report))
-    # The environment may name a device, which needs no model.
-    if replace(chosen, device="auto") == Settings():
+    if not needs_model(chosen):
         return average_checkpoints(_expand(named))
     problem = prepare(_expand(named), chosen)
     with float32_precision(tf32=chosen.tf32):
         return _checkpoint(problem, range(len(problem.names)))
+
+
+def needs_model(settings: Settings) -> bool:
+    """Returns whether a plain average needs a model and data, for an option about them."""
+    # The environment may name a device, which needs no model.
+    return replace(settings, device="auto") != Settings()
 
 
 @dataclass(frozen=True)
@@ -172,12 +176,8 @@ class Soup(Study):
             # Paired standard errors need the score of every example, which losses have.
             objective.loss = objective.metrics[metric]
         objective.metrics = {}
-        first, *others = (problem.open(t).weights for t, _ in enumerate(names))
-        moving = tuple(
-            name
-            for name in problem.moving
-            if not all(torch.equal(first[name], other[name]) for other in others)
-        )
+        states = (problem.open(t).weights for t, _ in enumerate(names))
+        moving = unequal_names(problem.moving, states)
         return cls(problem, moving, begun, greedy, metric)
 
     @property

@@ -23,6 +23,7 @@ from losscli.evaluation.tasks import Execution
 from losscli.results.summaries import Density
 from losscli.studies.layerwise import Block
 from losscli.table import Cell
+from losscli.weight_space.curve import standard_error
 from losscli.weight_space.vectors import Weights
 
 __all__ = ["ADAM", "Part", "ProbedPoint", "Spectra", "SpectraOptions"]
@@ -169,9 +170,7 @@ class ProbedPoint:
 
 def _mean(values: NDArray[np.float64]) -> tuple[float, float | None]:
     """Returns the mean and its standard error, which one value does not have."""
-    number = len(values)
-    stderr = float(values.std(ddof=1)) / math.sqrt(number) if number > 1 else None
-    return float(values.mean()), stderr
+    return float(values.mean()), standard_error(values) if len(values) > 1 else None
 
 
 @dataclass(frozen=True)

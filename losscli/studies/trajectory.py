@@ -10,8 +10,6 @@ from functools import partial
 from itertools import pairwise
 from typing import Any
 
-import torch
-
 from losscli.checkpoint import CheckpointLike, name_checkpoints, order_path
 from losscli.data import Examples
 from losscli.errors import UsageError
@@ -278,7 +276,7 @@ class Trajectory(Study):
 
     def _ribbon(self, t: int) -> Line:
         """The line across the path at a checkpoint."""
-        dtype = torch.float64 if self.problem.settings.dtype == "float64" else torch.float32
+        dtype = self.problem.working_type
         line = ribbon(self.weights, self.path, t, self.moving, self.offsets[-1], dtype)
         assert line is not None  # a path without residuals has no offsets
         return Line(self.on_device(line.a), self.on_device(line.b))

@@ -398,7 +398,7 @@ def principal_axes(
     if second <= max(noise, _ROUNDING * first):
         raise UsageError(
             "the checkpoints are on one line: they have no second principal axis",
-            "Give one that is off the line, or look at the line alone with losscli interpolate",
+            "Give one that is off the line, or use losscli interpolate, which shows the line",
         )
     shares = torch.stack([
         _signed(scores[:, -1], start=True) / math.sqrt(first),

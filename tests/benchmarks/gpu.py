@@ -40,7 +40,7 @@ from losscli.evaluation.strategies.base import Strategy
 from losscli.evaluation.strategies.batch_graphs import CudaCapture
 from losscli.evaluation.strategy_choice import choose_strategy
 from losscli.evaluation.sweep import check, sweep
-from losscli.models import MLP
+from losscli.models import CNN, MLP
 from losscli.weight_space.slices import Line
 from tests.benchmarks import contenders
 from tests.benchmarks.contenders import Work
@@ -62,6 +62,7 @@ class Scale(NamedTuple):
     product: int
     copied: int
     mlp: str
+    cnn: str
     examples: int
     points: int
     images: int
@@ -77,12 +78,12 @@ class Scale(NamedTuple):
 
 
 FULL = Scale(
-    8192, 1 << 30, "784-512-512-10", 50_000, 51, 4096, (128, 1024, 4096), (64, 256, 1024, 4096),
-    {}, 16, tuple(1 << k for k in range(21, 28)), 3,
+    8192, 1 << 30, "784-512-512-10", "32-64-128", 50_000, 51, 4096, (128, 1024, 4096),
+    (64, 256, 1024, 4096), {}, 16, tuple(1 << k for k in range(21, 28)), 3,
     (8192, 512), (16, 27, 48, 80, 128, 256, 600, 1024), tuple(1 << k for k in range(22, 29)),
 )  # fmt: skip
 TINY = Scale(
-    64, 1 << 16, "12-8-10", 16, 4, 8, (4, 8), (2, 4, 6, 8),
+    64, 1 << 16, "12-8-10", "2-3", 16, 4, 8, (4, 8), (2, 4, 6, 8),
     {"words": 50, "context": 8, "width": 64, "depth": 1}, 2, (64, 128), 1,
     (64, 8), (16, 80), (1 << 8, 1 << 20),
 )  # fmt: skip
@@ -126,6 +127,13 @@ def networks(scale: Scale) -> dict[str, Callable[[int], Work]]:
     mlp, images = (scale.examples, width), (scale.images, 3, 32, 32)
     return {
         "mlp": partial(work_of, lambda: MLP(scale.mlp), mlp, scale.points),
+        # Of known parts, which are evaluated as graphs; a ResNet is code of the user.
+        "cnn": partial(
+            work_of,
+            lambda: CNN(scale.cnn, channels=3, classes=10, batchnorm=True),
+            images,
+            scale.points,
+        ),
         "resnet20": partial(work_of, ResNet20, images, scale.points),
     }
 
@@ -320,6 +328,7 @@ def stacked(scale: Scale) -> Rows:
     return rows
 
 
+@torch.no_grad()
 def graphs(scale: Scale) -> Rows:
     """A forward pass with its loss, launched kernel by kernel and as one graph."""
     rows: Rows = {}

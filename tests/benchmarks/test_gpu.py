@@ -6,12 +6,15 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from losscli.evaluation import gpu_thresholds
 from tests.benchmarks import gpu
+from tests.evaluation.strategies.test_batch_graphs import Double as Graphs
+from tests.gpu_double import gpu_double
 
 
 @pytest.mark.stress
@@ -44,6 +47,37 @@ def test_a_tiny_run_takes_all_parts_and_says_what_needs_a_gpu(tmp_path: Path) ->
             if set(map(str, found[name]["rows"].values())) == {gpu.NEEDS_GPU}
         }
         assert only_gpu == {"tests", "synchronisations", "memory"}
+
+
+class Capture:
+    """Records graphs of the double."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.record = Graphs().record
+
+
+@pytest.mark.stress
+def test_the_parts_that_need_a_gpu_run_on_a_double(monkeypatch: pytest.MonkeyPatch) -> None:
+    properties = SimpleNamespace(total_memory=1 << 20)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+    for name in ("set_sync_debug_mode", "set_per_process_memory_fraction"):
+        monkeypatch.setattr(torch.cuda, name, lambda _: None)
+    monkeypatch.setattr(gpu, "CudaCapture", Capture)
+    monkeypatch.setattr(
+        "losscli.evaluation.objective.graph_capture",
+        lambda device: Capture(device) if device.type == "cuda" else None,
+    )
+    with gpu_double():
+        parts = (gpu.synchronisations, gpu.strategies, gpu.sharing, gpu.graphs, gpu.memory)
+        found = {part.__name__: part(gpu.TINY) for part in parts}
+    assert gpu.NEEDS_GPU not in str(found)
+    assert {row["strategy"] for name, row in found["strategies"].items() if "mlp" in name} == {
+        "stacked"
+    }
+    assert {row["graph"] for name, row in found["strategies"].items() if "cnn" in name} == {"used"}
+    rows = {name: row for name, row in found["graphs"].items() if name != "LEAST_REPLAYS"}
+    assert all(row["same_bits"] for row in rows.values())
+    assert found["memory"]["15 %"]["difference"] == 0
 
 
 def test_the_time_limits_add_up_to_eight_minutes_at_most() -> None:

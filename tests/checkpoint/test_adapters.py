@@ -23,6 +23,7 @@ from losscli.checkpoint.peft_adapters import TYPES
 from losscli.errors import CheckpointError, MismatchError
 from losscli.models import MLP
 from tests import oracle
+from tests.cases import in_turn
 from tests.checkpoint.test_files import refusal, same, state, write
 from tests.checkpoint.test_folders import tiny
 from tests.conftest import Losscli
@@ -112,8 +113,7 @@ CASES: dict[str, tuple[Any, dict[str, Any]]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("suffix", [".safetensors", ".bin"])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(("case", "suffix"), in_turn(CASES, ".safetensors", ".bin"))
 def test_an_adapter_changes_its_base_as_peft_does(case: str, suffix: str, tmp_path: Path) -> None:
     build, config = CASES[case]
     base = {n: t.clone() for n, t in build().double().state_dict().items()}
@@ -153,7 +153,7 @@ def test_a_square_weight_whose_layout_is_not_known_is_refused(tmp_path: Path) ->
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     config["fan_in_fan_out"] = False
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
-    with pytest.raises(CheckpointError, match=r"attn\.c_proj\.weight is square: how it is"):
+    with pytest.raises(CheckpointError, match=r"attn\.c_proj\.weight is square: its layout is"):
         opened(base, tmp_path, tiny(0).state_dict())
 
 
@@ -265,13 +265,16 @@ def test_every_type_that_peft_merges_is_tested() -> None:
 
 
 @pytest.mark.parametrize("stored", [torch.bfloat16, torch.float64])
-def test_what_peft_merges_is_float32_or_wider(stored: torch.dtype, tmp_path: Path) -> None:
+def test_weights_merged_by_peft_are_float32_or_wider(stored: torch.dtype, tmp_path: Path) -> None:
     train(words(), PEFT["LOHA"], tmp_path)
     base = {name: t.to(stored) for name, t in words().state_dict().items()}
     found = merged_into(words(), base, tmp_path).weights
     wide = torch.promote_types(stored, torch.float32)
     assert found["wide.weight"].dtype == found["square.weight"].dtype == wide
     assert found["wide.bias"] is base["wide.bias"]
+
+
+BRIEFLY = ("--points", 3, "--no-figure", "--dtype", "float64", "-q")
 
 
 @pytest.fixture
@@ -281,7 +284,7 @@ def dora(pair: dict[str, Tensor], tmp_path: Path) -> dict[str, Tensor]:
 
 
 def test_the_line_goes_to_what_peft_merges(dora: dict[str, Tensor], losscli: Losscli) -> None:
-    done = losscli("interpolate", "base.pt", "dora", "-q", "--json", "--dtype", "float64")
+    done = losscli("interpolate", "base.pt", "dora", "--json", *BRIEFLY)
     assert done.status == 0, done.stderr
     found = json.loads(done.stdout)["splits"]["data"]
     losses = [loss(mlp().state_dict()), loss(dora)]
@@ -290,7 +293,9 @@ def test_the_line_goes_to_what_peft_merges(dora: dict[str, Tensor], losscli: Los
 
 
 @pytest.mark.usefixtures("dora")
-def test_without_a_model_what_peft_merges_is_refused(losscli: Losscli, tmp_path: Path) -> None:
+def test_adapters_that_peft_merges_are_refused_without_a_model(
+    losscli: Losscli, tmp_path: Path
+) -> None:
     for command in (
         ("export", "base.pt", "dora", "--alpha", 1, "-o", "x.safetensors"),
         ("inspect", "base.pt", "dora"),
@@ -314,10 +319,12 @@ def test_without_peft_the_extra_is_named(
     assert "which is merged by peft, and that is not installed" in done.stderr
     assert done.stderr.rstrip().endswith("pip install 'losscli[hf]'")
     assert not list(tmp_path.glob("x*"))
-    assert losscli("interpolate", "base.pt", "adapter", "-o", "y").status == 0  # plain LoRA
+    assert (
+        losscli("interpolate", "base.pt", "adapter", "-o", "y", *BRIEFLY).status == 0
+    )  # plain LoRA
 
 
-def test_what_peft_cannot_merge_is_one_line(tmp_path: Path) -> None:
+def test_adapters_that_peft_cannot_merge_are_reported_in_one_line(tmp_path: Path) -> None:
     train(words(), PEFT["DoRA"], tmp_path)
     base = {name: t.clone() for name, t in words().state_dict().items()}
     file = tmp_path / "adapter_model.safetensors"
@@ -418,7 +425,7 @@ def test_the_line_goes_from_the_base_to_base_and_adapter(
     turned: bool, pair: dict[str, Tensor], losscli: Losscli
 ) -> None:
     names = ["adapter", "base.pt"] if turned else ["base.pt", "adapter"]
-    done = losscli("interpolate", *names, "-q", "--json", "--dtype", "float64", "-o", "x")
+    done = losscli("interpolate", *names, "--json", "-o", "x", *BRIEFLY)
     assert done.status == 0, done.stderr
     summary = json.loads(done.stdout)
     losses = [loss(mlp().state_dict()), loss(pair)]
@@ -461,21 +468,21 @@ def name_base(adapter: Path, base: str | None) -> None:
     (adapter / "adapter_config.json").write_text(json.dumps(config))
 
 
-def test_adapters_alone_have_the_base_that_they_name(
+def test_adapters_without_a_base_use_the_one_that_they_name(
     pair: dict[str, Tensor], losscli: Losscli, tmp_path: Path
 ) -> None:
     base = folder_of_base(tmp_path)
     other = adapt(mlp(), tmp_path / "other", seed=2, r=2, target_modules=["layers.1"])
     for adapter in ("adapter", "other"):
         name_base(tmp_path / adapter, str(base))
-    done = losscli("interpolate", "adapter", "other", "-q", "--json", "-o", "x")
+    done = losscli("interpolate", "adapter", "other", "--json", "-o", "x", *BRIEFLY)
     assert done.status == 0, done.stderr
     found = json.loads(done.stdout)["splits"]["data"]
     assert [found["loss_a"], found["loss_b"]] == pytest.approx([loss(pair), loss(other)], rel=1e-6)
     # A change of the base is a change of the adapter's checkpoint.
     digest = json.loads(done.stdout)["checkpoints"][0]["sha256"]
     save_file(mlp(5).state_dict(), base / "model.safetensors", {"losscli.model": "mlp:4-3-2"})
-    again = losscli("interpolate", "adapter", "other", "-q", "--json", "-o", "y")
+    again = losscli("interpolate", "adapter", "other", "--json", "-o", "y", *BRIEFLY)
     assert json.loads(again.stdout)["checkpoints"][0]["sha256"] != digest
     name_base(tmp_path / "other", "elsewhere")
     done = losscli("interpolate", "adapter", "other", "-o", "z")
@@ -511,7 +518,7 @@ def test_a_path_of_adapters(pair: dict[str, Tensor], losscli: Losscli, tmp_path:
     assert [r.split(",")[1] for r in done.stdout.splitlines()[1:]] == ["base.pt", *names]
 
 
-def test_an_adapter_that_changes_while_it_is_looked_at(
+def test_an_adapter_that_changes_while_it_is_read_is_refused(
     pair: dict[str, Tensor], tmp_path: Path
 ) -> None:
     from losscli.settings import Settings
@@ -547,7 +554,7 @@ def test_other_kinds_of_lora_are_refused(config: dict[str, Any], told: str, tmp_
 def test_a_config_cannot_name_a_module_to_import(tmp_path: Path) -> None:
     adapt(mlp(), tmp_path, r=2, target_modules=["layers.0"], use_dora=True)
     change(tmp_path, megatron_config={"x": 1}, megatron_core="antigravity")
-    assert "Megatron is not read. Merge it with peft" in refusal(tmp_path)
+    assert "Megatron is not supported. Merge it with peft" in refusal(tmp_path)
 
 
 def test_lora_of_multi_head_attention_is_refused(tmp_path: Path) -> None:
@@ -558,7 +565,7 @@ def test_lora_of_multi_head_attention_is_refused(tmp_path: Path) -> None:
 
     adapt(Attending(), tmp_path, r=2, target_modules=["attention"])
     expected = dict(Attending().state_dict())
-    with pytest.raises(CheckpointError, match=r"here attention, is not read\. Merge it with peft"):
+    with pytest.raises(CheckpointError, match=r"here attention, is not supported\. Merge it"):
         opened(expected, tmp_path, expected)
 
 
@@ -573,7 +580,7 @@ def test_other_kinds_of_adapters_are_refused(losscli: Losscli, tmp_path: Path) -
         peft.get_peft_model(mlp(), config).save_pretrained(folder)
         done = losscli("interpolate", tmp_path / "base.pt", folder, "-m", "mlp:4-3-2", "-o", "-")
         assert (done.status, done.stdout, done.stderr.count("\n")) == (1, "", 1)
-        assert "is of an adapter of the type" in done.stderr
+        assert "describes an adapter of type" in done.stderr
         assert "Merge it with peft (merge_and_unload) and save the whole model" in done.stderr
 
 
@@ -592,8 +599,8 @@ def change(folder: Path, **values: Any) -> None:
         ({"lora_alpha": None}, "lora_alpha is None, which is not a factor"),
         ({"lora_alpha": float("nan")}, "lora_alpha is nan, which is not a factor"),
         ({"alpha_pattern": {"(": 1}}, "'(' is not a regular expression"),
-        ({"peft_type": None}, "an adapter of the type None"),
-        ({"peft_type": ["LORA"]}, "an adapter of the type ['LORA']"),
+        ({"peft_type": None}, "an adapter of type None"),
+        ({"peft_type": ["LORA"]}, "an adapter of type ['LORA']"),
     ],
     ids=str,
 )
@@ -699,7 +706,9 @@ def test_changing_only_one_name_of_a_tied_tensor_is_refused(
 
 @pytest.mark.parametrize("kept", ["target_modules", "modules_to_save"])
 @pytest.mark.parametrize("stored", [torch.float64, torch.float32])
-def test_what_peft_keeps_tied_is_one_change(kept: str, stored: torch.dtype, tmp_path: Path) -> None:
+def test_tensors_that_peft_keeps_tied_are_one_change(
+    kept: str, stored: torch.dtype, tmp_path: Path
+) -> None:
     import transformers
 
     def tied_llama() -> Any:

@@ -149,7 +149,7 @@ def save_sharded(rank: int, folder: Path) -> None:
     os._exit(0)
 
 
-def test_what_fsdp_shards_over_two_processes_is_put_together(tmp_path: Path) -> None:
+def test_shards_of_fsdp_from_two_processes_are_joined(tmp_path: Path) -> None:
     processes = []
     for rank in range(2):
         processes.append(os.fork())
@@ -292,7 +292,7 @@ BROKEN: dict[str, tuple[Callable[[Metadata], object], str]] = {
     "outside": (move("../a/__0_0.distcp"), "which is not in the folder. Keep the parts of a dist"),
     "absolute": (move("/etc/passwd"), "which is not in the folder"),
     "missing": (move("__9_0.distcp"), "cannot be read: No such file or directory. The copy may"),
-    "compressed": (compress, "was written through ['zstd'], which is not read"),
+    "compressed": (compress, "was written through ['zstd'], which is not supported"),
     "nowhere": (forget, "is not the metadata of a distributed checkpoint (KeyError"),
 }
 
@@ -338,7 +338,7 @@ def test_a_truncated_part_or_one_without_tensors_is_reported(tmp_path: Path) -> 
     )
 
 
-def test_metadata_that_want_code_are_refused_and_nothing_runs(tmp_path: Path) -> None:
+def test_metadata_with_code_are_refused_and_do_not_run(tmp_path: Path) -> None:
     marker = tmp_path / "it ran"
     folder = Path(put(state(), tmp_path / "a"))
     for wanted, evil in {
@@ -359,7 +359,7 @@ def test_metadata_that_want_code_are_refused_and_nothing_runs(tmp_path: Path) ->
             (folder / ".metadata").write_bytes(pickle.dumps(content))
 
 
-def test_a_part_that_wants_code_is_refused_and_nothing_runs(tmp_path: Path) -> None:
+def test_a_part_with_code_is_refused_and_does_not_run(tmp_path: Path) -> None:
     marker = tmp_path / "it ran"
     folder = Path(put({"w": torch.ones(2)}, tmp_path / "a"))
     evil = io.BytesIO()
@@ -436,7 +436,7 @@ def test_extra_state_with_numbers_as_keys_is_refused(scale: Any, tmp_path: Path)
         select_for(file, nn.Sequential(Scaling(3, 2)))
 
 
-def test_extra_state_that_wants_code_is_refused_and_nothing_runs(tmp_path: Path) -> None:
+def test_extra_state_with_code_is_refused_and_does_not_run(tmp_path: Path) -> None:
     marker = tmp_path / "it ran"
     model = nn.Sequential(Scaling(3, 2))
     model[0].scale = Calling(os.system, f"touch '{marker}'")

@@ -234,7 +234,7 @@ def test_a_key_that_still_leaves_two_is_answered_with_the_file_and_a_whole_key(
     assert same(read(f"{path}#runs.x").select(state()).weights, state(1))
 
 
-def test_only_the_one_that_fits_is_taken_whatever_else_there_is(tmp_path: Path) -> None:
+def test_only_the_state_dict_that_fits_is_chosen(tmp_path: Path) -> None:
     content = {"teacher": state(1, "4-9-2"), "student": state(2), "stats": {"mean": torch.ones(4)}}
     name = write(content, tmp_path / "a.pt")
     assert same(read(name).select(state()).weights, state(2))
@@ -247,7 +247,7 @@ def test_tensors_at_the_top_level_count_as_well(tmp_path: Path) -> None:
     assert same(read(f"{name}#ema").select(state()).weights, state(2))
 
 
-def test_a_file_whose_own_name_has_a_hash_comes_first(tmp_path: Path) -> None:
+def test_a_file_with_a_hash_in_its_name_comes_first(tmp_path: Path) -> None:
     write({"x": state(1)}, tmp_path / "a.pt")
     write({"x": state(2), "y": state(3)}, tmp_path / "a.pt#x")
     assert same(read(f"{tmp_path}/a.pt#x#y").select(None).weights, state(3))
@@ -279,7 +279,7 @@ def test_the_prefixes_of_wrappers_are_taken_off(prefix: str, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("own", ["module.", "model.", "_orig_mod.", "model._orig_mod."])
-def test_no_more_is_taken_off_than_the_model_needs(own: str, tmp_path: Path) -> None:
+def test_only_prefixes_that_the_model_lacks_are_removed(own: str, tmp_path: Path) -> None:
     expected = prefixed(own, state(1))
     for wrapper in ("", "module.", "model.", "module.model."):
         name = write(prefixed(wrapper + own, state()), tmp_path / "a.pt")
@@ -296,7 +296,7 @@ def test_the_mark_of_a_compiled_part_is_taken_out_of_names(
     assert same(read(name).select(prefixed(own, state(1))).weights, prefixed(own, state()))
 
 
-def test_names_that_would_fall_together_are_never_merged(tmp_path: Path) -> None:
+def test_names_that_would_become_equal_are_not_merged(tmp_path: Path) -> None:
     content = {"w": torch.zeros(2), "_orig_mod.w": torch.ones(2)}
     name = write(content, tmp_path / "a.pt")
     with pytest.raises(CheckpointError, match=r"its top level, '_orig_mod'\. Choose one"):
@@ -349,7 +349,7 @@ def test_tied_names_are_found_by_their_memory() -> None:
     assert tied_names({"a": torch.zeros(0), "b": torch.zeros(0)}) == {}
 
 
-def test_state_of_a_model_that_is_no_tensor_is_left_aside(tmp_path: Path) -> None:
+def test_state_that_is_not_a_tensor_is_ignored(tmp_path: Path) -> None:
     class Keeping(nn.Linear):
         def get_extra_state(self) -> dict[str, int]:
             return {"seen": 3}
@@ -362,7 +362,7 @@ def test_state_of_a_model_that_is_no_tensor_is_left_aside(tmp_path: Path) -> Non
     assert same(checkpoint.weights, {"weight": model.weight, "bias": model.bias})
 
 
-def test_all_that_does_not_match_is_listed_in_one_message(tmp_path: Path) -> None:
+def test_one_message_lists_all_mismatches(tmp_path: Path) -> None:
     expected = {**CNN("4", batchnorm=True).state_dict(), "extra": torch.zeros(2, 2)}
     found = dict(expected)
     del found["head.bias"], found["extra"]
@@ -384,7 +384,7 @@ def test_all_that_does_not_match_is_listed_in_one_message(tmp_path: Path) -> Non
         read(write({**expected, **many}, tmp_path / "c.pt")).select(expected)
 
 
-def test_what_does_not_match_is_told_of_the_likeliest_state_dict(tmp_path: Path) -> None:
+def test_a_mismatch_is_reported_for_the_likeliest_state_dict(tmp_path: Path) -> None:
     content = {
         "stats": {"mean": torch.ones(1)},
         "teacher": state(1, "9-9-9-9"),
@@ -428,7 +428,7 @@ def test_a_dictionary_that_holds_itself_ends(tmp_path: Path) -> None:
     assert "" in read(write(content, tmp_path / "a.pt")).candidates
 
 
-def test_an_initialisation_has_no_digest_and_a_lost_file_says_so(tmp_path: Path) -> None:
+def test_an_initialisation_has_no_digest_and_a_lost_file_is_reported(tmp_path: Path) -> None:
     assert Checkpoint("init:0", {}, {}).sha256() is None
     with pytest.raises(CheckpointError, match=r"gone\.pt: No such file"):
         Checkpoint("gone.pt", {}, {}, tmp_path / "gone.pt").sha256()
@@ -456,7 +456,7 @@ def test_a_folder_is_not_a_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
-def test_a_file_that_may_not_be_read_says_so(suffix: str) -> None:
+def test_a_file_without_read_permission_is_reported(suffix: str) -> None:
     # Not in tmp_path, whose folders are closed to others: only the file may be what is forbidden.
     with tempfile.TemporaryDirectory() as folder:
         Path(folder).chmod(0o755)
@@ -528,7 +528,7 @@ def test_a_file_of_another_kind_is_refused(kind: str, suffix: str, tmp_path: Pat
     assert message.endswith("save or copy it again")
 
 
-def test_no_damage_whatever_raises_anything_else(tmp_path: Path) -> None:
+def test_damaged_files_raise_only_checkpoint_errors(tmp_path: Path) -> None:
     generator = random.Random(0)
     for name, legacy in (("a.pt", False), ("b.pt", True), ("c.safetensors", False)):
         path = tmp_path / name
@@ -611,7 +611,7 @@ PLACES: dict[str, Callable[[Any], Any]] = {
 
 @pytest.mark.parametrize("form", ["a.pt", "legacy.pt", "a.tar", "a.ckpt", "raw.bin"])
 @pytest.mark.parametrize("place", PLACES)
-def test_a_pickle_that_wants_code_is_refused_and_nothing_of_it_runs(
+def test_a_pickle_with_code_is_refused_and_does_not_run(
     place: str, form: str, tmp_path: Path
 ) -> None:
     marker = tmp_path / "it ran"
@@ -634,7 +634,7 @@ def test_a_pickle_that_wants_code_is_refused_and_nothing_of_it_runs(
         assert "nothing was run. If you trust it, save its state dict again: py" in message
 
 
-def test_the_pickles_of_this_test_do_run_where_they_are_trusted(tmp_path: Path) -> None:
+def test_pickles_with_code_do_run_if_they_are_trusted(tmp_path: Path) -> None:
     for name in ("posix.system", "exec", "tests.checkpoint.test_files.Ordered"):
         marker = tmp_path / name
         path = tmp_path / "a.pt"
@@ -676,7 +676,9 @@ def resave(message: str) -> list[str]:
     return rest
 
 
-def test_the_advised_command_does_what_it_says_in_a_shell(tmp_path: Path) -> None:
+def test_the_advised_command_does_what_it_says_in_a_shell(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = tmp_path / 'it\'s a "folder" of $HOME; #1'
     folder.mkdir()
     path = folder / "-a run.pt"
@@ -687,21 +689,23 @@ def test_the_advised_command_does_what_it_says_in_a_shell(tmp_path: Path) -> Non
         "losscli.model": "mlp:4-3-2",
     }
     write(content, path)
-    message = refusal(path)
-    command = message.partition("save its state dict again: ")[2]
-    binaries = tmp_path / "bin"
-    binaries.mkdir()
-    (binaries / "python").symlink_to(sys.executable)
-    # A link to the interpreter of a virtual environment does not find its packages by itself.
-    packages = str(Path(torch.__file__).parent.parent)
-    environment = {"PATH": f"{binaries}:{os.environ['PATH']}", "PYTHONPATH": packages}
+    command = refusal(path).partition("save its state dict again: ")[2]
+    # A python that says what a shell hands over to it.
+    python = tmp_path / "bin" / "python"
+    python.parent.mkdir()
+    python.write_text("#!/bin/sh\nprintf '%s\\0' \"$@\"\n")
+    python.chmod(0o755)
+    environment = {"PATH": f"{python.parent}:{os.environ['PATH']}"}
     done = subprocess.run(
-        command, shell=True, env=environment, cwd=tmp_path, capture_output=True, check=False
+        command, shell=True, env=environment, cwd=tmp_path, capture_output=True, check=True
     )
-    assert (done.returncode, done.stdout) == (0, b""), done.stderr
+    option, code, source, target = done.stdout.decode().split("\0")[:-1]
+    assert (option, done.stderr) == ("-c", b"")
+    monkeypatch.setattr(sys, "argv", ["-c", source, target])
+    exec(code, {})
     (written,) = folder.glob("*.safetensors")
-    assert resave(message)[2] == str(written)
-    assert same(read(str(written)).select(content["net"]).weights, content["net"])
+    assert target == str(written)
+    assert same(read(target).select(content["net"]).weights, content["net"])
 
 
 class Net(nn.Module):
@@ -754,7 +758,7 @@ def test_the_advised_command_finds_the_state_dict(
 # What is written
 
 
-def test_what_is_saved_reads_back_with_its_metadata(tmp_path: Path) -> None:
+def test_a_saved_file_is_read_back_with_its_metadata(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     save(state(), {"losscli.model": "mlp:4-3-2"}, path)
     file = read(str(path))
@@ -765,7 +769,7 @@ def test_what_is_saved_reads_back_with_its_metadata(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]
 
 
-def test_what_a_read_file_maps_can_be_saved_over_it(tmp_path: Path) -> None:
+def test_memory_mapped_weights_can_be_saved_over_their_file(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     save(state(), {}, path)
     save(read(str(path)).select(None).weights, {"again": "yes"}, path)
@@ -788,7 +792,7 @@ def test_a_saved_file_has_the_permissions_of_any_other(tmp_path: Path) -> None:
     assert (tmp_path / "a.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode
 
 
-def test_what_cannot_be_saved_leaves_nothing_behind(tmp_path: Path) -> None:
+def test_a_failed_save_leaves_no_file(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
     (tmp_path / "folder.safetensors").mkdir()
     before = sorted(tmp_path.rglob("*"))
@@ -811,7 +815,7 @@ def test_what_cannot_be_saved_leaves_nothing_behind(tmp_path: Path) -> None:
         Checkpoint("c", state(), {}).save("/")
 
 
-def test_an_interrupted_save_leaves_the_old_file_and_nothing_else(
+def test_an_interrupted_save_leaves_only_the_old_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "a.safetensors"

@@ -216,7 +216,7 @@ def test_a_broken_index_or_shard_is_reported_in_one_line(
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_folders_that_are_no_checkpoint_say_what_is_missing(tmp_path: Path) -> None:
+def test_errors_name_what_a_folder_lacks_to_be_a_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     assert "has a config.json and none of model.safetensors.index.json, " in refusal(tmp_path)
     (tmp_path / "config.json").unlink()
@@ -248,7 +248,9 @@ def test_a_losscli_toml_may_lie_in_the_folder(losscli: Losscli, tmp_path: Path) 
         'model = "mlp:4-3-2"\ndata = "safetensors:../x.safetensors"\n'
     )
     names = tmp_path / "model-0", tmp_path / "model-1"
-    done = losscli("interpolate", *names, "-q", "--json", "--points", 3, "-o", tmp_path / "out")
+    done = losscli(
+        "interpolate", *names, "-q", "--json", "--points", 3, "--no-figure", "-o", tmp_path / "out"
+    )
     assert done.status == 0, done.stderr
     told = json.loads(done.stdout)["checkpoints"]
     assert [c["path"] for c in told] == list(map(str, names))
@@ -413,7 +415,7 @@ def test_a_folder_of_the_trainer_is_a_path_in_natural_order(
     assert [row[1] for row in rows] == names
 
 
-def test_a_folder_without_checkpoints_says_so(losscli: Losscli, tmp_path: Path) -> None:
+def test_a_folder_without_checkpoints_is_refused(losscli: Losscli, tmp_path: Path) -> None:
     (tmp_path / "runs").mkdir()
     torch.save({}, tmp_path / "optimizer.pt")
     with pytest.raises(CheckpointError, match=r"contains no checkpoints\. Their names end in"):
@@ -444,7 +446,7 @@ def named(*names: str, dtype: torch.dtype = torch.int32) -> dict[str, Tensor]:
     ],
     ids=lambda value: "" if isinstance(value, dict) else value,
 )
-def test_quantised_weights_are_refused_in_a_word_and_still_shown(
+def test_quantised_weights_are_refused_and_inspect_shows_them(
     tensors: dict[str, Tensor], told: str, losscli: Losscli, tmp_path: Path
 ) -> None:
     path = tmp_path / "model.safetensors"
@@ -463,7 +465,7 @@ def test_quantised_weights_are_refused_in_a_word_and_still_shown(
     assert not (tmp_path / "x.safetensors").exists()
 
 
-def test_a_config_that_says_quantised_is_believed(tmp_path: Path) -> None:
+def test_a_checkpoint_with_a_quantised_config_is_refused(tmp_path: Path) -> None:
     save_file(state(), tmp_path / "model.safetensors")
     for config in (
         {"quantization_config": {"quant_method": "fp8"}},

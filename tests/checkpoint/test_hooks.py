@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import copy
+import itertools
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from losscli.errors import CheckpointError, MismatchError
 from losscli.evaluation.losses.built_in import LOSSES
 from losscli.models import MLP
 from tests import oracle
+from tests.cases import in_turn, sample
 from tests.checkpoint.test_distributed import put
 from tests.conftest import Losscli
 
@@ -236,8 +238,9 @@ def normalised(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*deprecated")
-@pytest.mark.parametrize("kind", ["bare", "legacy", "nested", "wrapped"])
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize(
+    ("case", "kind"), in_turn(CASES, "bare", "legacy", "nested", "wrapped"), ids=str
+)
 def test_the_numbers_are_those_of_load_state_dict(case: Old, kind: str, tmp_path: Path) -> None:
     states = [case.state(seed) for seed in (1, 2)]
     expected = [plainly(case, state) for state in states]
@@ -260,9 +263,7 @@ def test_the_numbers_are_those_of_load_state_dict(case: Old, kind: str, tmp_path
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if c.name != "spectral-norm"], ids=str)
-def test_the_model_is_left_alone_and_nothing_is_copied_without_need(
-    case: Old, tmp_path: Path
-) -> None:
+def test_the_model_is_unchanged_and_nothing_is_copied_needlessly(case: Old, tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = case.build()
     before = {n: t.clone() for n, t in model.state_dict().items()}
@@ -314,7 +315,7 @@ def _cut(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize(("name", "build", "state"), REFUSED, ids=[case[0] for case in REFUSED])
-def test_what_load_state_dict_refuses_is_refused(
+def test_state_dicts_that_load_state_dict_refuses_are_refused(
     name: str, build: Callable[[], nn.Module], state: Callable[[], Any], tmp_path: Path
 ) -> None:
     torch.save(state(), tmp_path / "a.pt")
@@ -355,7 +356,7 @@ def test_versions_of_any_kind_break_nothing(versions: Any, tmp_path: Path) -> No
 
 
 def test_another_model_is_reported_at_once(tmp_path: Path) -> None:
-    many = {f"h.{i}": {"exp_avg": torch.ones(2), "exp_avg_sq": torch.ones(2)} for i in range(2000)}
+    many = {f"h.{i}": {"exp_avg": torch.ones(2), "exp_avg_sq": torch.ones(2)} for i in range(400)}
     torch.save({"net": MLP("4-6-3").state_dict(), "adam": many}, tmp_path / "a.pt")
     model, copies = batchnorm(), []
     model.__deepcopy__ = copies.append  # type: ignore[assignment]
@@ -377,8 +378,8 @@ BESIDE: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("beside", [*BESIDE, "all"])
-def test_what_interpolate_reads_export_and_inspect_read(
+@pytest.mark.parametrize("beside", sample([*BESIDE, "all"], 1, 2))
+def test_export_and_inspect_read_the_files_that_interpolate_reads(
     beside: str, losscli: Losscli, folder: Path
 ) -> None:
     more = BESIDE if beside == "all" else {beside: BESIDE[beside]}
@@ -402,13 +403,13 @@ def test_what_interpolate_reads_export_and_inspect_read(
     assert all(torch.allclose(found[n].double(), expected[n], atol=1e-7) for n in c)
 
 
-def test_of_a_state_dict_alone_every_tensor_counts(tmp_path: Path) -> None:
+def test_every_tensor_of_a_bare_state_dict_counts(tmp_path: Path) -> None:
     for content in ({"step": torch.tensor(3)}, {"rng": torch.get_rng_state()}, dict(BESIDE["rng"])):
         torch.save(content, tmp_path / "a.pt")
         assert read(str(tmp_path / "a.pt")).select(None).weights.keys() == content.keys()
 
 
-def test_where_no_model_is_known_export_says_so(losscli: Losscli, folder: Path) -> None:
+def test_export_says_that_no_model_is_known(losscli: Losscli, folder: Path) -> None:
     case = next(case for case in CASES if case.name == "hook")
     a, b = case.state(1), plainly(case, case.state(2))
     torch.save(a, "old.pt")
@@ -658,11 +659,6 @@ def test_a_file_is_changed_once_as_load_state_dict_changes_it(
     path = library.trajectory(names, surface=False, **study)
     losses = [loss_of(model).item() for model in models]
     assert path.table.floats("loss") == pytest.approx(losses, rel=1e-12)
-    gradient = torch.autograd.grad(loss_of(a), list(a.parameters()))
-    norm = torch.cat([g.flatten() for g in gradient]).norm().item()
-    (row,) = library.check(names[:1], **study).table.records()
-    assert row["loss"] == pytest.approx(losses[0], rel=1e-12)
-    assert row["gradient_norm"] == pytest.approx(norm, rel=1e-9)
     # From Python as from files, and the objects stay as they are.
     objects = [torch.load(name) for name in names[:2]]
     before = copy.deepcopy(objects)
@@ -670,6 +666,21 @@ def test_a_file_is_changed_once_as_load_state_dict_changes_it(
     assert again.table.floats("loss") == line.table.floats("loss")
     for state, own in zip(objects, before, strict=True):
         assert all(torch.equal(state[n], t) for n, t in own.items() if isinstance(t, Tensor))
+
+
+@pytest.mark.parametrize(
+    ("kind", "version"), sample(zip(HOOKED, [1] * 3 + [3] * 3 + [None] * 3, strict=True), 1)
+)
+def test_gradients_are_those_of_what_load_state_dict_makes(
+    kind: str, version: int | None, tmp_path: Path
+) -> None:
+    (name,) = written(kind, tmp_path, [version])
+    model = loaded(kind, name)
+    gradient = torch.autograd.grad(loss_of(model), list(model.parameters()))
+    norm = torch.cat([g.flatten() for g in gradient]).norm().item()
+    (row,) = library.check(name, **STUDY, model=HOOKED[kind]).table.records()
+    assert row["loss"] == pytest.approx(loss_of(model).item(), rel=1e-12)
+    assert row["gradient_norm"] == pytest.approx(norm, rel=1e-9)
 
 
 @pytest.mark.parametrize("kind", ["always", "copying", "writing", "shape"])
@@ -684,18 +695,16 @@ def test_hooks_find_every_tensor_where_some_move(kind: str, tmp_path: Path) -> N
 
 @pytest.mark.parametrize("kind", ["always", "version", "extra state"])
 def test_a_module_is_evaluated_as_it_is(kind: str, tmp_path: Path) -> None:
-    (name,) = written(kind, tmp_path, [1])
-    model = loaded(kind, name)
+    models = [loaded(kind, name) for name in written(kind, tmp_path, [1, 1, 1])]
+    losses = [loss_of(model).item() for model in models]
     # Given as the model, as the checkpoint, or as both.
-    for given in (HOOKED[kind], model):
-        found = library.check(model, **{**STUDY, "model": given})
-        assert found.table.floats("loss") == [pytest.approx(loss_of(model).item(), rel=1e-12)]
+    for given in (HOOKED[kind], models[0]):
+        found = library.trajectory(models, surface=False, **STUDY, model=given)
+        assert found.table.floats("loss") == pytest.approx(losses, rel=1e-12)
 
 
 @pytest.mark.parametrize("kind", ["version", "noted version", "extra state"])
-def test_versions_and_extra_state_are_found_wherever_the_state_dict_lies(
-    kind: str, tmp_path: Path
-) -> None:
+def test_versions_and_extra_state_are_found_at_any_key(kind: str, tmp_path: Path) -> None:
     (name,) = written(kind, tmp_path, [1], key="net")
     expected = loaded(kind, name, "net").state_dict()
     state = torch.load(name)["net"]
@@ -722,13 +731,14 @@ def test_versions_and_extra_state_are_found_wherever_the_state_dict_lies(
 
 
 @pytest.mark.parametrize(
-    ("kind", "alpha"),
-    # Integer tensors are A's.
-    [(kind, alpha) for kind in HOOKED for alpha in (0.0, 1.0) if (kind, alpha) != ("type", 1.0)],
+    ("kind", "alpha", "version", "key"),
+    in_turn(
+        # Integer tensors are A's.
+        [(kind, x) for kind in HOOKED for x in (0.0, 1.0) if (kind, x) != ("type", 1.0)],
+        *itertools.product([1, 3, None], [None, "state_dict"]),
+    ),
 )
-@pytest.mark.parametrize("version", [1, 3, None])
-@pytest.mark.parametrize("key", [None, "state_dict"])
-def test_what_export_writes_is_loaded_as_its_ends_are(
+def test_an_exported_file_is_loaded_as_its_ends_are(
     kind: str, alpha: float, version: int | None, key: str | None, tmp_path: Path, losscli: Losscli
 ) -> None:
     names = written(kind, tmp_path, (version, version), key=key)
@@ -803,25 +813,25 @@ def test_extra_states_that_differ_are_refused_where_they_change_the_loss(tmp_pat
     assert [losses[0], losses[2]] == pytest.approx(expected, rel=1e-12)
 
 
-def test_what_align_writes_is_loaded_as_it_was_aligned(losscli: Losscli, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["version", pytest.param("shape", marks=pytest.mark.stress)])
+def test_an_aligned_file_is_loaded_as_it_was_aligned(
+    kind: str, losscli: Losscli, tmp_path: Path
+) -> None:
     torch.manual_seed(0)
     (tmp_path / "net.py").write_text(
-        "from tests.checkpoint.test_hooks import HOOKED\n"
-        "def version(): return HOOKED['version']()\n"
-        "def flat(): return HOOKED['shape']()\n"
+        f"from tests.checkpoint.test_hooks import HOOKED\ndef net(): return HOOKED[{kind!r}]()\n"
     )
     np.savez(tmp_path / "data.npz", inputs=INPUTS.numpy(), targets=TARGETS.numpy())
-    for kind, model in (("version", "version"), ("shape", "flat")):
-        names = written(kind, tmp_path, (1, 1))
-        options = ["-m", f"{tmp_path}/net.py:{model}", "-d", f"npz:{tmp_path}/data.npz", "--force"]
-        done = losscli("align", *names, "-o", tmp_path / "x.safetensors", *options)
-        out = tmp_path / "x.safetensors"
-        if kind == "version":
-            assert done.status == 1
-            assert "safetensors does not store version 2 of second" in done.stderr
-            out = tmp_path / "x.pt"
-            done = losscli("align", *names, "-o", out, *options)
-        assert done.status == 0, done.stderr
-        found = library.check([out, names[1]], model=HOOKED[kind], **STUDY)
-        one, other = found.table.floats("loss")
-        assert one == pytest.approx(other, rel=1e-5)
+    names = written(kind, tmp_path, (1, 1))
+    options = ["-m", f"{tmp_path}/net.py:net", "-d", f"npz:{tmp_path}/data.npz", "--force"]
+    out = tmp_path / "x.safetensors"
+    done = losscli("align", *names, "-o", out, *options)
+    if kind == "version":
+        assert done.status == 1
+        assert "safetensors does not store version 2 of second" in done.stderr
+        out = tmp_path / "x.pt"
+        done = losscli("align", *names, "-o", out, *options)
+    assert done.status == 0, done.stderr
+    line = library.interpolate(out, names[1], points=2, range=(0, 1), model=HOOKED[kind], **STUDY)
+    one, other = line.table.floats("loss")
+    assert one == pytest.approx(other, rel=1e-5)

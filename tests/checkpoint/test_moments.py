@@ -98,7 +98,7 @@ PLACES: dict[str, Callable[[Any, Any], Any]] = {
 
 
 @pytest.mark.parametrize("place", PLACES)
-def test_the_state_is_found_wherever_users_store_it(place: str, tmp_path: Path) -> None:
+def test_the_state_is_found_where_users_store_it(place: str, tmp_path: Path) -> None:
     model = network()
     optimizer = train(model)
     torch.save(PLACES[place](model.state_dict(), optimizer.state_dict()), tmp_path / "a.pt")
@@ -130,7 +130,7 @@ NAMED: dict[str, Callable[[str], str]] = {
 
 
 @pytest.mark.parametrize("form", NAMED)
-def test_names_decide_whatever_the_order(form: str) -> None:
+def test_names_decide_in_any_order(form: str) -> None:
     model = network()
     # Two matrices of 4 x 4 in one group would be ambiguous without names.
     reverse = list(model.named_parameters())[::-1]
@@ -140,7 +140,7 @@ def test_names_decide_whatever_the_order(form: str) -> None:
     assert found.matched_by == "names"
 
 
-def test_of_two_parts_with_the_same_names_none_is_guessed() -> None:
+def test_two_parts_with_the_same_names_are_refused() -> None:
     both = nn.ModuleDict({"one": network(), "two": network()})
     optimizer = torch.optim.Adam(both.named_parameters())
     x = torch.rand(8, 3)
@@ -225,7 +225,7 @@ def test_there_are_no_moments_before_the_first_step() -> None:
     assert (found.second_moments, found.steps, found.learning_rate) == ({}, {}, 0.01)
 
 
-def test_different_learning_rates_are_none() -> None:
+def test_different_learning_rates_give_no_learning_rate() -> None:
     model = network()
     optimizer = train(model, lambda model: first_apart(model, {"lr": 0.1}))
     found = match(whole(model, optimizer), model)
@@ -273,9 +273,9 @@ REFUSED: dict[str, tuple[str, Callable[[nn.Module], Any]]] = {
         "betas, eps or amsgrad",
         lambda model: train(model, lambda m: first_apart(m, {"betas": (0.5, 0.9)})).state_dict(),
     ),
-    "a beta of 1": ("in the place of an option", lambda model: edited(model, betas=(1.0, 0.9))),
+    "a beta of 1": ("as an option or", lambda model: edited(model, betas=(1.0, 0.9))),
     "three betas": ("another form", lambda model: edited(model, betas=(0.9, 0.9, 0.9))),
-    "lr": ("in the place of an option", lambda model: edited(model, lr="high")),
+    "lr": ("as an option or as the step of Adam", lambda model: edited(model, lr="high")),
     "no list": ("another form", lambda model: edited(model, params=3)),
     "no maximum": ("no second moments of 0.weight", lambda m: edited(m, amsgrad=True)),
     "sparse": ("second moments of 0.weight, or sparse", lambda m: converted(m, Tensor.to_sparse)),
@@ -303,7 +303,7 @@ REFUSED: dict[str, tuple[str, Callable[[nn.Module], Any]]] = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_cannot_be_used_is_refused_in_one_line(case: str) -> None:
+def test_unusable_moments_are_refused_in_one_line(case: str) -> None:
     text, make = REFUSED[case]
     model = network()
     content = {"state_dict": model.state_dict(), "optimizer": make(model)}
@@ -322,7 +322,7 @@ def test_names_of_another_shape_are_refused() -> None:
         match({"state_dict": model.state_dict(), "optimizer": state}, model)
 
 
-def test_of_several_optimisers_that_of_the_model_is_taken() -> None:
+def test_the_optimiser_of_the_model_is_chosen_among_several() -> None:
     model, other = network(), nn.Linear(3, 2)
     optimizer = train(model)
     states = [train(other).state_dict(), optimizer.state_dict()]

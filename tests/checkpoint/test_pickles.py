@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from losscli.checkpoint.pickles import BrokenPickleError, ForbiddenPickleError, load
@@ -50,13 +50,16 @@ def canary(tmp_path: Path) -> Iterator[Path]:
     assert not path.exists()
 
 
+# Letters that some protocol escapes, and of one to four bytes; an alphabet of all takes seconds.
+texts = st.text("\0\t\n\r'\"\\ a\x7f\x85é\u2028模🙂\U0010ffff")
 plain = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
-    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner) | st.tuples(inner, inner),
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | texts,
+    lambda inner: st.lists(inner) | st.dictionaries(texts, inner) | st.tuples(inner, inner),
     max_leaves=20,
 )
 
 
+@settings(max_examples=40)
 @given(plain, st.sampled_from(PROTOCOLS))
 def test_plain_values_are_read_as_pickle_reads_them(value: Any, protocol: int) -> None:
     assert load(pickle.dumps(value, protocol), {}) == value
@@ -77,7 +80,7 @@ def test_instances_are_built_of_the_stand_in(protocol: int) -> None:
     assert (built.x, built.y) == (3, 4)
 
 
-def test_an_escape_that_means_nothing_is_left_and_warned_of_by_nobody() -> None:
+def test_an_unknown_escape_is_kept_without_a_warning() -> None:
     assert load(rb"S'a\|b'" + b"\n.", {}) == r"a\|b"
 
 
@@ -100,14 +103,14 @@ def test_code_is_refused_by_name_and_not_run(protocol: int, canary: Path) -> Non
         assert caught.value.wanted.rpartition(".")[2] in {"system", "exec"}
 
 
-def test_a_listed_name_opens_no_way_to_its_attributes(canary: Path) -> None:
+def test_a_listed_name_gives_no_access_to_its_attributes(canary: Path) -> None:
     """Protocol 4 may name a path of attributes, which pickle itself would follow."""
     content = b"\x80\x04\x8c\x02os\x8c\x06a.path\x93."
     with pytest.raises(ForbiddenPickleError, match=r"os\.a\.path"):
         load(content, {("os", "a"): StandIn, ("os", "path"): StandIn})
 
 
-def test_names_of_other_pythons_are_taken_to_the_letter() -> None:
+def test_names_of_other_pythons_are_not_translated() -> None:
     content = b"c__builtin__\neval\n."
     with pytest.raises(ForbiddenPickleError, match=r"__builtin__\.eval"):
         load(content, {("builtins", "eval"): StandIn})
@@ -139,7 +142,7 @@ def test_objects_from_outside_are_refused(content: bytes, wanted: str) -> None:
         load(content, {})
 
 
-def test_cut_off_anywhere_it_is_broken() -> None:
+def test_a_pickle_that_is_truncated_anywhere_is_broken() -> None:
     content = pickle.dumps({"data": [1, 2.5, "three", b"four", Point(5, 6)]}, 4)
     allowed = {(__name__, "Point"): StandIn}
     assert load(content + b"more", allowed)["data"][:2] == [1, 2.5]
@@ -150,7 +153,7 @@ def test_cut_off_anywhere_it_is_broken() -> None:
 
 
 @given(st.binary(max_size=64))
-def test_garbage_raises_these_errors_alone(content: bytes) -> None:
+def test_garbage_raises_only_these_errors(content: bytes) -> None:
     with contextlib.suppress(BrokenPickleError, ForbiddenPickleError):
         load(content, {("a", "b"): StandIn})
 
@@ -164,7 +167,7 @@ def test_garbage_raises_these_errors_alone(content: bytes) -> None:
         b"\x80\x04\x95" + struct.pack("<Q", 1 << 62) + b"N.",
     ],
 )
-def test_lengths_and_indices_are_not_believed(content: bytes) -> None:
+def test_huge_lengths_and_indices_are_refused(content: bytes) -> None:
     with pytest.raises(BrokenPickleError):
         load(content, {})
 

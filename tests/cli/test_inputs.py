@@ -78,6 +78,14 @@ def test_no_command_overwrites_a_file_that_it_reads(losscli: Losscli, folder: Pa
         assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()} == before, case
 
 
+def test_only_files_that_a_command_reads_are_looked_up(losscli: Losscli, folder: Path) -> None:
+    Path("losscli.toml").write_text("broken")
+    for command in ("soup a.pt b.pt", "export a.pt b.pt --alpha 0.5"):
+        for _ in range(2):
+            done = losscli(*command.split(), "-o", "x.safetensors", "--force")
+            assert done.status == 0, done.stderr
+
+
 @pytest.mark.usefixtures("unseen")
 def test_results_next_to_their_inputs_are_overwritten(losscli: Losscli, folder: Path) -> None:
     command = ("interpolate", "a.pt", "b.pt", "-o", "a", "--points", 3, "--force")

@@ -332,7 +332,7 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
 
 
 @pytest.mark.parametrize(("write", "expected"), BROKEN.values(), ids=BROKEN.keys())
-def test_what_is_broken_or_hostile_is_one_line_and_nothing_is_written(
+def test_broken_and_hostile_files_are_reported_in_one_line(
     write: Callable[[Path], object], expected: str, losscli: Losscli, folder: Path
 ) -> None:
     (folder / "cifar").mkdir()
@@ -355,7 +355,7 @@ def test_what_is_broken_or_hostile_is_one_line_and_nothing_is_written(
         ("cifar100", 2, "names no file"),
     ],
 )
-def test_specs_that_name_nothing(
+def test_specs_that_name_no_data_are_refused(
     spec: str, status: int, expected: str, losscli: Losscli, folder: Path
 ) -> None:
     before = set(folder.iterdir())

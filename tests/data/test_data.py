@@ -105,7 +105,7 @@ def test_a_file_with_one_pair_is_the_split_data(tmp_path: Path) -> None:
     assert torch.equal(tensor(data.splits["data"].inputs), X)
 
 
-def test_the_training_split_comes_first_whatever_the_order_of_the_file(tmp_path: Path) -> None:
+def test_the_training_split_is_first_in_any_order_of_the_file(tmp_path: Path) -> None:
     arrays = {
         f"{split}_{part}": values
         for split in ("a", "test", "train", "x")
@@ -219,7 +219,7 @@ def test_a_file_that_was_cut_off_or_is_another_is_refused(kind: str, tmp_path: P
         assert "allow_pickle" not in message
 
 
-def test_a_damaged_archive_is_refused_whatever_its_reader_raises(tmp_path: Path) -> None:
+def test_a_damaged_archive_is_refused_for_any_error_of_its_reader(tmp_path: Path) -> None:
     path = savez(tmp_path / "a.npz", inputs=X, targets=Y)
     content = path.read_bytes()
     generator = random.Random(0)
@@ -257,7 +257,7 @@ def test_a_class_beyond_64_bits_is_reported_unchanged(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["npz", "safetensors", "text"])
-def test_a_pipe_is_not_waited_for(kind: str, tmp_path: Path) -> None:
+def test_a_pipe_does_not_block(kind: str, tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     for path in (tmp_path / "pipe", Path("/dev/zero")):
         message = refusal(partial(load, f"{kind}:{path}", trusted=False))
@@ -265,7 +265,7 @@ def test_a_pipe_is_not_waited_for(kind: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["mnist", "cifar10", "cifar100"])
-def test_pipes_in_a_folder_are_not_waited_for(kind: str, tmp_path: Path) -> None:
+def test_pipes_in_a_folder_do_not_block(kind: str, tmp_path: Path) -> None:
     for name in ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "data_batch_1", "train.bin"):
         os.mkfifo(tmp_path / name)
     message = refusal(lambda: load(f"{kind}:{tmp_path}", trusted=False))
@@ -532,7 +532,7 @@ def test_columns_of_a_table_are_its_channels(tmp_path: Path) -> None:
     np.testing.assert_allclose(found, (X[:, 0].double().numpy() - 1) / 5, rtol=1e-14)
 
 
-def test_flatten_false_and_true_are_told_apart(file: str) -> None:
+def test_flatten_false_differs_from_flatten_true(file: str) -> None:
     assert prepared(f"{file},flatten=true").shape == (40, 12)
     assert prepared(f"{file},flatten=false").shape == prepared(file).shape == (40, 3, 2, 2)
 
@@ -659,7 +659,7 @@ def test_code_gives_splits_and_takes_its_argument_and_keys(module: Callable[[str
     )
 
 
-def test_what_code_says_of_its_normalisation_holds_where_the_spec_is_silent(
+def test_normalisation_given_by_code_applies_unless_the_spec_has_its_own(
     module: Callable[[str], str],
 ) -> None:
     spec = module("def f(): return DataSet({'s': Split(X, Y)}, mean=(1., 2.), flatten=True)")
@@ -684,7 +684,7 @@ def test_a_shuffling_loader_gives_the_same_order_for_the_same_seed(
     assert order(0) != order(1)
 
 
-def test_code_that_fails_says_so_with_its_spec(module: Callable[[str], str]) -> None:
+def test_an_error_in_code_names_its_spec(module: Callable[[str], str]) -> None:
     spec = module(
         "def f(): raise RuntimeError('no disk\\nno data')\n"
         "def g():\n    def rows():\n        yield X, Y\n        1 / 0\n"
@@ -889,7 +889,7 @@ def test_examples_are_taken_and_moved_in_every_structure() -> None:
         )
 
 
-def test_arrays_that_torch_does_not_take_as_they_are_are_taken_all_the_same() -> None:
+def test_arrays_that_torch_rejects_are_converted() -> None:
     forms = [
         X.numpy()[::-1],
         np.asfortranarray(X.numpy()),
@@ -997,7 +997,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("form", BAD)
-def test_what_is_not_understood_is_an_error_and_never_guessed(form: str) -> None:
+def test_data_of_an_unknown_structure_are_refused(form: str) -> None:
     given, message = BAD[form]
     found = refusal(lambda: from_object(given, "here"))
     assert message in found

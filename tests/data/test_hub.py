@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -25,8 +24,10 @@ from torch.nn.functional import cross_entropy, mse_loss
 from losscli.data import DataSet, Nest, load
 from losscli.errors import DataError
 from losscli.models import MLP
+from tests.cases import in_turn
 from tests.conftest import Losscli, Outcome
 from tests.data.test_images import EPS, program
+from tests.forks import ended
 
 # datasets before 4 leaves files of rows open.
 pytestmark = pytest.mark.filterwarnings(
@@ -208,15 +209,17 @@ CARDS = {
 }
 
 
-@pytest.mark.parametrize("change", ["another folder", "the same folder", "the same time and size"])
-@pytest.mark.parametrize("card", CARDS.values(), ids=CARDS)
+@pytest.mark.parametrize(
+    ("name", "change"),
+    in_turn(CARDS, "another folder", "the same folder", "the same time and size"),
+)
 def test_numbers_are_those_that_the_folder_has_now(
-    card: str, change: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, change: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     starts = (1000, 2000, 3000)
     for start in starts:
         place = tmp_path / (str(start) if change == "another folder" else "one")
-        csv_folder(place / "data", start, card)
+        csv_folder(place / "data", start, CARDS[name])
         if change == "the same time and size":
             os.utime(place / "data" / "train.csv", ns=(10**18, 10**18))
         monkeypatch.chdir(place)
@@ -281,24 +284,24 @@ def test_images_are_those_that_the_folder_has_now_and_workers_read_them(
     assert cached(tmp_path) == []
 
 
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded")
 def test_a_process_that_is_killed_leaves_no_images_in_the_cache(tmp_path: Path) -> None:
+    from losscli.data.hub import load_hub
+
     image_folder(tmp_path / "data", GENERATOR.integers(0, 256, (3, 4, 5, 3), np.uint8))
-    code = (
-        "import os, sys\nfrom pathlib import Path\n"
-        "from losscli.data.hub import load_hub\n"
-        "images = load_hub(Path(sys.argv[1]))['train']\n"
-        "print(int(images[2][1]), flush=True)\nos.kill(os.getpid(), 9)\n"
-    )
-    cache = tmp_path / "cache of datasets"
-    found = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path / "data")],
-        env={**os.environ, "HF_DATASETS_CACHE": str(cache)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert (found.returncode, found.stdout) == (-signal.SIGKILL, "2\n")
-    assert cache.is_dir()
+    reader, writer = os.pipe()
+    pid = os.fork()
+    if not pid:
+        try:
+            images = load_hub(tmp_path / "data")["train"]
+            os.write(writer, str(int(images[2][1])).encode())
+            os.kill(os.getpid(), signal.SIGKILL)
+        finally:
+            os._exit(1)
+    os.close(writer)
+    with os.fdopen(reader) as said:
+        assert (ended(pid), said.read()) == (-signal.SIGKILL, "2")
+    assert (tmp_path / "cache of datasets").is_dir()
     assert cached(tmp_path) == []
 
 
@@ -624,7 +627,7 @@ OUT, NETWORK = "points outside the folder, to '", "names a place on the network,
         (settings_are_a_pipe, ".huggingface.yaml", "is not a regular file"),
     ],
 )
-def test_a_folder_leads_nowhere_else(
+def test_a_folder_cannot_name_files_outside_it(
     make: Callable[[Path], None],
     file: str,
     expected: str,

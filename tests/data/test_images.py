@@ -69,7 +69,7 @@ def test_classes_are_numbered_by_their_names_and_files_sorted(tmp_path: Path) ->
     assert targets == [0, 1, 1, 2, 2, 3]
 
 
-def test_splits_are_told_from_classes_by_the_depth_of_the_images(tmp_path: Path) -> None:
+def test_the_depth_of_images_separates_splits_from_classes(tmp_path: Path) -> None:
     images = {
         (split, kind): write(tmp_path / split / kind / "1.png")
         for split in ("test", "train", "dev")
@@ -101,7 +101,7 @@ def test_classes_may_have_folders_inside(tmp_path: Path) -> None:
         assert targets == [0, 1]
 
 
-def test_what_is_no_image_and_what_is_hidden_is_passed_over(tmp_path: Path) -> None:
+def test_hidden_files_and_files_that_are_not_images_are_ignored(tmp_path: Path) -> None:
     image = write(tmp_path / "a" / "1.png")
     for name in ("Thumbs.db", ".DS_Store", "._1.png", "labels.csv", "1.gif", "png"):
         (tmp_path / "a" / name).write_bytes(b"\0")

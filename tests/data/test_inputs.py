@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from losscli.errors import SpecError
 from losscli.evaluation.losses.built_in import cross_entropy
 from losscli.evaluation.objective import Objective, recalibrated
 from losscli.evaluation.recalibration import Recalibration
+from tests.cases import in_turn
 from tests.conftest import Losscli
 
 N = 11
@@ -146,18 +148,25 @@ CONTAINERS: dict[str, Callable[[Tensor], tuple[Any, dict[int | str, Tensor]]]] =
 }
 
 
-@pytest.mark.parametrize("streamed", [False, True], ids=["in memory", "streamed"])
+# With workers, which are processes, only bytes, whole numbers, flags and numbers of two sizes.
+RECEIVED = [
+    (dtype, container)
+    for dtype in DTYPES
+    for container in CONTAINERS
+    if "worker" not in container or dtype in FEW
+]
+REMAINING = {*itertools.product(DTYPES, CONTAINERS)} - {*RECEIVED}
+
+
 @pytest.mark.parametrize(
-    ("container", "dtype"),
+    ("dtype", "container", "streamed"),
     [
-        pytest.param(
-            *(container, dtype),
-            id=f"{dtype}-{container}",
-            # Each starts processes: here bytes, whole numbers, flags and numbers of two sizes.
-            marks=[pytest.mark.stress] if "worker" in container and dtype not in FEW else [],
-        )
-        for dtype in DTYPES
-        for container in CONTAINERS
+        *in_turn(RECEIVED, False, True),
+        *(
+            pytest.param(*pair, streamed, marks=pytest.mark.stress)
+            for pair in sorted(REMAINING, key=str)
+            for streamed in (False, True)
+        ),
     ],
 )
 def test_a_model_receives_what_the_code_returns(
@@ -357,9 +366,12 @@ def test_a_model_that_takes_no_whole_numbers_names_the_cure(
     assert sorted(folder.iterdir()) == before
 
 
-@pytest.mark.parametrize("container", ["tensors", "dataset", "loader"])
 @pytest.mark.parametrize(
-    "dtype", [torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64]
+    ("dtype", "container"),
+    in_turn(
+        [torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64],
+        *("tensors", "dataset", "loader"),
+    ),
 )
 def test_targets_of_code_reach_its_loss_in_their_own_type(
     dtype: torch.dtype, container: str

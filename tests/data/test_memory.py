@@ -179,7 +179,7 @@ def _fails(*_: object, **__: object) -> None:
         ("losscli.data.split.Split.to", "the examples of train", "--limit"),
     ],
 )
-def test_what_cannot_be_placed_on_the_device_is_one_line(
+def test_data_that_do_not_fit_are_reported_in_one_line(
     target: str,
     what: str,
     cure: str,
@@ -249,7 +249,7 @@ def _through_sweep(objective: Objective, work: Callable[[], object]) -> None:
 
 
 @pytest.mark.parametrize("through", [_through_halving, _through_sweep])
-def test_what_failed_is_freed_before_the_batch_is_halved(
+def test_failed_work_is_freed_before_the_batch_is_halved(
     through: Callable[[Objective, Callable[[], object]], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     held: list[weakref.ref[_Held]] = []

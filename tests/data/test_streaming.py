@@ -30,6 +30,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 from torch.utils.data import (
     BatchSampler,
+    ConcatDataset,
     DataLoader,
     Dataset,
     IterableDataset,
@@ -60,6 +61,7 @@ from losscli.evaluation.task_checks import check_task
 from losscli.models import MLP
 from losscli.weight_space.slices import Line
 from tests import oracle
+from tests.cases import in_turn
 from tests.conftest import Losscli
 from tests.forks import PATIENCE, child, ended
 
@@ -162,15 +164,12 @@ def test_streamed_examples_are_those_in_memory(form: str, cramped: Callable[[int
     assert isinstance(streamed, Stream | IterableStream)
     assert streamed.nbytes == 0
     assert len(streamed) == len(held) == N
-    # Workers: started once, for batches of any size, abandoned passes and parts.
+    # Workers: started once, for batches of any size, abandoned passes and parts; those of an
+    # iterable are started for each pass.
+    few = form == "a loader of an iterable with workers"
     next(streamed.batches(3))
-    for found in (
-        held,
-        whole(streamed, 1),
-        whole(streamed, 8),
-        whole(streamed, 1000),
-        streamed.first(1000),
-    ):
+    sizes = (8,) if few else (1, 8, 1000)
+    for found in (held, *(whole(streamed, size) for size in sizes), streamed.first(1000)):
         assert torch.equal(found.inputs, IN_MEMORY.inputs)  # type: ignore[arg-type]
         assert torch.equal(found.targets, IN_MEMORY.targets)
     generator = torch.Generator().manual_seed(1)
@@ -179,7 +178,7 @@ def test_streamed_examples_are_those_in_memory(form: str, cramped: Callable[[int
     for part in (whole(streamed, 4, order[5:20]), whole(streamed.take(order[5:20]), 4)):
         assert torch.equal(part.inputs, IN_MEMORY.inputs[order[5:20]])  # type: ignore[index, arg-type]
     assert torch.equal(whole(streamed.take(slice(30, None))).targets, IN_MEMORY.targets[30:])
-    for limit in (4, N, 100):
+    for limit in (4,) if few else (4, N, 100):
         some = streamed.draw(limit, torch.Generator().manual_seed(0))
         assert len(some) == len(whole(some)) == min(limit, N)
 
@@ -224,8 +223,10 @@ def from_memory(batch_size: int) -> tuple[Any, Derivatives]:
     return sweep(held, line, ALPHAS)["data"], derivatives(held, IN_MEMORY)
 
 
-@pytest.mark.parametrize("batch_size", [4, 16, 1000])
-@pytest.mark.parametrize("form", ["a data set", "a loader with workers", "an iterable"])
+@pytest.mark.parametrize(
+    ("form", "batch_size"),
+    in_turn(["a data set", "a loader with workers", "an iterable"], 4, 1000, 16),
+)
 def test_losses_slopes_and_curvature_are_those_from_memory(
     form: str, batch_size: int, cramped: Callable[[int], None]
 ) -> None:
@@ -316,7 +317,7 @@ def test_no_more_than_a_few_batches_are_ever_in_memory(
     assert batches <= 4
 
 
-def test_what_fits_is_decoded_once_and_by_the_order_of_the_splits(
+def test_splits_that_fit_are_decoded_once_in_their_order(
     cramped: Callable[[int], None],
 ) -> None:
     decoded: list[int] = []
@@ -352,7 +353,7 @@ def test_tensors_that_are_in_memory_are_not_decoded(cramped: Callable[[int], Non
     assert whole(some).targets.tolist() == [1, 2]
 
 
-def test_what_does_not_fit_on_the_device_stays_and_goes_there_batch_by_batch(
+def test_a_split_that_does_not_fit_moves_to_the_device_by_batches(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     a, _ = model_and_line()
@@ -430,7 +431,7 @@ class Drawn(Dataset[Any]):
         return torch.tensor(drawn), i % 3
 
 
-def test_what_is_drawn_at_random_is_the_same_in_each_pass_and_worker(
+def test_random_draws_are_the_same_in_each_pass_and_worker(
     cramped: Callable[[int], None],
 ) -> None:
     cramped(1 << 20)
@@ -562,7 +563,9 @@ def test_keys_that_are_not_positions_are_kept(cramped: Callable[[int], None]) ->
 
 def test_workers_are_started_once_and_spawned_ones_too(cramped: Callable[[int], None]) -> None:
     cramped(10)
-    given = DataLoader(Rows(), 5, num_workers=1, multiprocessing_context="spawn")
+    # A data set of torch, so that the process need not import this module.
+    rows = ConcatDataset([TensorDataset(IN_MEMORY.inputs, IN_MEMORY.targets)])  # type: ignore[arg-type]
+    given = DataLoader(rows, 5, num_workers=1, multiprocessing_context="spawn")
     split = from_object(given, "here").splits["data"]
     assert isinstance(split, Stream)
     pids = set()
@@ -581,7 +584,7 @@ def test_workers_are_started_once_and_spawned_ones_too(cramped: Callable[[int], 
     assert split._workers._loader is None  # type: ignore[union-attr]
 
 
-def test_workers_come_where_they_are_worth_it(
+def test_workers_are_started_where_they_save_time(
     cramped: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cramped(100)
@@ -706,7 +709,7 @@ def test_a_limit_ends_an_endless_stream_and_no_further_example_is_asked_for(
     assert not caplog.records
 
 
-def test_what_is_said_of_an_endless_stream_is_a_note_of_the_command(
+def test_the_warning_about_an_endless_stream_is_a_note_of_the_command(
     losscli: Losscli, code: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(flow_, "_SLOW_SECONDS", 0.0)
@@ -729,7 +732,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 class Rows(Dataset):
-    def __init__(self, n=400, act=lambda i: None):
+    def __init__(self, n=100, act=lambda i: None):
         self.n, self.act = n, act
     def __len__(self):
         return self.n
@@ -742,10 +745,10 @@ def plain(): return {"train": Rows(), "test": Rows(20)}
 def workers(): return {"train": DataLoader(Rows(), 16, num_workers=2), "test": Rows(20)}
 def many(): return DataLoader(Rows(), 16, num_workers=40)
 def bad(i):
-    if i == 150: raise ValueError("no such\\nfile")
+    if i == 50: raise ValueError("no such\\nfile")
 def failing(): return DataLoader(Rows(act=bad), 16, num_workers=2)
 def die(i):
-    if i == 150: os.kill(os.getpid(), signal.SIGKILL)
+    if i == 50: os.kill(os.getpid(), signal.SIGKILL)
 def dying(): return DataLoader(Rows(act=die), 16, num_workers=1)
 def work(i):
     if torch.utils.data.get_worker_info() is not None:
@@ -753,7 +756,7 @@ def work(i):
     time.sleep(0.05)
 def slow(): return DataLoader(Rows(100000, work), 16, num_workers=2)
 class Coming(IterableDataset):
-    count = 400
+    count = 100
     def __iter__(self):
         yield from (Rows()[i] for i in range(self.count))
 def coming(): return {"train": Coming()}
@@ -793,7 +796,7 @@ def all_but_one(rows): return torch.utils.data.default_collate(rows[1:] or rows)
 def other(): return DataLoader(Rows(), 16, collate_fn=all_but_one)
 class Labels(Rows):
     def __getitem__(self, i):
-        return torch.rand(6), i // 100
+        return torch.rand(6), i // 25
 def labels(): return Labels()
 """
 
@@ -855,20 +858,20 @@ def test_a_dry_run_reports_what_is_streamed_and_how_often(losscli: Losscli, code
 def test_a_limit_of_an_iterable_takes_its_first_examples_and_is_reported(
     losscli: Losscli, code: Path
 ) -> None:
-    done = interpolate(losscli, "coming", "--limit", 100, "-o", "some", "--json")
+    done = interpolate(losscli, "coming", "--limit", 60, "-o", "some", "--json")
     assert done.status == 0
     told = json.loads(done.stdout)
-    assert told["examples"] == {"train": 100}
+    assert told["examples"] == {"train": 60}
     note = "train: iterated again in each pass over the data; a part of it is its first examples"
     assert any(n.startswith(note) for n in told["notes"])
     done = interpolate(losscli, "coming", "--sampling-error", 10, "-o", "sampled", "--json")
     assert done.status == 0
-    assert json.loads(done.stdout)["examples"] == {"train": 400}
+    assert json.loads(done.stdout)["examples"] == {"train": 100}
 
 
 OPTIONS: dict[str, list[object]] = {
-    "a limit": ["--limit", 150],
-    "a sample": ["--sampling-error", 0.6],
+    "a limit": ["--limit", 60],
+    "a sample": ["--sampling-error", 1.2],
     "blocks": ["--layerwise"],
 }
 
@@ -877,7 +880,7 @@ OPTIONS: dict[str, list[object]] = {
 def test_every_option_takes_the_same_examples_streamed_and_from_memory(
     options: list[object], losscli: Losscli, code: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("losscli.evaluation.sampling._FIRST_BLOCK", 32)
+    monkeypatch.setattr("losscli.evaluation.sampling._FIRST_BLOCK", 8)
     words = [*options, "--dtype", "float64", "--split", "train"]
     tables = []
     for budget in (1000, 1 << 20):
@@ -898,10 +901,10 @@ def test_every_option_takes_the_same_examples_streamed_and_from_memory(
                 else:
                     assert float(value) == pytest.approx(float(other[column]), rel=1e-12, abs=1e-14)
     if "--sampling-error" in options:
-        assert {int(row["examples"]) for row in tables[0][0]} < {32, 64, 128, 256}
+        assert {int(row["examples"]) for row in tables[0][0]} < {8, 16, 32, 64}
 
 
-@pytest.mark.parametrize("options", [[], ["--derivatives"], ["--layerwise"], ["--limit", 150]])
+@pytest.mark.parametrize("options", [[], ["--derivatives"], ["--layerwise"], ["--limit", 60]])
 def test_a_dry_run_reports_the_number_of_passes(
     options: list[object], losscli: Losscli, code: Path
 ) -> None:
@@ -911,20 +914,22 @@ def test_a_dry_run_reports_the_number_of_passes(
     (code / "decoded").unlink()
     assert interpolate(losscli, *map(str, words)).status == 0
     times = Counter((code / "decoded").read_text().split())
-    assert len(times) == planned["examples"]["data"]
-    # The first examples are looked at besides, to find out what they are.
-    assert min(times.values()) == planned["passes_over_data"]
+    passes = planned["passes_over_data"]
+    # The first examples are decoded more often, and even if a part of the data is without them.
+    in_every_pass = [n for n in times.values() if n >= passes]
+    assert len(in_every_pass) == planned["examples"]["data"]
+    assert min(in_every_pass) == passes
 
 
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        ("failing", r"split 'data' failed at example 150: ValueError: no such file"),
+        ("failing", r"split 'data' failed at example 50: ValueError: no such file"),
         (
             "dying",
             r"split 'data': a worker process was lost: .*\. Memory may be short",
         ),
-        ("fewer", r"split 'data' gives 39\d examples in one pass and 39\d in another\. Losses of"),
+        ("fewer", r"split 'data' gives 9\d examples in one pass and 9\d in another\. Losses of"),
         ("broken", r"split 'data' failed after 96 examples: OSError: the stream broke$"),
         (
             "chained",
@@ -934,7 +939,7 @@ def test_a_dry_run_reports_the_number_of_passes(
         ("labels", r"the data has the label 3, and the model's 3 outputs stand for the labels 0"),
     ],
 )
-def test_what_goes_wrong_on_the_way_is_one_line_and_nothing_is_written(
+def test_failures_during_a_run_are_one_line_and_write_nothing(
     losscli: Losscli, code: Path, data: str, message: str
 ) -> None:
     done = interpolate(losscli, data, "-o", "out", "-q")
@@ -974,8 +979,9 @@ forking = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded")
 
 @linux
 @forking
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("data", ["slow", "crawling"])
+@pytest.mark.parametrize(
+    ("data", "number"), in_turn(["slow", "crawling"], signal.SIGINT, signal.SIGTERM)
+)
 def test_a_signal_leaves_no_process_behind(
     data: str, number: int, code: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
@@ -1000,7 +1006,7 @@ def test_a_signal_leaves_no_process_behind(
 @linux
 @forking
 @pytest.mark.parametrize("data", ["workers", "crawling"])
-def test_ctrl_c_when_a_worker_starts_is_heard_by_the_run_alone(
+def test_ctrl_c_when_a_worker_starts_ends_the_run_without_a_traceback(
     data: str, code: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     aside = tmp_path_factory.mktemp("aside")

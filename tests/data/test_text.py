@@ -234,7 +234,7 @@ def test_without_transformers_the_extra_is_named(
 
 @pytest.mark.parametrize("kind", ["bert", "gpt2"])
 @pytest.mark.parametrize("class_named", [False, True])
-def test_a_model_s_folder_without_its_tokenizer_is_no_tokenizer(
+def test_a_folder_of_a_model_without_a_tokenizer_is_refused(
     kind: str, class_named: bool, losscli: Losscli, folder: Path
 ) -> None:
     # transformers makes one that knows no words.

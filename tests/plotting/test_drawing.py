@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable
 from dataclasses import replace
@@ -21,6 +22,7 @@ from losscli.registry import COMMANDS
 from losscli.results.drawing import Drawing
 from losscli.results.result import Result, Run, draw, label_runs
 from losscli.table import Table
+from tests.cases import in_turn, sample
 from tests.plotting import (
     test_around,
     test_barriers,
@@ -48,13 +50,15 @@ RUNS: dict[str, Callable[[], Run[Any]]] = {
     "connect": lambda: test_connect.run(BOTH),
     "inspect": lambda: test_parts.moved(test_parts.transformer(1)),
 }
+
+
+@functools.cache
+def full(name: str) -> Figure:
+    """A figure with the default options and without its layout."""
+    return draw([RUNS[name]()])
+
+
 SHORT_NAMES = {"runs", "final", "init", ".pt", ".safetensors", "n = "}
-
-
-@pytest.fixture(params=RUNS)
-def run(request: pytest.FixtureRequest) -> Run[Any]:
-    made: Run[Any] = RUNS[request.param]()
-    return made
 
 
 def boxes(figure: Figure) -> list[tuple[str, Any]]:
@@ -69,7 +73,8 @@ def boxes(figure: Figure) -> list[tuple[str, Any]]:
 
 @pytest.mark.usefixtures("laid_out")
 @pytest.mark.parametrize(
-    ("name", "size"), [*((name, "paper") for name in RUNS), ("check", "slide"), ("plane", "4x5")]
+    ("name", "size"),
+    sample([*((name, "paper") for name in RUNS), ("check", "slide"), ("plane", "4x5")], 1),
 )
 def test_compact_figures_fit_their_page(name: str, size: str) -> None:
     figure = draw([RUNS[name]()], Drawing(size=size))
@@ -88,11 +93,14 @@ def test_compact_figures_fit_their_page(name: str, size: str) -> None:
         assert not box.overlaps(next_to), (one, other)
 
 
-@pytest.mark.parametrize(("size", "points"), [("paper", 8.0), ("slide", 14.0), ("6x4", 8.0)])
+@pytest.mark.parametrize(
+    ("name", "size", "points"),
+    in_turn(RUNS, ("paper", 8.0), ("slide", 14.0), ("6x4", 8.0)),
+)
 def test_compact_figures_have_no_notes_and_no_names_of_files(
-    run: Run[Any], size: str, points: float
+    name: str, size: str, points: float
 ) -> None:
-    figure = draw([run], Drawing(size=size))
+    figure = draw([RUNS[name]()], Drawing(size=size))
     said = texts(figure)
     assert not [text for text in said if any(part in text for part in SHORT_NAMES)]
     assert all(not box.get_title().get_text() for box in figure.legends)
@@ -104,32 +112,34 @@ def test_compact_figures_have_no_notes_and_no_names_of_files(
 
 
 def test_full_figures_have_notes_where_compact_ones_have_none() -> None:
-    run = RUNS["check"]()
-    full, compact = (
-        [box.get_title().get_text() for box in draw([run], Drawing(size=size)).legends]
-        for size in ("full", "paper")
+    compact = draw([RUNS["check"]()], Drawing(size="paper"))
+    notes, none = (
+        [box.get_title().get_text() for box in figure.legends]
+        for figure in (full("check"), compact)
     )
-    assert "Verdicts:" in full[0]
-    assert compact == [""]
+    assert "Verdicts:" in notes[0]
+    assert none == [""]
 
 
-def test_labels_name_checkpoints_in_their_order() -> None:
-    for name in ("interpolate", "around", "sharpness", "barriers", "check", "plane"):
-        run = RUNS[name]()
-        labels = [f"model {k}" for k in range(len(run.checkpoints))]
-        for size in ("full", "paper"):
-            (labelled,) = label_runs([run], labels)
-            said = " ".join(texts(draw([labelled], Drawing(size=size))))
-            shown = labels if name != "check" else labels[-1:]
-            assert all(label in said for label in shown), (name, size)
-            assert not any(checkpoint in said for checkpoint in run.checkpoints), (name, size)
+@pytest.mark.parametrize(
+    ("name", "size"),
+    in_turn(("interpolate", "around", "sharpness", "barriers", "check", "plane"), "full", "paper"),
+)
+def test_labels_name_checkpoints_in_their_order(name: str, size: str) -> None:
+    run = RUNS[name]()
+    labels = [f"model {k}" for k in range(len(run.checkpoints))]
+    (labelled,) = label_runs([run], labels)
+    said = " ".join(texts(draw([labelled], Drawing(size=size))))
+    assert all(label in said for label in (labels if name != "check" else labels[-1:]))
+    assert not any(checkpoint in said for checkpoint in run.checkpoints)
 
 
 LONG = ["WideResNet28-10" * 20, "runs/ViT-Tiny" * 20]
 
 
 @pytest.mark.parametrize(
-    "name", ["interpolate", "around", "sharpness", "barriers", "check", "plane with a path"]
+    "name",
+    sample(["interpolate", "around", "sharpness", "barriers", "check", "plane with a path"], 1, 2),
 )
 def test_a_long_label_is_cut_at_its_end(name: str) -> None:
     run = RUNS[name]()
@@ -175,8 +185,10 @@ def loss_axes(figure: Figure) -> list[Axes]:
     return [axes for axes in figure.axes if axes.get_ylabel().startswith(("loss", "rise"))]
 
 
-@pytest.mark.parametrize("log", [False, True])
-@pytest.mark.parametrize("name", ["interpolate", "layerwise", "around", "check", "sharpness"])
+@pytest.mark.parametrize(
+    ("name", "log"),
+    in_turn(("interpolate", "layerwise", "around", "check", "sharpness"), False, True),
+)
 def test_limits_are_those_of_the_axes_of_the_loss(name: str, log: bool) -> None:
     figure = draw([RUNS[name]()], Drawing(log=log, ylim=(0.25, 4.0)))
     panels = loss_axes(figure)
@@ -188,10 +200,17 @@ def test_limits_are_those_of_the_axes_of_the_loss(name: str, log: bool) -> None:
 
 @pytest.mark.parametrize(
     ("name", "size"),
-    [
-        *((name, "full") for name in ("interpolate", "around", "check", "sharpness", "connect")),
-        ("layerwise", "paper"),
-    ],
+    sample(
+        [
+            *(
+                (name, "full")
+                for name in ("interpolate", "around", "check", "sharpness", "connect")
+            ),
+            ("layerwise", "paper"),
+        ],
+        1,
+        2,
+    ),
 )
 def test_limits_that_show_no_curve_say_so(name: str, size: str) -> None:
     run, empty = RUNS[name](), "no value between"
@@ -205,10 +224,12 @@ def test_limits_that_show_no_curve_say_so(name: str, size: str) -> None:
     assert not any(empty in text for text in texts(shown))
 
 
-@pytest.mark.parametrize("name", ["plane", "trajectory", "barriers"])
+@pytest.mark.parametrize(
+    "name", ["plane", pytest.param("trajectory", marks=pytest.mark.stress), "barriers"]
+)
 def test_limits_are_those_of_the_colours_of_the_loss(name: str) -> None:
     run = RUNS[name]()
-    free = draw([run])
+    free = full(name)
     limited = draw([run], Drawing(ylim=(0.25, 0.5)))
     bar = limited.axes[-1] if name != "trajectory" else limited.axes[4]
     shown = [float(label.get_text()) for label in bar.get_yticklabels() if label.get_text()]
@@ -233,7 +254,7 @@ def marks(figure: Figure) -> int:
 @pytest.mark.parametrize("name", ["interpolate", "layerwise", "trajectory", "around"])
 def test_figures_without_markers(name: str) -> None:
     run = RUNS[name]()
-    assert marks(draw([run])) > 0
+    assert marks(full(name)) > 0
     bare = draw([run], Drawing(no_markers=True))
     assert marks(bare) == 0
     assert not [

@@ -8,7 +8,7 @@ import re
 import shutil
 import subprocess
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -20,14 +20,14 @@ import losscli as library
 from losscli.plotting.html import render_page, table_views
 from losscli.registry import COLUMN_TYPES, COMMANDS
 from losscli.results.drawing import Drawing
-from losscli.results.result import Run, render_html
+from losscli.results.result import Result, Run, render_html
 from losscli.results.runs import report
 from losscli.table import Cell, Table
 from tests.cases import sample
 from tests.conftest import Losscli
-from tests.plotting import test_barriers, test_plane, test_trajectory
+from tests.plotting import test_barriers, test_check, test_plane, test_trajectory
 from tests.plotting.test_interpolation import stored
-from tests.studies.test_registry import RUNS
+from tests.studies.test_registry import LINE, PATH, RUNS
 
 Page = dict[str, Any]
 HOSTILE = "<b>x</b> & %{y} </script><script>alert(1)</script><!-- \u202e$x^2$\x1b[2J"
@@ -90,20 +90,43 @@ LEFT_OUT = {
 }
 
 
-@pytest.mark.parametrize("name", sample(COMMANDS, 0, 2))
+def lines_of_parts() -> list[Result]:
+    line = library.interpolate("a.pt", "b.pt", derivatives=True, **LINE)
+    return [
+        library.interpolate("a.pt", "b.pt", layerwise=True, **LINE),
+        replace(line, more={"context": line.table}),
+    ]
+
+
+# Fewer runs where others only take longer: those of Adam are from formulas.
+PAGES: dict[str, Callable[[], Sequence[Result | Run]]] = {
+    **RUNS,
+    "interpolate": lines_of_parts,
+    "check": lambda: [
+        library.check(
+            ["a.pt", "b.pt"], eigenvalues=1, density=True, blocks=True, probes=2, lanczos=2, limit=5
+        ),
+        test_check.training_of_adam(),
+    ],
+    "barriers": lambda: [library.barriers(PATH, points=3, disagreement=True, cka=True)],
+}
+
+
+@pytest.mark.parametrize("name", sample(COMMANDS, 0))
 def test_a_page_has_the_numbers_of_the_tables_to_the_bit(name: str, folder: Path) -> None:
     command = COMMANDS[name]
-    for result in RUNS[name]():
+    for result in PAGES[name]():
         run = Run(result.table, result.summary, more=result.more)
         # Its own page, and that of a command without one.
         pages = {
-            result.html(): LEFT_OUT.get(name, set()),
+            render_html([run]): LEFT_OUT.get(name, set()),
             render_page(table_views([run]), Drawing()): set(),
         }
         for page, left_out in pages.items():
-            shown = {x for i in items(read(page)) for x in numbers([i["trace"], i["more"]])}
+            found = [*items(read(page))]
+            shown = {x for item in found for x in numbers([item["trace"], item["more"]])}
             # Curves over checkpoints have their ρ as a name.
-            shown |= {float(item["tags"].get("rho", 0)) for item in items(read(page))}
+            shown |= {float(item["tags"].get("rho", 0)) for item in found}
             for further, table in {"": result.table, **result.more}.items():
                 if further and not command.further_tables[further].drawn:
                     continue
@@ -420,7 +443,7 @@ def test_the_pointer_reads_coordinates_loss_error_and_name() -> None:
 
 
 @needs_node
-def test_the_slider_shows_a_checkpoint_alone() -> None:
+def test_the_slider_shows_one_checkpoint() -> None:
     run = test_trajectory.run(surface=True)
     page = render_html([run])
     everything, third, none = (traces for traces, _ in drive(page, 3, 0))
@@ -443,7 +466,7 @@ def test_the_tails_of_a_density_do_not_stretch_its_logarithmic_axis() -> None:
 
 
 @needs_node
-def test_a_logarithmic_axis_is_of_losses_and_says_what_it_leaves_out(folder: Path) -> None:
+def test_only_losses_have_a_logarithmic_axis(folder: Path) -> None:
     result = library.interpolate("a.pt", "b.pt", points=3, derivatives=True)
     page = render_html([Run(result.table, result.summary)], Drawing(log=True))
     (_, loss), (_, slope), (traces, _) = drive(page, "slope", "train")

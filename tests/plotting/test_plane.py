@@ -119,7 +119,7 @@ def dots(figure: Figure) -> PathCollection:
 
 
 @pytest.mark.usefixtures("laid_out")
-@pytest.mark.parametrize("name", PICTURES)
+@pytest.mark.parametrize("name", sample(PICTURES, 1, 2))
 def test_golden(name: str) -> None:
     check_golden(name, PICTURES[name]())
 
@@ -230,8 +230,9 @@ def test_distances_are_equal_on_both_axes() -> None:
     long = (-30.0, 30.0, -1.0, 1.0)
     assert draw_plane(run("points", box=long)).axes[0].get_aspect() == 1
     assert draw_plane(run("points")).axes[0].get_aspect() == 1
-    assert draw_plane(run("pca", WINDING)).axes[0].get_aspect() == 1
-    assert "scales" not in note(draw_plane(run("pca", WINDING)))
+    figure = draw_plane(run("pca", WINDING))
+    assert figure.axes[0].get_aspect() == 1
+    assert "scales" not in note(figure)
     stretched = draw_plane(run("pca", WINDING, box=long))
     assert stretched.axes[0].get_aspect() == "auto"
     said = "The scales of the axes differ: y is stretched 30 times relative to x."
@@ -286,7 +287,7 @@ def test_checkpoints_beyond_the_edges_do_not_stretch_the_picture() -> None:
     assert "outside" not in note(draw_plane(winding()))
 
 
-def test_what_is_not_finite_is_blank() -> None:
+def test_losses_that_are_not_finite_are_blank() -> None:
     figure = draw_plane(run(loss=lambda x, y: NAN if x > 9 and y > 5 else hollows(x, y)))
     (panel,) = contour_panels(figure)
     (cross,) = [line for line in panel.get_lines() if line.get_marker() == "x"]
@@ -326,7 +327,7 @@ def hill(x: float, y: float) -> float:
         (hill, (1.2, -2.4), False),  # on its near side
     ],
 )
-def test_what_the_surface_hides_is_pale(
+def test_points_hidden_by_the_surface_are_pale(
     loss: Callable[[float, float], float], point: tuple[float, float], hidden: bool
 ) -> None:
     drawn = run("random", [(*point, 0.0)], loss, size=(81, 81), box=(-10, 10, -10, 10))
@@ -393,7 +394,7 @@ SURFACE = ("no rows", "one column", "constant", "huge and tiny", "nan", "no plac
 @pytest.mark.parametrize(
     ("case", "surface"),
     [
-        *sample(((case, case in SURFACE) for case in ODD), 0, 2),
+        *sample(((case, case in SURFACE) for case in ODD), 3, 4),
         *(pytest.param(case, case not in SURFACE, marks=pytest.mark.stress) for case in ODD),
     ],
 )

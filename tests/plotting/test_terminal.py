@@ -233,13 +233,13 @@ def test_nothing_to_draw() -> None:
     assert draw([], width=80, height=20, colour=False) == "There is no point to draw"
 
 
-def test_rounding_errors_are_no_landscape() -> None:
+def test_rounding_errors_do_not_fill_the_axis() -> None:
     points = [(0.0, 0.7), (0.5, 0.7 + 1e-12), (1.0, 0.7)]
     lines = draw([("", table(points))], width=40, height=12, colour=False).splitlines()
     assert sum(any(map(_dot, line)) for line in lines[1:-3]) == 1
 
 
-def test_neither_torch_nor_matplotlib() -> None:
+def test_a_terminal_picture_imports_neither_torch_nor_matplotlib() -> None:
     code = (
         "import sys, losscli.plotting.terminal; print(*{'torch', 'matplotlib'} & set(sys.modules))"
     )

@@ -108,7 +108,7 @@ def test_lightning_counts_steps_of_the_optimiser_and_continues(losscli: Losscli)
     assert 0 < float(metadata["loss"]) < 2
     with pytest.raises(OutputError, match="may hold the record of another run"):
         fit(Module(), callbacks=[recorder.LightningCallback("run")])
-    done = losscli("trajectory", "run", "--no-figure", "-q", "-o", "out")
+    done = losscli("trajectory", "run", "--no-figure", "--no-surface", "-q", "-o", "out")
     assert done.status == 0, done.stderr
     module.load_state_dict(again.states[12])
     loss = cross_entropy(module.net.double()(data()["inputs"].double()), data()["targets"])
@@ -182,7 +182,8 @@ def test_the_trainer_of_transformers_is_recorded_and_needs_no_model(losscli: Los
     with safe_open("run/step-00000.safetensors", "pt") as file:
         assert file.metadata() == {"step": "0", "learning_rate": "0.01"}
     done = losscli(
-        "trajectory", "run", "-d", "text:text.txt,context=16", "--no-figure", "-q", "-o", "out"
+        *("trajectory", "run", "-d", "text:text.txt,context=16"),
+        *("--no-figure", "--no-surface", "-q", "-o", "out"),
     )
     assert done.status == 0, done.stderr
     model = trainer.model.double().eval()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import csv
+import gc
 import itertools
 import os
 import signal
@@ -175,7 +176,7 @@ def test_a_record_is_exact_and_its_trajectory_needs_no_options(losscli: Losscli)
         if step:
             expected["loss"] = repr(losses[step])
         assert metadata_of(path) == expected
-    done = losscli("trajectory", "runs/a", "--no-figure", "-q", "-o", "out")
+    done = losscli("trajectory", "runs/a", "--no-figure", "--no-surface", "-q", "-o", "out")
     assert done.status == 0, done.stderr
     table = rows("out.csv")
     assert [Path(row["checkpoint"]).name for row in table] == [p.name for p in saved.values()]
@@ -207,7 +208,7 @@ def test_specs_of_code_go_into_losscli_toml(losscli: Losscli) -> None:
     done = losscli("trajectory", "run", "--no-figure", "-o", "out")
     assert (done.status, done.stderr.count("\n")) == (1, 1)
     assert "names code to run as its model" in done.stderr
-    done = losscli("trajectory", "run", "--no-figure", "-q", "-o", "out", "--trust")
+    done = losscli("trajectory", "run", "--no-figure", "--no-surface", "-q", "-o", "out", "--trust")
     assert done.status == 0, done.stderr
     with pytest.raises(OutputError, match=r"losscli\.toml exists, without the line model = "):
         Recorder(network(), "run", steps=2, start=0, model_spec="mine.py:net")
@@ -267,7 +268,7 @@ def test_the_optimisers_moments_are_saved_on_request(losscli: Losscli) -> None:
         assert moments.keys() >= {"exp_avg_sq", "max_exp_avg_sq"}
         stored = found["optimizer"]["state"][k]
         assert all(torch.equal(stored[key], value) for key, value in moments.items())
-    done = losscli("trajectory", "run", "--no-figure", "-q", "-o", "out")
+    done = losscli("trajectory", "run", "--no-figure", "--no-surface", "-q", "-o", "out")
     assert done.status == 0, done.stderr
     assert len(rows("out.csv")) == 3
     assert Recorder(model, "run", steps=4, optimizer=optimizer, moments=True).steps_taken == 4
@@ -309,7 +310,7 @@ class _Loss:
         return 1.5
 
 
-def test_between_checkpoints_nothing_is_read_or_written(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_file_is_read_or_written_between_checkpoints(monkeypatch: pytest.MonkeyPatch) -> None:
     model = network()
     loss = _Loss()
     recorder = losscli.Recorder(model, "run", steps=1000, count=3)
@@ -463,9 +464,12 @@ def train_as_rank(rank: int, names: list[str]) -> None:
         torch.distributed.destroy_process_group()
 
 
-def test_of_two_ranks_the_first_writes_and_both_know_where_they_are() -> None:
+def test_with_two_ranks_the_first_writes_and_both_know_the_step() -> None:
     import torch.distributed.fsdp  # once, and not in each fork
 
+    # A process group of another test, if it is garbage by now, would be destroyed in a fork, which
+    # waits for threads that the fork does not have.
+    gc.collect()
     names = ["DDP", "FSDP", "FSDP2"]
     pids = []
     for rank in range(2):
@@ -514,7 +518,7 @@ def test_of_two_ranks_the_first_writes_and_both_know_where_they_are() -> None:
 # --- continuing ----------------------------------------------------------------------------------
 
 
-def test_a_record_that_was_broken_off_is_continued() -> None:
+def test_an_interrupted_record_is_continued() -> None:
     """In pieces, and restored from a step between two checkpoints: the same files."""
     model = network()
     with losscli.Recorder(model, "whole", steps=30, count=6) as recorder:
@@ -542,7 +546,7 @@ def test_a_record_that_was_broken_off_is_continued() -> None:
     assert content("run") == content("whole")
 
 
-def test_another_runs_folder_is_refused_and_left_as_it_is() -> None:
+def test_the_folder_of_another_run_is_refused_and_unchanged() -> None:
     model = network()
     with losscli.Recorder(model, "run", steps=8, count=4) as recorder:
         train(model, optimizer_of(model), recorder, 8)
@@ -578,7 +582,7 @@ def test_two_recorders_do_not_write_to_one_folder() -> None:
     losscli.Recorder(one, "run", steps=8, count=4).close()
 
 
-def test_after_an_exception_nothing_is_saved_that_may_be_half_a_step() -> None:
+def test_after_an_exception_no_half_step_is_saved() -> None:
     model = network()
     recorder = losscli.Recorder(model, "run", steps=8, count=4)
 

@@ -29,7 +29,7 @@ LINE: dict[str, Any] = {
 }
 
 
-def test_what_is_of_its_type_is_read_and_written_again() -> None:
+def test_values_of_the_right_type_are_read_and_written_again() -> None:
     assert from_json(LINE, LineSummary) == LINE
     assert to_json(from_json(json.loads(to_json(LINE)), LineSummary)) == to_json(LINE)
     assert from_json({}, LineSummary) == {}
@@ -79,7 +79,7 @@ def test_null_is_a_number_that_is_not_finite_or_none_where_that_is_known() -> No
         ),
     ],
 )
-def test_what_is_of_another_type_is_named(
+def test_values_of_another_type_are_named(
     place: tuple[str | int, ...], value: object, text: str
 ) -> None:
     damaged = json.loads(json.dumps(LINE))

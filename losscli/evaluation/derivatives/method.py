@@ -72,7 +72,8 @@ def choose_method(
     few = few.to(objective.device)
     points = [alphas[k * (len(alphas) - 1) // (_PROOF_POINTS - 1)] for k in range(_PROOF_POINTS)]
     points = list(dict.fromkeys(points))
-    test = _DifferenceTest.prepare(derivatives, alphas, few)
+    # Later, and not with the tensors of the comparison of modes in memory.
+    test = cache(partial(_DifferenceTest.prepare, derivatives, alphas, few))
     reasons: dict[str, dict[str, None]] = {}
     for method in Method:
         try:
@@ -83,7 +84,7 @@ def choose_method(
             ):
                 reason = "the results differ from those of reverse mode"
             if not reason:
-                reason, note = test.judge(method)
+                reason, note = test().judge(method)
         except ModelError as error:
             reason = error.what[:_LONGEST_REASON]
         if not reason:

@@ -276,12 +276,12 @@ class Curvature:
             gradients = self._differentiate(losses, create_graph=False)
             reached.update(i for i, g in enumerate(gradients) if g is not None)
             total = losses.detach().to(self.device).to(torch.float64).sum()
-            return torch.cat([total.view(1), self._flat(gradients)]).unsqueeze(0)
+            return torch.cat([total.view(1), *self._flat_parts(gradients)]).unsqueeze(0)
 
         sums = torch.zeros(1, 1 + self.size, dtype=torch.float64, device=self.device)
         self._weight = self._add_up(derive, sums)
         self._check_unreached([i for i in range(len(self._parameters)) if i not in reached])
-        mean = sums[0] / self._weight
+        mean = sums[0].div_(self._weight)
         return float(mean[0]), mean[1:]
 
     def _products(self, vectors: Tensor) -> Tensor:
@@ -356,17 +356,7 @@ class Curvature:
         *,
         keeps: bool,
     ) -> Tensor:
-        """Multiplies the Hessian of the loss of a batch with vectors, ``[K, n]``.
-
-        Args:
-            gradients: The gradient of the batch.
-            directions: The vectors, as tensors like the parameters.
-            differentiate: Differentiates ⟨∇L, v⟩, given in parts; may keep the graph.
-            keeps: Whether the graph is kept in the end.
-
-        Returns:
-            The products.
-        """
+        """Multiplies the Hessian of a batch with vectors, ``[K, n]``; may keep the graph."""
         rows = []
         for k, direction in enumerate(directions):
             # ⟨∇L, v⟩, and not ∇L with the argument v: for that PyTorch imports SymPy.
@@ -477,13 +467,15 @@ class Curvature:
 
     def _flat(self, parts: Sequence[Tensor | None]) -> Tensor:
         """Concatenates the parts of a vector; zeros where a part is None."""
-        flat = [
+        return torch.cat([*self._flat_parts(parts)])
+
+    def _flat_parts(self, parts: Sequence[Tensor | None]) -> Iterator[Tensor]:
+        return (
             torch.zeros(p.numel(), dtype=torch.float64, device=self.device)
             if part is None
             else part.detach().to_dense().reshape(-1).to(self.device).to(torch.float64)
             for part, p in zip(parts, self._parameters, strict=True)
-        ]
-        return torch.cat(flat)
+        )
 
     def _check_unreached(self, unreached: Sequence[int]) -> None:
         """Refuses parameters that the loss depends on without a gradient.

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from losscli.data import Split
+from losscli.data import Examples, Split
 from losscli.errors import ModelError
 from losscli.evaluation.finite_differences import (
     CURE,
@@ -34,8 +35,6 @@ __all__ = ["check_derivatives", "float64_copy"]
 
 # Distance from the point at which derivatives are compared, as a share of its norm.
 _OFFSET = 0.01
-
-_Step = tuple[str, Weights, Weights, Tensor]
 
 
 def float64_copy(objective: Objective) -> Objective | None:
@@ -81,40 +80,30 @@ def check_derivatives(
     first_rule, second_rule = rules(narrowest_type(objective, sample))
     with Curvature(objective, weights, names, sample) as curvature:
         point = {name: objective.tensors[name].detach().clone() for name in names}
-        length = norm(point) or 1.0
-        directions = {name: v for name, v in directions.items() if bool(v.isfinite().all())}
-        number = max(POINTS, len(directions) + NEEDED)
-        steps = partial(_steps, curvature, point, directions, number, seed)
-
-        def gradient(at: Weights) -> Tensor:
-            return Curvature(objective, at, names, sample).gradient().unsqueeze(0)
-
-        slopes, wrong_slopes = _compare_slopes(first_rule, curvature, length, steps(), number)
+        finite = {
+            f"the eigenvector of {name}": v
+            for name, v in directions.items()
+            if bool(v.isfinite().all())
+        }
+        steps = _Steps(curvature, point, finite, seed)
+        slopes, wrong_slopes = _compare_slopes(first_rule, steps)
         products: list[Comparison] = []
         wrong_products = []
         verified = are_verified(slopes)
         # If the rule never calls a product wrong, unverified slopes make the comparison useless.
         useful = verified or second_rule.wrong < math.inf
-        compares = twice and len(wrong_slopes) < NEEDED and useful
-        for name, step, base, flat in steps() if compares else ():
-            if name in wrong_slopes:
-                continue
-            at = Curvature(objective, base, names, sample)
-            product, gradients = at.product(flat), at.gradient()
-            size = max(float(gradients.norm()), abs(at.loss) / length)
-            comparison = second_rule.compare(product, size, _along(gradient, base, step))
+        left = [name for name in steps.names if name not in wrong_slopes]
+        for name in left if twice and len(wrong_slopes) < NEEDED and useful else ():
+            comparison, wrong = _compare_product(second_rule, steps, name)
             products.append(comparison)
-            if comparison.limit is not None:
-                computed, limit = (float(x @ flat) / length**2 for x in (product, comparison.limit))
-                wrong_products.append(
-                    f"{name} is {computed:.3g}, but {limit:.3g} by differences of the gradient"
-                )
-            if second_rule.decides(products, number - len(wrong_slopes) - len(products)):
+            if wrong:
+                wrong_products.append(wrong)
+            if second_rule.decides(products, len(left) - len(products)):
                 break
         if len(wrong_products) >= NEEDED:
             # Wrong products may come from a wrong gradient that longer steps did not show.
             rule = finer(first_rule)
-            _, wrong_slopes = _compare_slopes(rule, curvature, length, steps(), number)
+            _, wrong_slopes = _compare_slopes(rule, steps)
     objective.load(weights)
     if len(wrong_slopes) >= NEEDED:
         raise ModelError(
@@ -131,71 +120,106 @@ def check_derivatives(
     return "" if not twice or are_verified(products) else unverified("Hessian", "gradient")
 
 
+@dataclass(frozen=True)
+class _Steps:
+    """The steps along which derivatives are compared, made when they are needed to save memory.
+
+    Attributes:
+        curvature: The derivatives at the point.
+        point: The differentiated parameters.
+        directions: The unit vectors ``[n]`` that were given, by name.
+        seed: Of the random directions.
+    """
+
+    curvature: Curvature
+    point: Weights
+    directions: Mapping[str, Tensor]
+    seed: int
+
+    @cached_property
+    def length(self) -> float:
+        """The norm of every step, which is that of the weights; 1 if it is 0."""
+        return norm(self.point) or 1.0
+
+    @cached_property
+    def names(self) -> Sequence[str]:
+        """The names of the steps: along the given directions, then along random ones."""
+        number = max(NEEDED, POINTS - len(self.directions))
+        return [*self.directions, *(f"random direction {k + 1}" for k in range(number))]
+
+    def make(self, name: str) -> tuple[Weights, Weights]:
+        """Makes a step, and the point at which it is compared."""
+        generator = torch.Generator().manual_seed(self.seed + self.names.index(name))
+        if name in self.directions:
+            parts = self.curvature.named(self.directions[name])
+            step = {n: part.to(self.point[n]) * self.length for n, part in parts.items()}
+        else:
+            step = random_step(self.point, generator)
+        return step, displaced(self.point, random_step(self.point, generator), _OFFSET)
+
+    def flat(self, step: Weights) -> Tensor:
+        """Returns a step as ``[n]``."""
+        flat = torch.cat([t.reshape(-1).double() for t in step.values()])
+        return flat.to(self.curvature.device)
+
+
 def _compare_slopes(
-    rule: Differences,
-    curvature: Curvature,
-    length: float,
-    steps: Iterable[_Step],
-    number: int,
+    rule: Differences, steps: _Steps
 ) -> tuple[Sequence[Comparison], dict[str, str]]:
     """Compares gradients with differences of the loss along as many directions as needed.
 
     Returns:
         The comparisons, and a description of each wrong slope by the name of its direction.
     """
-    objective, sample = curvature.objective, curvature.split
-
-    def losses(at: Weights) -> Tensor:
-        return objective.plain(at, {"": sample})[""].losses[0]
-
     slopes: list[Comparison] = []
     wrong = {}
-    for name, step, base, flat in steps:
-        at = Curvature(objective, base, curvature.names, sample)
-        slope, size = at.gradient() @ flat, abs(at.loss)
-        comparison = rule.compare(slope.cpu(), size, _along(losses, base, step))
+    for name in steps.names:
+        comparison, description = _compare_slope(rule, steps, name)
         slopes.append(comparison)
-        if comparison.limit is not None:
-            computed, limit = (float(x) / length for x in (slope, comparison.limit))
-            wrong[name] = f"{name} is {computed:.3g}, but {limit:.3g} by differences of the loss"
-        if rule.decides(slopes, number - len(slopes)):
+        if description:
+            wrong[name] = description
+        if rule.decides(slopes, len(steps.names) - len(slopes)):
             break
     return slopes, wrong
 
 
-def _along(
-    function: Callable[[Weights], Tensor], base: Weights, step: Weights
-) -> Callable[[float], Tensor]:
-    return lambda multiple: function(displaced(base, step, multiple))
+def _compare_slope(rule: Differences, steps: _Steps, name: str) -> tuple[Comparison, str]:
+    """Compares a slope with differences of the loss; describes a wrong one."""
+    step, base = steps.make(name)
+    objective, names, sample = _differentiated(steps)
+
+    def loss(multiple: float) -> Tensor:
+        return objective.plain(displaced(base, step, multiple), {"": sample})[""].losses[0]
+
+    at = Curvature(objective, base, names, sample)
+    gradient = at.gradient()
+    slope = gradient @ steps.flat(step)
+    comparison = rule.compare(slope.cpu(), abs(at.loss), loss)
+    if comparison.limit is None:
+        return comparison, ""
+    computed, limit = (float(x) / steps.length for x in (slope, comparison.limit))
+    return comparison, f"{name} is {computed:.3g}, but {limit:.3g} by differences of the loss"
 
 
-def _steps(
-    curvature: Curvature,
-    point: Weights,
-    directions: Mapping[str, Tensor],
-    number: int,
-    seed: int,
-) -> Iterator[_Step]:
-    """Makes the steps that are compared, the same in every call, and one at a time to save memory.
+def _compare_product(rule: Differences, steps: _Steps, name: str) -> tuple[Comparison, str]:
+    """Compares a Hessian-vector product with differences of the gradient; describes a wrong one."""
+    step, base = steps.make(name)
+    objective, names, sample = _differentiated(steps)
 
-    The first are along the given directions, the others along random ones.
+    def gradient(multiple: float) -> Tensor:
+        there = displaced(base, step, multiple)
+        return Curvature(objective, there, names, sample).gradient().unsqueeze(0)
 
-    Yields:
-        The name of the direction, a step with the norm of the weights, the point at which it is
-        compared, and the step as ``[n]``.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    length = norm(point) or 1.0
+    at, flat = Curvature(objective, base, names, sample), steps.flat(step)
+    product = at.product(flat)
+    size = max(float(at.gradient().norm()), abs(at.loss) / steps.length)
+    comparison = rule.compare(product, size, gradient)
+    if comparison.limit is None:
+        return comparison, ""
+    computed, limit = (float(x @ flat) / steps.length**2 for x in (product, comparison.limit))
+    return comparison, f"{name} is {computed:.3g}, but {limit:.3g} by differences of the gradient"
 
-    def named() -> Iterator[tuple[str, Weights]]:
-        for name, v in directions.items():
-            parts = curvature.named(v)
-            step = {n: part.to(point[n]) * length for n, part in parts.items()}
-            yield f"the eigenvector of {name}", step
-        for k in range(number - len(directions)):
-            yield f"random direction {k + 1}", random_step(point, generator)
 
-    for name, step in named():
-        base = displaced(point, random_step(point, generator), _OFFSET)
-        flat = torch.cat([t.reshape(-1).double() for t in step.values()])
-        yield name, step, base, flat.to(curvature.device)
+def _differentiated(steps: _Steps) -> tuple[Objective, Sequence[str], Examples]:
+    curvature = steps.curvature
+    return curvature.objective, curvature.names, curvature.split

@@ -212,6 +212,7 @@ class DerivativeDirections:
     def _find(self, point: Weights, of: str, execution: Execution) -> Arrays:
         objective, every = self.objective, self.objective.splits[self.split]
         weights = recalibrated(objective, point)
+        wide = torch.float64 if objective.dtype == torch.float64 else torch.float32
         numbers: list[list[float]]
         with objective.frozen_statistics():
             objective.load(weights)
@@ -225,7 +226,9 @@ class DerivativeDirections:
                         f"the gradient {of} is 0, so it has no direction",
                         "Give --along hessian, or random directions",
                     )
-                vectors, numbers = [gradient / size], [[size]]
+                # The test of derivatives needs the memory.
+                vectors, numbers = [gradient.div_(size).to("cpu", wide)], [[size]]
+                del gradient
             else:
                 _, extremes, _ = self._test.differentiate(weights, every, execution)
                 pairs = dict(zip(("v1", "v2"), extremes.largest, strict=False))
@@ -249,7 +252,6 @@ class DerivativeDirections:
                 twice=self.along == "hessian",
             )
             objective.load(weights)
-        wide = torch.float64 if objective.dtype == torch.float64 else torch.float32
         return {
             "vectors": torch.stack(vectors).to("cpu", wide).numpy(),
             "numbers": np.array(numbers, np.float64),

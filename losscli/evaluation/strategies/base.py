@@ -43,19 +43,10 @@ class OutputRecorder(Protocol):
     """Records the outputs of the model for one batch."""
 
     def one(self, p: int, outputs: Any) -> None:
-        """Records the outputs at one point.
-
-        Args:
-            p: The index of the point.
-            outputs: The model's outputs for the batch.
-        """
+        """Records the outputs at the point with index p."""
 
     def all(self, outputs: Any) -> None:
-        """Records the outputs at all points.
-
-        Args:
-            outputs: The model's outputs for the batch, each tensor with a first dimension P.
-        """
+        """Records the outputs at all points, each tensor with a first dimension P."""
 
 
 class Network(Protocol):
@@ -75,15 +66,7 @@ class Network(Protocol):
         """Loads tensors as ``load_state_dict`` does."""
 
     def forward(self, model: Callable[..., Any], inputs: Nest) -> Any:
-        """Runs the model, or a function in its place.
-
-        Args:
-            model: The model, or the function.
-            inputs: A prepared batch.
-
-        Returns:
-            Its outputs.
-        """
+        """Runs the model, or a function in its place, on a prepared batch."""
 
     def deferring(self) -> AbstractContextManager[Any]:
         """Defers the scores of tokens until the loss takes them.

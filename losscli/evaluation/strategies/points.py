@@ -251,11 +251,7 @@ class BoundPoints(_OnePass):
         return len(self._coordinates)
 
     def evaluate(self, inputs: Nest, recorder: OutputRecorder) -> Iterator[int]:
-        """Starts to evaluate a batch at all points.
-
-        Args:
-            inputs: The batch, prepared.
-            recorder: Records the outputs; called from several threads.
+        """Starts to evaluate a batch at all points; its recorder is called from several threads.
 
         Returns:
             The points as they are done. Without threads they are evaluated lazily.
@@ -268,9 +264,6 @@ class BoundPoints(_OnePass):
 
     def record_statistics(self, inputs: Nest) -> Iterator[int]:
         """Starts to record BatchNorm's statistics of a training batch at all points.
-
-        Args:
-            inputs: The batch, prepared.
 
         Returns:
             The points as they are done. All must be done before the next batch is started.
