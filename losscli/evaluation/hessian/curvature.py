@@ -26,7 +26,7 @@ from losscli.evaluation.hessian.gradient_graphs import (
 from losscli.evaluation.hessian.lanczos import LanczosSearch
 from losscli.evaluation.memory import halve_batch
 from losscli.evaluation.objective import AGREEMENT, Objective, Progress, is_close
-from losscli.weight_space.vectors import Weights, unflatten
+from losscli.weight_space.vectors import Weights, norm, unflatten
 from losscli.wording import list_first
 
 __all__ = ["DENSE_LIMIT", "PRODUCT_LIMIT", "ROWS_PER_PASS", "Curvature"]
@@ -194,7 +194,9 @@ class Curvature:
             identity = torch.eye(self.size, dtype=torch.float64)
             passes = torch.split(identity, ROWS_PER_PASS)
             rows = torch.cat([self._products(part).cpu() for part in passes])
-            self._dense = DenseHessian.decompose(rows.numpy(), self._rounding)
+            point = {name: self.objective.tensors[name].detach() for name in self.names}
+            size = abs(self.loss) / (norm(point) ** 2 or 1.0)
+            self._dense = DenseHessian.decompose(rows.numpy(), self._rounding, size)
         return self._dense
 
     def extremes(

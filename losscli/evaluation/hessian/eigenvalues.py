@@ -90,12 +90,13 @@ class DenseHessian:
     error: float
 
     @classmethod
-    def decompose(cls, rows: _Matrix, rounding: float) -> Self:
+    def decompose(cls, rows: _Matrix, rounding: float, size: float) -> Self:
         """Computes the spectrum.
 
         Args:
             rows: H as computed row by row, ``[n, n]``.
             rounding: The rounding of a row, relative to the largest |λ|.
+            size: |L| / ‖θ‖². Where L is constant, all |λ| are rounding, relative to this.
 
         Returns:
             The Hessian and its spectrum.
@@ -110,7 +111,7 @@ class DenseHessian:
         asymmetry = float(np.linalg.norm((rows - rows.T) / 2, 2))
         values, vectors = np.linalg.eigh(matrix)
         largest = float(np.abs(values).max())
-        if asymmetry > max(_ASYMMETRY, 100 * rounding) * largest:
+        if asymmetry > max(_ASYMMETRY * largest, 100 * rounding * max(largest, size)):
             raise ModelError(
                 f"the second derivatives of the model are wrong: its Hessian, with eigenvalues up "
                 f"to {largest:.2g}, is asymmetric by {asymmetry:.2g}",

@@ -645,6 +645,21 @@ def test_eigenvalues_within_their_error_have_no_sign(
     assert diagonal(spectrum, dtype=dtype).dense().shares == shares
 
 
+def test_the_rounding_of_a_constant_loss_is_not_a_wrong_hessian() -> None:
+    """Each score is the same, so that the loss is log 3 everywhere."""
+
+    def constant(outputs: Tensor, targets: Tensor) -> Tensor:
+        scores = outputs.square().sum(1, keepdim=True).expand(-1, 3)
+        return F.cross_entropy(scores, targets, reduction="none")
+
+    for seed in range(8):
+        torch.manual_seed(seed)
+        model = nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 3))
+        targets = torch.arange(9) % 3
+        curvature = curvature_at(model, model.state_dict(), random(9, 6), targets, constant)
+        assert np.abs(curvature.dense().eigenvalues).max() < 1e-14
+
+
 @pytest.mark.parametrize("n", [3, 100])
 def test_what_is_not_finite_gives_nan_and_no_verdict(n: int) -> None:
     curvature = diagonal([1.0] * n, at=math.nan)
