@@ -67,18 +67,29 @@ def run(arguments: Sequence[str], console: Console) -> int:
     Returns:
         The exit status.
     """
-    # typer would swallow a KeyboardInterrupt.
-    before = {n: signal.signal(n, _signalled) for n in (signal.SIGINT, signal.SIGTERM)}
-    hook, sys.unraisablehook = sys.unraisablehook, partial(_unraisable, sys.unraisablehook)
-    matplotlib = logging.getLogger("matplotlib")
+    hook, matplotlib = sys.unraisablehook, logging.getLogger("matplotlib")
     level = matplotlib.level
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    over = False
+
+    # typer would swallow a KeyboardInterrupt.
+    def interrupt(number: int, _frame: FrameType | None) -> None:
+        if not over:
+            raise _Signalled(number)
+
     try:
+        for number in before:
+            signal.signal(number, interrupt)
+        sys.unraisablehook = partial(_unraisable, hook)
         with warnings.catch_warnings():  # -q changes the filters, and Matplotlib's log level
             return _run_and_report(partial(_dispatch, arguments), console)
     except _Signalled as signalled:
         # It came while another error was reported, or after the command had finished.
+        over = True
         return 128 + signalled.number
     finally:
+        # First, and without a call, in which Python would handle a signal.
+        over = True
         sys.unraisablehook = hook
         matplotlib.setLevel(level)
         for number, handler in before.items():
@@ -133,10 +144,6 @@ def _resume_hint(console: Console) -> str:
 def _with_resume_hint(text: str, console: Console) -> str:
     hint = _resume_hint(console)
     return f"{text.rstrip('.')}. {hint[0].upper()}{hint[1:]}" if hint else text
-
-
-def _signalled(number: int, _frame: FrameType | None) -> None:
-    raise _Signalled(number)
 
 
 def _unraisable(default_hook: Callable[[Any], Any], unraisable: Any) -> None:

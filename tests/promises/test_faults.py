@@ -6,6 +6,7 @@ import csv
 import ctypes
 import io
 import json
+import logging
 import os
 import random
 import resource
@@ -115,6 +116,22 @@ def begin(command: list[str], errors: Path) -> int:
         os._exit(int(end.code or 0))
     finally:
         os._exit(99)
+
+
+@forking
+def test_ctrl_c_while_a_finished_command_cleans_up_changes_nothing(
+    losscli: Losscli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heard: list[str] = []
+
+    def interrupt(self: logging.Logger, _: object) -> None:
+        heard.append(self.name)
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(logging.Logger, "setLevel", interrupt)
+    done = losscli("list", "losses")
+    assert (done.status, done.stderr) == (0, "")
+    assert heard == ["matplotlib"]
 
 
 @forking

@@ -353,8 +353,7 @@ def test_an_interrupted_run_ends_with_the_same_numbers(
         plan = Interpolation.plan(*ends, settings, points=9, range_=(0.0, 1.0))
         return plan.run(Execution(journal=journal)).table.to_csv()
 
-    whole = study(None)
-    found = resume_each(tmp_path / "run", study, study, most)
+    whole, found = resume_each(tmp_path / "run", study, study, most)
     assert len(found) >= min(most, 3)
     assert {*found.values()} == {whole}
 
