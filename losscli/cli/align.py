@@ -163,10 +163,7 @@ def report(summary: AlignmentSummary) -> str:
         ("hidden units", f"{summary['units']:,} in {groups}; {summary['moved']:,} of them moved"),
         ("‖B − A‖", f"{before:.4g}, permuted {after:.4g}, over {over}"),
         ("⟨A, B⟩", f"{products[0]}, permuted {products[1]}"),
-        (
-            "function",
-            f"that of B: outputs on {examples} differ by {difference}, in {check['dtype']}",
-        ),
+        ("function", f"that of B: outputs on {examples} differ by {difference}"),
     ]
     if found := summary.get("activations"):
         rows.insert(3, ("correlation", _correlation(found)))

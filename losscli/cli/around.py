@@ -104,7 +104,7 @@ def around(
         ),
     ] = None,
 ) -> None:
-    """Evaluate the loss around checkpoints along many directions, and the radius of the basin.
+    """Evaluate the loss around checkpoints along many directions, and compute the basin radius.
 
     Draws the loss along each direction, its mean and its 10–90 % band over the distance from the
     checkpoint. All random directions of a checkpoint have the same length, so the mean is over

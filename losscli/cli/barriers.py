@@ -42,7 +42,7 @@ def barriers(
         list[str] | None,
         argument(
             "Two or more; a folder of them, in natural order; - for names on stdin, one per line. "
-            "None with --pairs.",
+            "Not allowed with --pairs.",
         ),
     ] = None,
     *,
@@ -54,9 +54,9 @@ def barriers(
         option(
             "The lines",
             "A CSV with the columns a and b, the checkpoints of each pair, relative to the folder "
-            "of the file: only these pairs, over the column --x. Also the barrier of each metric: "
-            "how far it falls below the straight line (or rises above it, if its higher_is_better "
-            "is False).",
+            "of the file. Evaluates only these pairs and plots them over the column --x. Also "
+            "computes the barrier of each metric: how far it falls below the straight line (or "
+            "rises above it, if its higher_is_better is False).",
             "--pairs",
             metavar="FILE",
         ),
@@ -227,7 +227,9 @@ def _pair_barrier(pair: PairBarrier | None, number: Mapping[str, str]) -> str:
     """Describes a barrier and its two checkpoints, by their numbers if they have any."""
     if pair is None:
         return "not known"
+    if not pair["height"]:
+        return "none"
     a, b = pair["a"], pair["b"]
     between = " and ".join(number.get(name) or printable(name) for name in (a, b))
     at = "" if pair["alpha"] is None else f" at α = {pair['alpha']:.4g}"
-    return f"{format_height(pair) if pair['height'] else 'none'}{at}, between {between}"
+    return f"{format_height(pair)}{at}, between {between}"

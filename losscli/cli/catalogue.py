@@ -45,7 +45,7 @@ def catalogue(
         ]
         argument = {"models": ":SIZES", "data": ":PATH"}.get(kind, "")
         argument = {"transformers": ":FOLDER", "pt2": ":FILE"}.get(name, argument)
-        about = (inspect.getdoc(function) or "").partition("\n")[0]
+        about = (inspect.getdoc(function) or "").partition("\n")[0].replace("``", "`")
         lines.append(f"{name}{argument}{''.join(keys)}\n    {about}\n")
     if kind == "data":
         lines.append("keys of all data sets: mean=, std= (per channel), flatten=true, limit=N\n")

@@ -14,6 +14,7 @@ from losscli.cli.report import (
     format_number,
     format_with_error,
     is_finite,
+    mark_insignificant,
     task_lines,
 )
 from losscli.cli.run_study import expand_names, run_study
@@ -139,9 +140,9 @@ def check(
     """Check whether checkpoints are critical points, and minima or saddles.
 
     Computes the gradient norm over all examples, the largest and the smallest eigenvalue of the
-    Hessian with their errors, and a verdict that claims no more than these and the loss allow. If
-    the curvature is negative, also the loss along that direction, both ways (STEM.escape.csv). On
-    request, the density of all eigenvalues and the curvature of each block.
+    Hessian with their errors, and a verdict that these numbers and the loss support. If the
+    curvature is negative, also evaluates the loss in both directions along it (STEM.escape.csv).
+    On request, computes the density of all eigenvalues and the curvature of each block.
     """
 
     def plan() -> Study:
@@ -305,4 +306,5 @@ def _preconditioned(row: Mapping[str, Any], point: CheckedPoint, state: Precondi
 
 def _gain(step: Step) -> str:
     gain = format_with_error(step["gain"], step["gain_stderr"])
+    gain += mark_insignificant(step["gain"], step["gain_stderr"])
     return f"a step of {format_number(abs(step['distance']), 3)} lowers the loss by {gain}"

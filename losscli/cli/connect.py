@@ -87,7 +87,7 @@ def connect(
     """Train a path between two checkpoints on which the loss stays low.
 
     The path is a Bézier curve from A to B with a bend C, which is trained on the split train, or on
-    the only one. Writes the loss on the curve and on the line, the plane through A, C and B, and
+    the only split. Writes the loss on the curve and on the line, the plane through A, C and B, and
     the bend, STEM.bend-1.safetensors. BatchNorm's statistics are re-estimated at every point.
     """
 

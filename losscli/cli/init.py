@@ -60,9 +60,9 @@ def init(
 ) -> None:
     """Write a losscli.toml for the project in the current folder, so that commands need no options.
 
-    It is tried first: the checkpoint is loaded, its tensors are compared with the model's, and the
-    loss is evaluated on one batch. Nothing is written if this fails. On a terminal, it asks for
-    missing options.
+    The settings are tried first: the checkpoint is loaded, its tensors are compared with the
+    model's, and the loss is evaluated on one batch. Nothing is written if this fails. On a
+    terminal, it asks for missing options.
     """
     from losscli.studies.config import FILE_NAME, Config, config_content
 

@@ -18,6 +18,7 @@ from losscli.cli.report import (
     format_ties,
     format_with_error,
     is_finite,
+    mark_insignificant,
     repair_lines,
     task_lines,
 )
@@ -294,14 +295,15 @@ def _extrema(which: str, extrema: Sequence[Extremum], low: float, high: float) -
 def _lowest(split: LineSplit, minimum: LowestOnLine, low: float, high: float) -> str:
     text = f"{format_number(minimum['loss'])} at α = {minimum['alpha']:.4g}"
     text += format_ties(minimum["ties"])
-    below = minimum["below_b"]
-    if is_finite(below) and below > 0:
-        text += f", lower than B by {format_number(below, 3)}"
-        if is_finite(error := minimum["below_b_stderr"]):
-            text += f" ± {format_number(error, 2)}"
-            text += "" if below > 2 * error else " (not significantly)"
+    separator = ", "
     if minimum["alpha"] in {low, high} and minimum["ties"] == 1:
         text += ", where the range ends"
+        separator = "; "
+    below, error = minimum["below_b"], minimum["below_b_stderr"]
+    if is_finite(below) and below > 0:
+        text += f"{separator}lower than B by {format_number(below, 3)}"
+        text += f" ± {format_number(error, 2)}" if is_finite(error) else ""
+        text += mark_insignificant(below, error)
     ends = {"A": split["loss_a"], "B": split["loss_b"]}
     lower = [end for end, loss in ends.items() if is_finite(loss) and loss < minimum["loss"]]
     if lower:

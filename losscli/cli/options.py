@@ -106,7 +106,7 @@ _SETTINGS: dict[str, Any] = {
         _option(
             _WHAT,
             "Repeatable. Default: accuracy for integer targets (not with mse), perplexity for "
-            "language; none for no metric, as with --objective.",
+            "language; none: no metric (the default with --objective).",
             "--metric",
             metavar="SPEC",
         ),
@@ -247,7 +247,7 @@ _SETTINGS: dict[str, Any] = {
         list[str] | None,
         _option(
             _NAMES,
-            "Repeatable. In the names of the checkpoints, replace OLD by NEW: a whole name, or "
+            "Repeatable. In the names of the checkpoints, replace OLD with NEW: a whole name, or "
             "components of it, such as fc=head for fc.weight.",
             "--rename",
             metavar="OLD=NEW",

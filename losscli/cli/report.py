@@ -35,6 +35,7 @@ __all__ = [
     "format_ties",
     "format_with_error",
     "is_finite",
+    "mark_insignificant",
     "plan",
     "repair_lines",
     "task_lines",
@@ -230,6 +231,12 @@ def format_with_error(value: float | None, error: float | None) -> str:
     """Returns a number with its error, if that is known and finite."""
     bound = f" ± {format_number(error, 2)}" if is_finite(error) else ""
     return format_number(value) + bound
+
+
+def mark_insignificant(difference: float, error: float | None) -> str:
+    """Returns a suffix for a difference of at most two standard errors; empty for others."""
+    insignificant = is_finite(error) and difference <= 2 * error
+    return " (not significantly)" if insignificant else ""
 
 
 def format_number(value: float | None, digits: int = 4) -> str:

@@ -82,8 +82,8 @@ def sharpness(
 ) -> None:
     """Measure how sharp the loss is at each checkpoint.
 
-    Rises of the loss within a radius ρ: average sharpness over random perturbations, worst-case
-    sharpness by gradient ascent in the ball (at least that much), and SAM sharpness along the
+    Measures how much the loss rises within a radius ρ: average sharpness over random perturbations,
+    worst-case sharpness by gradient ascent in the ball (a lower bound), and SAM sharpness along the
     gradient. Critical sharpness is 2/η with the smallest step η along the negative gradient that
     was found to raise the loss. Worst-case sharpness takes about 20 gradients for each ρ, the
     others one gradient and forward passes.

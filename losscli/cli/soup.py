@@ -39,8 +39,8 @@ def soup(
         str | None,
         option(
             "The search",
-            "Add the checkpoints in the order of their scores on this split, and keep those "
-            "with which the score of the average does not fall. The score is the first --metric "
+            "Add the checkpoints in the order of their scores on this split, and keep each one "
+            "that does not lower the score of the average. The score is the first --metric "
             "(its negative, if its higher_is_better is False), else -loss.",
             "--greedy",
             metavar="SPLIT",
@@ -50,7 +50,7 @@ def soup(
     """Write the average of checkpoints, with the metadata of the first.
 
     Needs `-o X.safetensors`, or X.pt. Without --greedy it writes only this file, and needs a
-    model and data only for options about them, such as --buffers recalibrate. With --greedy it
+    model and data only for options that use them, such as --buffers recalibrate. With --greedy it
     also writes X.csv with the steps of the search, X.json and a figure.
     """
     if write.out is None:
@@ -101,7 +101,7 @@ def report(result: Result[SoupSummary]) -> str:
     summary = result.summary
     ((name, split),) = summary["splits"].items()
     lines = [
-        *task_lines(summary, 9, metrics=split["score"] in summary["metrics"]),
+        *task_lines(summary, 9, metrics=split["score"].endswith(tuple(summary["metrics"]))),
         printable(f"score    {split['score']} on {name}, {format_examples(summary, name)}"),
         "",
     ]

@@ -71,8 +71,8 @@ def trajectory(
 ) -> None:
     """Evaluate a training path relative to the straight line between its ends.
 
-    Writes for each checkpoint the projection onto the line, the residual (the distance from the
-    line) and the loss; and in STEM.surface.csv the loss along each step's own residual direction.
+    For each checkpoint, writes the projection onto the line, the residual (the distance from the
+    line) and the loss; STEM.surface.csv has the loss along each step's own residual direction.
     """
 
     def plan() -> Study:

@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from losscli.checkpoint import Checkpoint, CheckpointLike, expand_folders, name_checkpoints
 from losscli.errors import LossError, OutputError, UsageError
 from losscli.evaluation.device import float32_precision
-from losscli.evaluation.losses.metrics import is_higher_better
+from losscli.evaluation.losses.built_in import function_of
+from losscli.evaluation.losses.metrics import is_higher_better, perplexity
 from losscli.evaluation.objective import Evaluation, recalibrated
 from losscli.evaluation.spectral import normalise_stored
 from losscli.evaluation.sweep import check, sweep_plain
@@ -186,6 +187,16 @@ class Soup(Study):
         return {"greedy": self.split, "metric": self.metric}
 
     @property
+    def score(self) -> str:
+        """The name of the score, with the sign that makes higher values better."""
+        if not self.metric:
+            return "−loss"
+        metric = self.problem.objective.loss
+        if is_higher_better(metric):
+            return self.metric
+        return f"−log {self.metric}" if function_of(metric) is perplexity else f"−{self.metric}"
+
+    @property
     def slices(self) -> tuple[int, int]:
         """None: every average is loaded."""
         return 0, 0
@@ -236,7 +247,7 @@ class Soup(Study):
             seconds = self.seconds(swept)
         last = self.weights(number - 1)
         split: SoupSplit = {
-            "score": self.metric or "−loss",
+            "score": self.score,
             "checkpoints": means,
             "kept": [problem.names[t] for t in kept],
             "soup": float(best.mean()),

@@ -371,7 +371,9 @@ def test_inspect_and_export_and_list(losscli: Losscli, folder: Path) -> None:
         ("losses", "bce"),
         ("metrics", "accuracy"),
     ):
-        assert entry in losscli("list", kind).stdout
+        listed = losscli("list", kind).stdout
+        assert entry in listed
+        assert "``" not in listed
 
 
 def test_the_device_may_come_from_the_environment(

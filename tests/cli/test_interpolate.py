@@ -153,7 +153,7 @@ def test_a_point_that_may_not_be_lower_than_b_says_so(
 @pytest.mark.parametrize(
     ("curve", "low", "high", "text"),
     [
-        (lambda w: w, 0.5, 2, "0.5 at α = 0.5, lower than B by 0.5 ± 0; A, outside the range, is"),
+        (lambda w: w, 0.5, 2, "0.5 at α = 0.5; lower than B by 0.5 ± 0; A, outside the range, is"),
         (lambda w: -w, -1, 0.5, "-0.5 at α = 0.5; B, outside the range, is"),
         (hill, 0.2, 0.6, "0.64 at α = 0.2; A and B, outside the range, are"),
     ],
@@ -161,7 +161,7 @@ def test_a_point_that_may_not_be_lower_than_b_says_so(
 def test_an_end_outside_the_range_that_is_lower_is_named(
     curve: Curve, low: float, high: float, text: str, tmp_path: Path
 ) -> None:
-    text = text.replace(";", ", where the range ends;")
+    text = text.replace(";", ", where the range ends;", 1)
     assert said(line(tmp_path, curve, low, high), "lowest seen") == f"{text} lower"
 
 

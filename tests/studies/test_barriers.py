@@ -23,6 +23,7 @@ import torch
 from safetensors.torch import save_file
 
 import losscli
+from losscli.cli.barriers import report
 from losscli.errors import ModelError
 from losscli.evaluation.objective import Objective
 from losscli.evaluation.tasks import Execution
@@ -357,6 +358,7 @@ def test_the_same_weights_twice_have_no_barrier(tmp_path: Path) -> None:
     assert (first["distance"], first["barrier"], first["alpha"]) == (0.0, 0.0, None)
     assert (one["distance"], one["barrier"]) == (other["distance"], other["barrier"])
     assert "the two checkpoints of 1 pair are the same" in "; ".join(result.summary["notes"])
+    assert "  smallest barrier  none\n" in report(result)
 
 
 def test_examples_are_added_only_until_the_error_is_small(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import losscli
+from losscli.cli.check import report
 from losscli.errors import ModelError, UsageError
 from losscli.evaluation import precision
 from losscli.models import CNN, MLP
@@ -101,6 +102,7 @@ def test_near_the_solution_the_point_is_not_critical_and_a_step_down_is_reported
     difference = oracle.standard_error((here - losses).tolist())
     assert point["descent"]["gain"] == pytest.approx(float((here - losses).mean()), rel=1e-9)
     assert point["descent"]["gain_stderr"] == pytest.approx(difference, rel=1e-9)
+    assert "not significantly" not in report(result)
 
 
 @pytest.mark.parametrize("tolerance", [1e-12, 10.0])
@@ -111,6 +113,9 @@ def test_the_tolerance_decides_what_counts_as_critical(tolerance: float, tmp_pat
     result = losscli.check([file], tolerance=tolerance, **given)
     # The loss is still to fall by 1e-6, of which float64 leaves no doubt.
     assert row_of(result)["verdict"] == ("undecided" if tolerance > 1 else "not critical")
+    # The loss of an example changes by far more than the mean.
+    text = report(result)
+    assert ("(not significantly)\n" in text) == ("lowers the loss" in text) == (tolerance < 1)
 
 
 def test_a_flat_valley_is_undecided(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
 import losscli as library
+from losscli.cli.soup import report
 from losscli.errors import ChangedError, OutputError, UsageError
 from losscli.models import CNN, MLP
 from losscli.results.result import Output, to_json
@@ -361,6 +362,9 @@ def test_a_metric_where_lower_is_better_gives_its_negative_as_score(relatives: l
     assert found.table.floats("score") == pytest.approx(
         [score - 1 for score in expected.table.floats("score")], rel=1e-12
     )
+    assert "metrics  wrong (" in report(found)
+    assert "score    −wrong on test" in report(found)
+    assert "score    accuracy on test" in report(expected)
 
 
 @pytest.mark.usefixtures("unlaid")
