@@ -367,6 +367,25 @@ def test_a_metric_where_lower_is_better_gives_its_negative_as_score(relatives: l
     assert "score    accuracy on test" in report(expected)
 
 
+def test_the_score_of_a_perplexity_is_its_negative_logarithm() -> None:
+    tokens = torch.arange(12).reshape(3, 4) % 5
+    states = [{"weight": factor * torch.eye(5)} for factor in (1, 2)]
+    result = library.soup(
+        states,
+        model=lambda: nn.Embedding(5, 5),
+        data={"all": (tokens, tokens)},
+        loss="causal_lm",
+        metric="perplexity",
+        greedy="all",
+    )
+    losses = [
+        nn.functional.cross_entropy(state["weight"][tokens[:, :-1]].mT, tokens[:, 1:])
+        for state in states
+    ]
+    assert result.table["score"][0] == pytest.approx(-float(min(losses)), rel=1e-6)
+    assert "score    −log perplexity on all" in report(result)
+
+
 @pytest.mark.usefixtures("unlaid")
 def test_a_result_saves_what_the_command_line_writes(
     losscli: Losscli, relatives: list[str]
