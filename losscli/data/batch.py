@@ -388,8 +388,8 @@ def join(batches: Sequence[Split], where: str) -> Split:
     """Returns the concatenation of batches; ``where`` is the name of the data in error messages.
 
     Raises:
-        DataError: There are no batches, or they differ in structure or dtype.
-        RaggedError: The batches differ in the shape of their examples.
+        DataError: There are no batches.
+        RaggedError: The batches differ in structure or dtype, or in the shape of their examples.
     """
     if not batches:
         raise DataError(f"{where} is empty")
@@ -402,7 +402,7 @@ def join(batches: Sequence[Split], where: str) -> Split:
         return Batches(joined.inputs, joined.targets, sizes)
     batches = _with_ragged_targets(batches)
     if len({structure((batch.inputs, batch.targets)) for batch in batches}) > 1:
-        raise DataError(
+        raise RaggedError(
             f"{where}: the batches differ in their structure or types",
             "Give every batch the same inputs, in the same types",
         )

@@ -580,9 +580,21 @@ class Output:
             )
 
     def paths(self, tables: Iterable[str] = ()) -> list[Path]:
-        """Lists the files that a run with further tables may write."""
+        """Lists the files that a run with further tables may write or remove."""
         suffixes = [".csv", *(f".{name}.csv" for name in tables)]
-        return [*map(self._file, suffixes), *self.figures, self._file(".json")]
+        written = [*map(self._file, suffixes), *self.figures, self._file(".json")]
+        return list(dict.fromkeys([*written, *self._older()]))
+
+    def _older(self) -> list[Path]:
+        """Lists the checkpoints and further tables of the run that STEM.json describes."""
+        summary = read_object(self._file(".json"))
+        made, tables = (
+            found if isinstance(found := summary.get(key), list) else []
+            for key in ("checkpoint_files", "tables")
+        )
+        suffixes = [str(suffix) for suffix in made if _MADE.fullmatch(str(suffix))]
+        suffixes += [f".{name}.csv" for name in tables if name in further_table_names()]
+        return [self._file(suffix) for suffix in suffixes]
 
     def is_of(self, identity: str | None) -> bool:
         """Whether STEM.json is of the run with an identity."""
@@ -601,9 +613,7 @@ class Output:
             OutputError: A file cannot be written. No file is changed then.
         """
         pictures = self.render(label_runs([result.run], drawing.label), result.draw, drawing)
-        old = read_object(self._file(".json"))
-        new_checkpoints = result.summary.get("checkpoint_files", ())
-        old_tables, old_checkpoints = old.get("tables"), old.get("checkpoint_files")
+        older = self._older()
         summary = f"{to_json(result.summary)}\n".encode()
         # The summary comes first: if the process is killed in between, it identifies the run. The
         # main table comes last: if it exists, the result is complete.
@@ -618,12 +628,10 @@ class Output:
                 leftover.unlink(missing_ok=True)
         replace_all(contents)
         # Checkpoints and tables of an older run would be taken for those of this run.
-        for suffix in old_checkpoints if isinstance(old_checkpoints, list) else ():
-            if _MADE.fullmatch(str(suffix)) and suffix not in new_checkpoints:
-                self._file(str(suffix)).unlink(missing_ok=True)
-        for name in old_tables if isinstance(old_tables, list) else ():
-            if name in further_table_names() and name not in result.more:
-                self._file(f".{name}.csv").unlink(missing_ok=True)
+        made = {self._file(suffix) for suffix in result.summary.get("checkpoint_files", ())}
+        for path in older:
+            if path not in contents and path not in made:
+                path.unlink(missing_ok=True)
         more = (self._file(f".{name}.csv") for name in result.more)
         return [self._file(".csv"), *more, *self.figures, self._file(".json")]
 
@@ -753,7 +761,10 @@ def refuse_overwriting(outputs: Iterable[Path], inputs: Iterable[Path]) -> None:
 
 def _contains(path: Path, file: Path) -> bool:
     # Writing replaces a link, and not the file that it leads to.
-    if os.path.samestat(path.lstat(), file.lstat()):
+    link = path
+    while not os.path.samestat(link.lstat(), file.lstat()) and link.is_symlink():
+        link = link.parent / link.readlink()
+    if os.path.samestat(link.lstat(), file.lstat()):
         return True
     return path.is_dir() and (file.parent.resolve() / file.name).is_relative_to(path.resolve())
 

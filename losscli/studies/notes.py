@@ -25,6 +25,7 @@ __all__ = [
     "derivative_notes",
     "general_notes",
     "integer_notes",
+    "integer_notes_of_all",
     "sampling_notes",
     "seed_notes",
     "spectral_notes",
@@ -190,6 +191,24 @@ def integer_notes(study: Study, end: Weights, last: Weights) -> list[str]:
         return []
     whose, but = study.kept_values("first")
     return [f"integer tensors such as {next(iter(other))} stay at {whose} and matter: {but}"]
+
+
+def integer_notes_of_all(study: Study) -> list[str]:
+    """Returns the `integer_notes` of the first checkpoint that has any."""
+    first = {
+        name: x.clone()
+        for name, x in study.weights(0).items()
+        # A counter without an effect on the loss, which differs at each checkpoint.
+        if not can_move(x) and not name.endswith("num_batches_tracked")
+    }
+    for t in range(1, len(study.problem.names)) if first else ():
+        weights = study.weights(t)
+        if not all(torch.equal(weights[name], x) for name, x in first.items()):
+            notes = integer_notes(study, study.problem.place(weights), weights)
+            if notes:
+                return notes
+        del weights
+    return []
 
 
 def spectral_notes(study: Study) -> list[str]:

@@ -80,16 +80,16 @@ def read_pairs(path: str, column: str) -> Pairs:
         if (first := seen.setdefault(frozenset((a, b)), number)) != number:
             raise UsageError(f"{where} is the pair of record {first} again", "Give it once")
         try:
-            position = int(text) if integers else float(text)
-            if not math.isfinite(position):
+            position = float(text)
+            if not (position.is_integer() if integers else math.isfinite(position)):
                 raise ValueError  # noqa: TRY301
-        except (ValueError, OverflowError):
+        except ValueError:
             what = "a whole number" if integers else "a finite number"
             raise UsageError(
                 f"{where}: {text!r} under {column!r} is not {what}", "Give one for each pair"
             ) from None
         names.append((_resolve(a, folder), _resolve(b, folder)))
-        positions.append(position)
+        positions.append(int(position) if integers else position)
     return Pairs(column, names, positions)
 
 

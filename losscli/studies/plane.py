@@ -36,7 +36,7 @@ from losscli.studies.notes import (
     batchnorm_notes,
     derivative_notes,
     general_notes,
-    integer_notes,
+    integer_notes_of_all,
     sampling_notes,
     seed_notes,
     spectral_notes,
@@ -295,7 +295,7 @@ class Plane(Study):
             own = layout.places[: len(problem.spanning)]
             middle = [sum(at) / len(own) for at in list(zip(*own, strict=True))[:2]]
             stays = [
-                *self._integer_notes(),
+                *integer_notes_of_all(self),
                 *spectral_notes(self),
                 *batchnorm_notes(
                     self,
@@ -403,13 +403,6 @@ class Plane(Study):
             found.append({"name": name, "checkpoints": number, "off_plane": off})
             done += number
         return found
-
-    def _integer_notes(self) -> list[str]:
-        """Notes on integer tensors of the last checkpoint, and of the last of the paths."""
-        ends = {len(self.problem.spanning) - 1, len(self.problem.names) - 1}
-        weights = (self.weights(t) for t in sorted(ends))
-        notes = (integer_notes(self, self.problem.place(end), end) for end in weights)
-        return list(dict.fromkeys(itertools.chain.from_iterable(notes)))
 
     def _on_device(self, layout: Layout) -> Triangle | Span:
         """Copies the plane to the device."""

@@ -27,7 +27,7 @@ from losscli.studies.base import Study
 from losscli.studies.notes import (
     batchnorm_notes,
     general_notes,
-    integer_notes,
+    integer_notes_of_all,
     sampling_notes,
     seed_notes,
     spectral_notes,
@@ -224,7 +224,7 @@ class Trajectory(Study):
                 self.problem, line, [((0.0,), first), ((1.0,), last)], [(0.5,)]
             )
         verify_fresh_model(self.problem, last)
-        notes = [*integer_notes(self, last, weights), *spectral_notes(self)]
+        notes = [*integer_notes_of_all(self), *spectral_notes(self)]
         if self.offsets:
             notes += batchnorm_notes(
                 self,

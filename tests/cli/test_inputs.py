@@ -19,6 +19,8 @@ OVERWRITING = {
     "a point of a line": ("export a.pt b.pt --alpha 0.5 -o b.pt", "b.pt"),
     "an average": ("export a.pt b.pt --weights 1/2-1/2 -o a.pt", "a.pt"),
     "a key of a file": ("export a.pt#state_dict b.pt --alpha 0.5 -o a.pt", "a.pt"),
+    "what a link leads to": ("export chain.pt b.pt --alpha 0.5 -o a.pt", "a.pt"),
+    "a link between": ("export chain.pt b.pt --alpha 0.5 -o link.pt", "link.pt"),
     "a link": ("export link.pt b.pt --alpha 0.5 -o link.pt", "link.pt"),
     "a point of a plane": ("export --plane plane.csv --at 0 0 -o a.pt", "a.pt"),
     "an alignment": ("align a.pt b.pt -o b.pt", "b.pt"),
@@ -30,6 +32,10 @@ OVERWRITING = {
     "the bend of a path": (
         "connect x.bend-1.safetensors b.pt -o x --steps 1",
         "x.bend-1.safetensors",
+    ),
+    "a bend that its run would remove": (
+        "interpolate y.bend-1.safetensors b.pt -o y --points 3",
+        "y.bend-1.safetensors",
     ),
     "the table of the whole line": (
         "interpolate a.pt b.pt --context line.csv -o line --range 0 1",
@@ -53,6 +59,7 @@ OVERWRITING = {
 @pytest.mark.usefixtures("unseen")
 def test_no_command_overwrites_a_file_that_it_reads(losscli: Losscli, folder: Path) -> None:
     Path("link.pt").symlink_to("a.pt")
+    Path("chain.pt").symlink_to("link.pt")
     Path("runs").mkdir()
     for name in ("runs/c.safetensors", "x.bend-1.safetensors"):
         library.export("a.pt", "b.pt", 0.25).save(name)
@@ -68,6 +75,8 @@ def test_no_command_overwrites_a_file_that_it_reads(losscli: Losscli, folder: Pa
     assert done.status == 0, done.stderr
     shutil.copy("line.csv", "line.svg")
     done = losscli("plane", "a.pt", "-o", "plane", "--points", 2, "--no-figure")
+    assert done.status == 0, done.stderr
+    done = losscli("connect", "a.pt", "b.pt", "-o", "y", "--steps", 1, "--points", 3, "--no-figure")
     assert done.status == 0, done.stderr
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     for case, (command, file) in OVERWRITING.items():

@@ -1119,8 +1119,9 @@ def test_a_mean_over_targets_of_different_lengths_is_refused_and_one_over_sequen
     assert found.table["loss"][alpha] == pytest.approx(sum(own) / len(own), rel=1e-6)
 
 
-# Parts of different lengths are no examples, so that each batch is kept as a whole.
-PHYSICS = [{"inside": torch.rand(5, 2), "edge": torch.rand(3)} for _ in range(3)]
+# Parts of different lengths are not examples, so that each batch is kept as a whole, also one with
+# parts that happen to have one length.
+PHYSICS = [{"inside": torch.rand(n, 2), "edge": torch.rand(3)} for n in (5, 3, 4)]
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -177,7 +177,7 @@ def spawned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name, state in zip("abcd", states(4), strict=True):
         torch.save({"state_dict": state, "losscli.model": "mlp:6-8-3"}, f"runs/{name}.pt")
     Path("runs/pairs.csv").write_text(
-        "run,a,b,step\nx,a.pt,b.pt,0\ny,c.pt,d.pt,10\nz,b.pt,d.pt,10\n"
+        "run,a,b,step\nx,a.pt,b.pt,0\ny,c.pt,d.pt,10.0\nz,b.pt,d.pt,1e1\n"
     )
     return tmp_path
 

@@ -6,6 +6,7 @@ import copy
 import math
 import warnings
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -378,6 +379,13 @@ def test_integer_tensors_that_matter_are_noted(tmp_path: Path) -> None:
     data = {"all": (case.inputs, case.targets)}
     result = losscli.interpolate(a, b, model=Permuting, data=data, points=3)
     assert "order stay at A's and matter" in result.summary["notes"][0]
+    # On a path and in a plane, also if only a checkpoint in the middle has others.
+    last = {**torch.load(a, weights_only=True), "layer.bias": torch.ones(3)}
+    torch.save(last, tmp_path / "last.pt")
+    path = [a, b, tmp_path / "last.pt"]
+    for study in (partial(losscli.trajectory, surface=False), partial(losscli.plane, points=3)):
+        notes = study(path, model=Permuting, data=data).summary["notes"]
+        assert sum("order stay at the first checkpoint's and matter" in x for x in notes) == 1
 
 
 @pytest.mark.parametrize(
