@@ -112,7 +112,10 @@ def plan(description: Description) -> str:
         rows.append(("graphs", f"of gradients, kept between products: at most {graphs:,.0f} MiB"))
     if "steps_at_most" in d:
         steps = d["steps_at_most"]
-        rows.append(("steps", f"down −∇L and along v, at most {steps:,}, each a pass over a split"))
+        rows.append((
+            "steps",
+            f"down −∇L, along v, near extrema: at most {steps:,}, each a pass over a split",
+        ))
     if "training_steps" in d:
         rows.append(("training", f"{d['training_steps']:,} steps"))
     if "gradients_at_most" in d:

@@ -19,10 +19,16 @@ from losscli.weight_space.curve import standard_error
 from losscli.weight_space.slices import Line
 from losscli.weight_space.vectors import Weights, norm, to_device
 
-__all__ = ["MAX_CURVE_POINTS", "STEP_LENGTHS", "LineSearch", "best_step"]
+__all__ = ["CLOSE_STEPS", "MAX_CURVE_POINTS", "STEP_LENGTHS", "LineSearch", "best_step"]
 
 STEP_LENGTHS = tuple(2.0**k for k in range(4, -21, -1))
 """The step lengths that are tried, from the longest down, as shares of the norm of the weights."""
+
+CLOSE_STEPS = STEP_LENGTHS[:3:-4]
+"""The step lengths at which the sign of a curvature is checked, from the shortest up."""
+
+# By which factor the bend of a curve grows from one of these to the next between t² and t³.
+_CUBIC_GROWTH = 16**2.5
 
 # Points of a curve through the point, on either side of it.
 _CURVE_POINTS = 20
@@ -96,9 +102,7 @@ class LineSearch:
             ``falls`` beyond rounding before it rises above the hill; None if no step lowers it.
         """
         hill = 2 * slope**2 / (2 * abs(curvature)) + rounding
-        # Steps as short as √(2ρ / abs(λ)) change the loss by no more than its rounding ρ.
-        visible = math.sqrt(2 * rounding / abs(curvature)) if rounding < math.inf else 0.0
-        size = max(self.norm, visible)
+        size = self._visible_size(curvature, rounding)
         sides = []
         for sign in (-1, 1):
             distances = [sign * size * share for share in STEP_LENGTHS]
@@ -111,6 +115,48 @@ class LineSearch:
             falls = bool(rise < -rounding)
             sides.append(best and Step(**best, falls=falls))
         return sides[0], sides[1]
+
+    def contradicting_step(
+        self, direction: Weights, slope: float, curvature: float, rounding: float
+    ) -> tuple[float, float] | None:
+        """Searches for a step near the point where the loss contradicts the sign of a curvature.
+
+        The bend L(θ + tv) − L(θ) − t⟨∇L, v⟩ is about ½ t² vᵀHv where the loss is smooth. At a kink
+        it may have the opposite sign, since H is that of one smooth piece. What counts is the
+        shortest step on either side at which the bend exceeds twice the rounding. Terms of third
+        order, which may hide a small curvature there, grow with t³; those of a kink grow with t.
+        The bend at the next step shows which of these it is.
+
+        Args:
+            direction: A direction v of length one.
+            slope: ⟨∇L, v⟩.
+            curvature: An estimate of vᵀHv with its sign; not zero.
+            rounding: How much of a change of the mean loss may be rounding.
+
+        Returns:
+            The distance, and the change of the loss, which exceeds rounding and has the opposite
+            sign to the curvature; None if there is no such step.
+        """
+        size, sign = self._visible_size(curvature, rounding), math.copysign(1.0, curvature)
+        own = Estimate.of_evaluation(self.here).mean[0]
+        for side in (-1, 1):
+            distances = [side * size * share for share in CLOSE_STEPS]
+            changes = Estimate.of_evaluation(self.evaluate(direction, distances)).mean - own
+            bends = sign * (changes - slope * np.array(distances))
+            for i, further in enumerate(bends[1:]):
+                if bends[i] < -2 * rounding and sign * changes[i] < -2 * rounding:
+                    if further > bends[i] * _CUBIC_GROWTH:
+                        return distances[i], float(changes[i])
+                    break
+                if not abs(bends[i]) <= 2 * rounding:
+                    break
+        return None
+
+    def _visible_size(self, curvature: float, rounding: float) -> float:
+        """Returns the norm, or the step at which the loss changes visibly if that is longer."""
+        # Steps as short as √(2ρ / abs(λ)) change the loss by no more than its rounding ρ.
+        visible = math.sqrt(2 * rounding / abs(curvature)) if rounding < math.inf else 0.0
+        return max(self.norm, visible)
 
     def curve(
         self, direction: Weights, steps: Sequence[float]

@@ -15,6 +15,7 @@ from losscli.errors import UsageError
 from losscli.evaluation.cost import Clock, Timings
 from losscli.evaluation.device import float32_precision
 from losscli.evaluation.hessian.critical_points import (
+    CONTRADICTION_STEPS,
     CriticalPointTest,
     PointAnalysis,
     batch_size_of,
@@ -272,9 +273,11 @@ class Check(Study):
     @property
     def _steps(self) -> int:
         """Points along directions at which a split is evaluated, at most."""
-        # Steps of each checkpoint along −∇L, or along v to both sides, and one more search for the
-        # last one; the curve of the escape is that of one checkpoint.
-        return len(STEP_LENGTHS) * (2 * len(self.problem.names) + 1) + MAX_CURVE_POINTS
+        # Steps of each checkpoint along −∇L, along v to both sides, or next to an extremum.
+        # The last one has both sides of v in addition, and the curve of the escape.
+        sides = 2 * len(STEP_LENGTHS)
+        most = max(sides, CONTRADICTION_STEPS)
+        return most * len(self.problem.names) + sides + MAX_CURVE_POINTS
 
     def extra_cost(self, timings: Timings, clock: Clock, seconds: float) -> CostEstimate:
         """Estimates the time of gradients and Hessian-vector products; their number is not known.

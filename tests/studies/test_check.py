@@ -474,6 +474,59 @@ def test_a_minimum_is_critical_to_the_accuracy_of_the_loss(
         assert point["reason"].startswith(f"a Newton step would {way} the loss by 1.6e-07, and")
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize(
+    ("function", "expected"),
+    [
+        (lambda w, u: w * w + u * u - u.abs(), "undecided"),
+        (lambda w, u: w * w + u * u - u.relu(), "undecided"),
+        (lambda w, u: w * w + u * u - (-u).relu(), "undecided"),
+        # The kink is oblique, or its slope is small compared with the loss.
+        (lambda w, u: w * w + u * u - (w - 2 * u).abs() / 10, "undecided"),
+        (lambda w, u: 5 + w * w + u * u - u.relu() / 10, "undecided"),
+        (lambda w, u: u.abs() - w * w - u * u, "undecided"),
+        # The loss rises at the kink, or is smooth.
+        (lambda w, u: w * w + u * u + u.abs(), "minimum"),
+        (lambda w, u: w * w + u * u + u.relu(), "minimum"),
+        (lambda w, u: -w * w - u * u - u.abs(), "maximum"),
+        (lambda w, u: w * w + u * u, "minimum"),
+        (lambda w, u: 5 + w * w + u * u - u**4, "minimum"),
+        # The hill before the fall is lower than rounding.
+        (lambda w, u: 1 + w * w + 1e-5 * u * u + u**3, "minimum"),
+    ],
+)
+def test_a_minimum_is_not_claimed_where_the_loss_falls_at_a_kink(
+    function: Callable[[Tensor, Tensor], Tensor], expected: str, dtype: str, tmp_path: Path
+) -> None:
+    verdict, point, _ = check_polynomial(tmp_path, function, 0.0, 0.0, dtype)
+    assert verdict == expected
+    if expected != "undecided":
+        assert point["reason"] is None
+        return
+    assert point["reason"].startswith(("the loss falls by", "the loss rises by"))
+    assert point["reason"].endswith(": the point lies on a kink")
+
+
+class Bowl(nn.Module):
+    """f(w) = 1 + w² − |w₇| / 100, with too many weights for a whole Hessian."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.zeros(1100))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (1 + self.w.square().sum() - self.w[7].abs() / 100).expand(len(x), 1)
+
+
+def test_a_fall_at_the_kink_of_one_weight_of_many_is_found(tmp_path: Path) -> None:
+    file = save(tmp_path, "a", w=torch.zeros(1100))
+    data = {"all": (torch.ones(4, 1), torch.zeros(4))}
+    result = losscli.check([file], model=Bowl, data=data, loss=first, metric=("none",))
+    (point,) = result.summary["splits"]["all"]["points"]
+    assert row_of(result)["verdict"] == "undecided"
+    assert "along a difference of gradients nearby" in point["reason"]
+
+
 def test_a_minimum_rounded_for_its_file_is_a_minimum_in_float64(tmp_path: Path) -> None:
     x, y, solution = regression(40, 200)
     file = save(tmp_path, "a", weight=solution.float())
@@ -737,8 +790,9 @@ def test_the_steps_of_escapes_are_counted_before_a_run(losscli: Losscli, folder:
     done = losscli("check", "a.pt", *given, "--json")
     assert done.status == 0, done.stderr
     # Of 25 lengths those to both sides and along the gradient, and the loss that is drawn.
-    assert json.loads(done.stdout)["steps_at_most"] == 3 * 25 + 2 * 20 + 4
-    assert "down −∇L and along v, at most 119" in losscli("check", "a.pt", *given).stdout
+    # A maximum is checked at 6 lengths to both sides along five directions in addition.
+    assert json.loads(done.stdout)["steps_at_most"] == 2 * 25 + 5 * 2 * 6 + 2 * 20 + 4
+    assert "down −∇L, along v, near extrema: at most 154" in losscli("check", "a.pt", *given).stdout
 
 
 def normed() -> nn.Module:

@@ -2,7 +2,8 @@
 
 The gradient and the extreme eigenvalues of the Hessian give a verdict (`verdict`), and the losses
 around the point have to confirm it (`Evidence.confirm`): at a saddle the loss falls on both sides
-along the most negative curvature, and a minimum is critical to the accuracy of its loss.
+along the most negative curvature, a minimum is critical to the accuracy of its loss, and the loss
+does not fall next to it (`CriticalPointTest.contradiction`).
 """
 
 from __future__ import annotations
@@ -25,9 +26,10 @@ from losscli.evaluation.hessian.curvature_check import check_derivatives, float6
 from losscli.evaluation.hessian.eigenvalues import DenseHessian, Eigenpair, Extremes
 from losscli.evaluation.hessian.rounding import add_rounding, hessian_rounding
 from losscli.evaluation.hessian.verdict import Verdict, verdict
-from losscli.evaluation.line_search import LineSearch
+from losscli.evaluation.line_search import CLOSE_STEPS, LineSearch
 from losscli.evaluation.loss_rounding import ROUNDING_EXAMPLES, loss_rounding
 from losscli.evaluation.objective import Objective, recalibrated
+from losscli.evaluation.perturbation import displaced
 from losscli.evaluation.ranks import Arrays
 from losscli.evaluation.records import idle_layers
 from losscli.evaluation.sampling import Estimate
@@ -36,13 +38,31 @@ from losscli.evaluation.tasks import Execution
 from losscli.results.summaries import CheckedPoint, Predicted, Step
 from losscli.weight_space.vectors import Weights, unflatten
 
-__all__ = ["CriticalPointTest", "Evidence", "PointAnalysis", "batch_size_of", "verdict_of"]
+__all__ = [
+    "CONTRADICTION_STEPS",
+    "CriticalPointTest",
+    "Evidence",
+    "PointAnalysis",
+    "batch_size_of",
+    "verdict_of",
+]
 
 # Largest residual norm of a converged eigenpair, as a share of |λ|.
 _TOLERANCE = 1e-4
 
 # A predicted change of the loss beyond this many times its accuracy is significant.
 _FAR = 10
+
+# Directions along which a minimum is checked: two eigenvectors, two random directions, and a
+# difference of gradients.
+_RANDOM_DIRECTIONS = 2
+_DIRECTIONS = 2 + _RANDOM_DIRECTIONS + 1
+
+# The distance of those gradients from the point as a share of its norm.
+_NEARBY = 2.0**-10
+
+CONTRADICTION_STEPS = _DIRECTIONS * 2 * len(CLOSE_STEPS)
+"""The most evaluations of a split that check a minimum or a maximum."""
 
 # The keys of the steps on either side in a record.
 _SIDES = "negative", "positive"
@@ -391,6 +411,13 @@ class CriticalPointTest:
                 descent = search.descend(downhill)
             stored = self._stored_rounding(weights, dense, largest.value)
             decided, evidence = evidence.confirm(decided, smallest, largest, stored)
+            if decided in {"minimum", "maximum"}:
+                accuracy = evidence.loss_rounding + stored
+                reason = self.contradiction(
+                    decided, search, gradient, extremes, (sample, rows), accuracy
+                )
+                if reason:
+                    decided, evidence = "undecided", replace(evidence, reason=reason)
         if dense is None:
             pairs = [*extremes.smallest, *reversed(extremes.largest)]
             spectrum = [(pair.value, pair.error) for pair in pairs]
@@ -408,6 +435,83 @@ class CriticalPointTest:
         )
         is_kept = evidence.sides and decided in kept
         return analysis.to_arrays(eigenvector if is_kept else None, objective)
+
+    def contradiction(
+        self,
+        decided: Verdict,
+        search: LineSearch,
+        gradient: Tensor,
+        extremes: Extremes,
+        sample: tuple[Split, Tensor],
+        rounding: float,
+    ) -> str:
+        """Checks a minimum or a maximum by the losses next to it, over the whole split.
+
+        At a kink gradient and Hessian are those of one smooth piece, and the loss may fall next to
+        a point at which they show a minimum: w² + u² − |u| at 0. The losses are evaluated along the
+        eigenvectors of λ_min and λ_max, along random directions r, and along
+        ∇L(θ + hr) − ∇L(θ − hr), which is normal to a kink between the two points if h is small. All
+        this is computed in float64 if the Hessian was.
+
+        Args:
+            decided: ``minimum`` or ``maximum``.
+            search: Evaluates the split along directions.
+            gradient: ∇L, ``[n]``.
+            extremes: The ends of the spectrum.
+            sample: Some examples of the split on the device, and their positions in it.
+            rounding: How much of a change of the mean loss may be rounding.
+
+        Returns:
+            The reason against the verdict; empty if the losses do not contradict it.
+        """
+        weights, names = search.weights, self.names
+        (every,) = search.splits.values()
+        differentiated = self.differentiated(weights)
+        if differentiated is not search.objective:
+            # Steps in a narrower type would be rounded.
+            weights = {**weights, **{name: weights[name].double() for name in names}}
+            (losses,) = sweep_plain(
+                differentiated, [weights], splits=search.splits, execution=search.execution
+            )
+            (here,) = losses.values()
+            search = replace(search, objective=differentiated, weights=weights, here=here)
+            rounding = loss_rounding(
+                differentiated, differentiated, weights, names, here, sample, self.seed
+            )
+        smallest, largest = extremes.smallest[0], extremes.largest[0]
+        directions = {
+            "the eigenvector of λ min": smallest.vector,
+            "the eigenvector of λ max": largest.vector,
+        }
+        generator = torch.Generator().manual_seed(self.seed)
+        for k in range(_RANDOM_DIRECTIONS):
+            drawn = torch.randn(len(gradient), generator=generator, dtype=torch.float64)
+            directions[f"random direction {k + 1}"] = drawn / drawn.norm()
+        # The last random direction leads to both sides of most kinks that the point lies on.
+        point = {name: weights[name] for name in names}
+        parts = unflatten(drawn / drawn.norm() * search.norm, weights, names)
+        step = {name: part.to(point[name]) for name, part in parts.items()}
+        before, after = (
+            self.gradient({**weights, **displaced(point, step, h)}, every, search.execution)
+            for h in (-_NEARBY, _NEARBY)
+        )
+        jump = after.double() - before.double()
+        if float(jump.norm()) > 0:
+            directions["a difference of gradients nearby"] = jump / jump.norm()
+        curvature = smallest.value if decided == "minimum" else largest.value
+        moves, model = ("falls", "rises") if decided == "minimum" else ("rises", "falls")
+        for name, vector in directions.items():
+            slope = float(gradient @ vector.to(gradient))
+            direction = unflatten(vector, weights, names)
+            found = search.contradicting_step(direction, slope, curvature, rounding)
+            if found:
+                distance, change = found
+                return (
+                    f"the loss {moves} by {abs(change):.2g} along {name}, at a distance of "
+                    f"{abs(distance):.2g}, though gradient and curvature say that it {model}: "
+                    "the point lies on a kink"
+                )
+        return ""
 
     def gradient(self, weights: Weights, every: Examples, execution: Execution) -> Tensor:
         """Computes the gradient at a point, ``[n]``; fails if another rank has failed."""

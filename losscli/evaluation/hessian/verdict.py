@@ -18,7 +18,8 @@ def verdict(
     """Classifies a point of weight space by its gradient and its eigenvalues alone.
 
     `losscli.evaluation.hessian.critical_points` requires more: that the loss falls to both sides
-    of a saddle, and that a minimum is critical to the accuracy of the loss.
+    of a saddle, that a minimum is critical to the accuracy of the loss, and that the loss does not
+    fall next to it.
 
     - ``not critical``: ‖∇L‖ > tolerance. The eigenvalues then say nothing about an extremum.
     - ``saddle``: critical, and λ_min + error < 0: a direction of negative curvature exists, because
