@@ -761,10 +761,10 @@ def refuse_overwriting(outputs: Iterable[Path], inputs: Iterable[Path]) -> None:
 
 def _contains(path: Path, file: Path) -> bool:
     # Writing replaces a link, and not the file that it leads to.
-    link = path
-    while not os.path.samestat(link.lstat(), file.lstat()) and link.is_symlink():
-        link = link.parent / link.readlink()
-    if os.path.samestat(link.lstat(), file.lstat()):
+    links = [path]
+    while links[-1].is_symlink():
+        links.append(links[-1].parent / links[-1].readlink())
+    if any(os.path.samestat(link.lstat(), file.lstat()) for link in links):
         return True
     return path.is_dir() and (file.parent.resolve() / file.name).is_relative_to(path.resolve())
 
