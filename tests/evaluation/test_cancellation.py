@@ -231,7 +231,9 @@ def test_no_strategy_has_a_larger_error_than_a_plain_float32_loop(
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_nor_has_the_way_that_is_chosen(case: Cancelling) -> None:
+def test_the_chosen_strategy_has_no_larger_error_than_a_plain_float32_loop(
+    case: Cancelling,
+) -> None:
     slice_, targets, objective = made(case)
     truth = plain(case, slice_, targets, torch.float64)
     own = error(plain(case, slice_, targets, torch.float32), truth)
@@ -263,7 +265,7 @@ def test_points_that_do_not_cancel_go_on_sharing(
     assert shared == expected
 
 
-def test_a_way_is_not_proved_by_points_that_share_nothing_and_they_do_not_choose_it() -> None:
+def test_points_that_share_nothing_neither_verify_nor_choose_a_strategy() -> None:
     sharing_nothing = [(0.74 + i / 1000,) for i in range(11)]
     slice_, _, objective = made(CASES[0])
     find_strategy(objective, slice_, sharing_nothing)

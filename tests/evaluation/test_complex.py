@@ -213,7 +213,7 @@ def test_export_moves_real_and_imaginary_parts(tmp_path: Path, losscli: Losscli)
     assert not (tmp_path / "wide.safetensors").exists()
 
 
-def test_what_cannot_be_done_is_refused_in_one_line(tmp_path: Path) -> None:
+def test_unsupported_cases_are_refused_in_one_line(tmp_path: Path) -> None:
     files, _, given = save(Spectral, tmp_path, 1, 2)
     refused = {
         "--derivatives differentiates real parameters, and weight is complex": lambda: (

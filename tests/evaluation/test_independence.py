@@ -213,7 +213,7 @@ class Whole(nn.Module):
 
 
 @pytest.mark.parametrize("size", [1, 2, 7, 12])
-def test_a_model_that_takes_whole_batches_alone_is_checked_too(size: int) -> None:
+def test_a_model_that_accepts_only_whole_batches_is_checked(size: int) -> None:
     def objective(function: Callable[[Tensor], Tensor]) -> tuple[Objective, dict[str, Tensor]]:
         model = Whole(size, function)
         return objective_of(model, number=size, batch_size=size), model.state_dict()
@@ -227,7 +227,7 @@ def test_a_model_that_takes_whole_batches_alone_is_checked_too(size: int) -> Non
             check_task(bound, state)
 
 
-def test_what_could_not_be_checked_is_noted(folder: Path) -> None:
+def test_checks_that_could_not_be_made_are_noted(folder: Path) -> None:
     class Picky(MLP):
         def forward(self, x: Tensor) -> Tensor:
             if len(x.unique(dim=0)) < 11:
@@ -355,7 +355,7 @@ def test_a_loss_or_metric_that_draws_is_refused_too() -> None:
             check_task(objective_of(net(), loss, metrics=metrics), net().state_dict())
 
 
-def test_dropout_at_one_checkpoint_alone_is_found(folder: Path) -> None:
+def test_dropout_at_only_one_checkpoint_is_found(folder: Path) -> None:
     class Late(MLP):
         """Draws only at weights other than those of the first checkpoint."""
 
@@ -369,7 +369,7 @@ def test_dropout_at_one_checkpoint_alone_is_found(folder: Path) -> None:
         losscli.interpolate("a.pt", "b.pt", model=lambda: Late("6-5-3"), points=3)
 
 
-def test_rare_dropout_is_refused_whatever_is_drawn(folder: Path) -> None:
+def test_rare_dropout_is_refused_for_every_seed(folder: Path) -> None:
     class Rare(MLP):
         def forward(self, x: Tensor) -> Tensor:
             return super().forward(F.dropout(x, 1e-3, training=True))
@@ -431,7 +431,7 @@ def test_a_dependence_that_a_first_batch_of_the_first_checkpoint_hides_is_refuse
 
 
 @pytest.mark.parametrize("number", [2, 12])
-def test_a_model_that_computes_in_float32_is_none_that_depends_on_the_batch(number: int) -> None:
+def test_computing_in_float32_is_not_a_dependence_on_the_batch(number: int) -> None:
     class Narrow(nn.Module):
         def __init__(self) -> None:
             super().__init__()

@@ -379,7 +379,7 @@ def cramped(
     return objective, space
 
 
-def test_out_of_memory_the_chunk_is_halved_and_what_was_finished_stays(
+def test_out_of_memory_halves_the_chunk_and_keeps_finished_points(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     objective, space = cramped(monkeypatch, points=2, batch=8)

@@ -173,7 +173,7 @@ def test_units_of_a_model_that_takes_a_mapping_are_aligned(tmp_path: Path) -> No
     assert [group["units"] for group in result.summary["groups"]] == [5]
 
 
-def test_a_model_that_takes_no_mapping_fails_by_its_own_error() -> None:
+def test_a_model_that_does_not_accept_a_mapping_fails_with_its_own_error() -> None:
     class Wrong(Net):
         def forward(self, x: Tensor) -> Tensor:
             raise RuntimeError("the first failure" if isinstance(x, Tensor) else "the second")
@@ -323,7 +323,7 @@ def test_the_default_loss_and_metric_take_logits(losscli: Losscli, code: Path) -
     assert float(rows[0]["accuracy"]) == pytest.approx(share)
 
 
-def test_a_loss_of_the_users_own_takes_the_whole_mapping(losscli: Losscli, code: Path) -> None:
+def test_a_user_defined_loss_receives_the_whole_mapping(losscli: Losscli, code: Path) -> None:
     words = ("-m", "mine.py:Wrapped", "-d", "mine.py:data", "--metric", "none")
     done = run(losscli, *words, "--loss", "mine.py:own")
     assert done.status == 0, done.stderr

@@ -496,7 +496,7 @@ def test_in_float32_and_refined_the_line_is_the_same(tmp_path: Path) -> None:
         assert loss == pytest.approx(oracle.mean(truth(case, alpha, states)), rel=1e-5)
 
 
-def test_planes_and_their_path_have_them(tmp_path: Path) -> None:
+def test_planes_and_their_path_have_re_estimated_statistics(tmp_path: Path) -> None:
     case = PLAIN["residual"]
     result = study("plane", case, tmp_path, seeds=3, points=3)
     states = [case.state(seed) for seed in (1, 2, 3)]
@@ -518,7 +518,7 @@ def test_planes_and_their_path_have_them(tmp_path: Path) -> None:
         assert loss == pytest.approx(oracle.mean(truth(case, 0.0, (state, state))), rel=1e-10)
 
 
-def test_paths_and_ribbons_have_them(tmp_path: Path) -> None:
+def test_paths_and_ribbons_have_re_estimated_statistics(tmp_path: Path) -> None:
     case = PLAIN["residual"]
     result = study("trajectory", case, tmp_path, seeds=3, residuals=3)
     states = [case.state(seed) for seed in (1, 2, 3)]
@@ -645,7 +645,7 @@ def refused(folder: Path, losscli: Losscli, *arguments: object) -> str:
     return done.stderr
 
 
-def test_what_cannot_be_re_estimated_is_refused(folder: Path, losscli: Losscli) -> None:
+def test_statistics_that_cannot_be_re_estimated_are_refused(folder: Path, losscli: Losscli) -> None:
     told = refused(folder, losscli, "interpolate", "a.pt", "b.pt", "--buffers", "recalibrate")
     assert "the model has no BatchNorm layer that tracks statistics. Leave it out" in told
     save_digits(folder, ("valid", "test"))

@@ -148,7 +148,9 @@ def test_a_line_has_the_losses_of_weights_divided_by_their_norms(
 
 
 @pytest.mark.parametrize("buffers", ["a", "b"])
-def test_they_are_computed_whatever_other_buffers_do(buffers: str, tmp_path: Path) -> None:
+def test_spectral_norms_are_computed_for_every_choice_of_buffers(
+    buffers: str, tmp_path: Path
+) -> None:
     files, (a, b), given = save(perceptron, hooked, tmp_path, 1, 2)
     result = losscli.interpolate(
         *files, **given, points=3, range=(0, 1), dtype="float64", buffers=buffers
@@ -206,7 +208,7 @@ def test_planes_paths_and_barriers_have_them(tmp_path: Path) -> None:
     assert found == pytest.approx(middles, rel=1e-10)
 
 
-def test_the_losses_with_the_vectors_of_the_file_are_reported_where_they_differ(
+def test_losses_with_the_stored_singular_vectors_are_reported_if_they_differ(
     tmp_path: Path,
 ) -> None:
     files, (a, b), given = save(perceptron, hooked, tmp_path, 1, 2)
@@ -233,7 +235,7 @@ def test_the_losses_with_the_vectors_of_the_file_are_reported_where_they_differ(
     assert note.endswith("are computed from the weights at every point")
 
 
-def test_equal_singular_values_and_zero_weights_are_no_trouble(tmp_path: Path) -> None:
+def test_equal_singular_values_and_zero_weights_are_supported(tmp_path: Path) -> None:
     files, states, given = save(first, hooked, tmp_path, 1, 2)
     states[0]["0.weight_orig"] = 2 * torch.eye(5, 8)
     torch.save(states[0], files[0])

@@ -48,7 +48,7 @@ def values(found: Sequence[Arrays]) -> list[int]:
     return [int(arrays["square"][0]) for arrays in found]
 
 
-def test_tasks_are_evaluated_and_recorded_once_and_told_of_in_order(tmp_path: Path) -> None:
+def test_tasks_are_evaluated_and_recorded_once_and_reported_in_order(tmp_path: Path) -> None:
     done: list[int] = []
     inside: list[Execution] = []
     told: list[float] = []
@@ -85,7 +85,7 @@ def test_one_process_takes_a_task_when_the_one_before_was_taken() -> None:
         assert made == done == list(range(i + 1))
 
 
-def test_several_ranks_find_what_one_finds_and_rank_0_records_it(tmp_path: Path) -> None:
+def test_several_ranks_have_the_results_of_one_and_rank_0_records_them(tmp_path: Path) -> None:
     done: list[int] = []
     inside: list[Execution] = []
     found: dict[int, list[int]] = {}
@@ -222,7 +222,7 @@ def test_the_last_checkpoint_stays_loaded_whoever_evaluated_it(tmp_path: Path) -
         assert len(journal) == 2
 
 
-def test_what_could_not_be_verified_is_noted_by_every_rank_and_whoever_recalls_it(
+def test_unverified_derivatives_are_noted_by_every_rank_and_on_resume(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(derivatives, "choose_method", lambda *_: (Method.FORWARD, "a doubt"))

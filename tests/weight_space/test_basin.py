@@ -34,7 +34,7 @@ def test_one_direction_has_no_spread_and_no_error() -> None:
 
 
 @pytest.mark.parametrize("bad", [NAN, INF])
-def test_a_loss_that_is_not_finite_leaves_nothing_known_at_its_point(bad: float) -> None:
+def test_a_loss_that_is_not_finite_gives_no_statistics_at_its_point(bad: float) -> None:
     losses = LOSSES.copy()
     losses[2, 1] = bad
     found = Profile.of(losses)
@@ -84,7 +84,7 @@ def test_the_radius_is_where_the_mean_crosses_the_threshold(
     assert sorted(mirrored.positions) == pytest.approx(sorted(-x for x in expected[1]))
 
 
-def test_an_unknown_side_is_no_wider_than_the_known_one() -> None:
+def test_an_unknown_side_is_at_most_as_wide_as_the_known_one() -> None:
     # To the right the loss crosses at 1.5; to the left it does so before 3.
     positions, losses = [-3.0, 0.0, 1.0, 2.0], np.array([[9.0, 0.0, 2.0, 4.0]])
     assert radius(positions, losses, 3.0)[::3] == (1.5, "at most")

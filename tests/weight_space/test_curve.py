@@ -49,7 +49,7 @@ def test_the_barrier_is_above_the_chord_and_the_rise_is_not() -> None:
     assert found["monotonic"] is True
 
 
-def test_rises_are_looked_for_between_the_ends_alone() -> None:
+def test_rises_are_searched_only_between_the_ends() -> None:
     found = told([-1.0, 0.0, 0.5, 1.0, 2.0], [-9.0, 2.0, 1.5, 1.75, 99.0])
     assert found["largest_rise"]["height"] == 0.25
     assert (found["largest_rise"]["alpha_from"], found["largest_rise"]["alpha_to"]) == (0.5, 1.0)

@@ -95,7 +95,9 @@ def test_the_directions_are_those_of_a_plain_loop_over_the_filters() -> None:
 
 
 @pytest.mark.parametrize("dtype", STORAGE, ids=str)
-def test_what_does_not_move_is_zero_and_all_is_in_the_working_type(dtype: torch.dtype) -> None:
+def test_directions_are_zero_for_tensors_that_do_not_move_and_have_the_working_type(
+    dtype: torch.dtype,
+) -> None:
     point = weights(dtype)
     for direction in random_directions(point, NAMES, STILL, 0):
         assert list(direction) == NAMES

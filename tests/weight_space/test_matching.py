@@ -53,7 +53,7 @@ def check(matching: Matching, a: Weights, b: Weights, groups: tuple[Group, ...],
 
 
 @pytest.mark.parametrize("network", sample(GROUPED, 0, 2), ids=str)
-def test_two_networks_come_closer_at_every_step_until_none_helps(network: Network) -> None:
+def test_every_step_reduces_the_distance_of_two_networks_until_none_can(network: Network) -> None:
     a, b = (network.model(seed).state_dict() for seed in (1, 2))
     names = parameters(network)
     matching = match(a, b, network.groups, names)
@@ -81,7 +81,7 @@ def test_a_network_that_was_shuffled_is_found_again(network: Network) -> None:
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_it_meets_brute_force_over_one_hidden_layer(seed: int) -> None:
+def test_the_matching_of_one_hidden_layer_is_that_of_brute_force(seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     sizes = {"layers.0.weight": (6, 4), "layers.0.bias": (6,), "layers.1.weight": (3, 6)}
     a, b = (
@@ -121,7 +121,7 @@ def test_it_ends_where_no_change_of_one_layer_helps(seed: int) -> None:
             assert other <= largest * (1 + 1e-12)
 
 
-def test_the_order_is_the_seeds_alone() -> None:
+def test_the_order_depends_only_on_the_seed() -> None:
     (network,) = (n for n in NETWORKS if n.name == "resnet")
     a, b = (network.model(seed).state_dict() for seed in (1, 2))
     names = parameters(network)

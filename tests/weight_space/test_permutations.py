@@ -33,7 +33,7 @@ def change(network: Network, groups: tuple[Group, ...], seed: int = 1) -> float:
 
 
 @pytest.mark.parametrize("network", sample(NETWORKS, 0, 2), ids=str)
-def test_any_permutation_leaves_the_function_as_it_is_and_all_groups_are_found(
+def test_all_groups_are_found_and_no_permutation_changes_the_function(
     network: Network,
 ) -> None:
     assert sorted(group.size for group in network.groups) == network.sizes
@@ -50,7 +50,7 @@ def test_any_permutation_leaves_the_function_as_it_is_and_all_groups_are_found(
 
 # Each is another program of views, cuts, products and sums.
 @pytest.mark.parametrize("seed", [2, 9])
-def test_any_permutation_leaves_a_random_program_as_it_is(seed: int) -> None:
+def test_no_permutation_changes_the_function_of_a_random_program(seed: int) -> None:
     network = Network(str(seed), lambda: Random(seed), torch.randn(3, 12), [])
     assert network.groups
     assert change(network, network.groups) < 1e-10
@@ -125,7 +125,7 @@ class Hiding(nn.Module):
         (Hiding(), torch.randn(2, 5)),
     ],
 )
-def test_what_cannot_be_traced_is_refused_without_a_word_of_torchs(
+def test_models_that_cannot_be_traced_are_refused_without_messages_of_torch(
     model: nn.Module, inputs: Tensor, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(ModelError, match="the model cannot be traced") as caught:
@@ -190,7 +190,7 @@ def test_axes_are_products_and_sums() -> None:
     assert leaves(whole) == leaves(flat)
 
 
-def test_tying_and_cutting_leave_what_both_allow() -> None:
+def test_tied_and_cut_units_keep_the_permutations_that_both_allow() -> None:
     whole = Axis(12)
     first, second = cut(whole, [4, 8])
     tie(multiply([Axis(2), Axis(4)]), second)
@@ -255,7 +255,7 @@ class Held(nn.Module):
         (lambda h: h[:, torch.arange(15, -1, -1)], ("index",)),
     ],
 )
-def test_what_holds_units_in_their_order_is_named(
+def test_the_reason_why_units_cannot_be_permuted_is_named(
     between: Callable[[Tensor], Tensor], found: tuple[str, ...]
 ) -> None:
     model, x = Held(between), torch.randn(2, 6)

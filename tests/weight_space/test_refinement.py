@@ -117,7 +117,7 @@ def test_the_cubic_through_the_points_is_the_curve_to_the_tolerance(
     assert off.max() <= tolerance * np.ptp(truth)
 
 
-def test_a_bump_between_two_points_of_the_grid_is_seen_by_its_slopes_alone() -> None:
+def test_slopes_reveal_a_bump_between_two_points_of_the_grid() -> None:
     grid = np.linspace(LOW, HIGH, 21)
     middle, width = float(grid[8:10].mean()), 0.03
 
@@ -156,7 +156,7 @@ def test_slopes_that_are_known_at_some_points_only_are_used_there() -> None:
 
 
 @pytest.mark.parametrize("where", [0.3137, -0.4999, 1.97])
-def test_a_step_is_closed_in_on_and_no_further_than_the_floor(where: float) -> None:
+def test_a_step_is_refined_down_to_the_shortest_interval(where: float) -> None:
     x, last = refine(lambda t: float(t > where))
     assert not last.exhausted
     after = int(np.searchsorted(x, where))
@@ -229,7 +229,7 @@ def test_a_monotone_curve_takes_few_points(f: Function, most: int) -> None:
     ],
     ids=["kink", "parabola", "skewed", "between-equals", "cusp", "spike"],
 )
-def test_a_minimum_is_closed_in_on_whatever_its_form(f: Function, where: float) -> None:
+def test_minima_of_every_form_are_refined(f: Function, where: float) -> None:
     x, _ = refine(f, 1e-2)
     y = np.array([f(t) for t in x])
     assert abs(x[y.argmin()] - where) <= POSITION * (HIGH - LOW)
@@ -244,7 +244,7 @@ def test_a_minimum_in_the_last_interval_is_found() -> None:
     assert np.abs(x + 0.46).min() <= POSITION * (HIGH - LOW)
 
 
-def test_the_rims_of_a_flat_bottom_are_found_and_its_inside_is_left_alone() -> None:
+def test_the_rims_of_a_flat_bottom_are_refined_and_its_inside_is_not() -> None:
     x, _ = refine(lambda t: max(0.0, abs(t - 0.5) - 0.3))
     for rim in (0.2, 0.8):
         assert np.abs(x - rim).min() <= POSITION * (HIGH - LOW)
@@ -252,7 +252,7 @@ def test_the_rims_of_a_flat_bottom_are_found_and_its_inside_is_left_alone() -> N
 
 
 @pytest.mark.parametrize("points", [2, 3, 4, 5])
-def test_even_a_grid_of_two_points_will_do(points: int) -> None:
+def test_a_grid_of_two_points_is_enough(points: int) -> None:
     x, _ = refine(lambda t: (t - 0.7) ** 2 * (1 + t), points=points)
     assert np.abs(x - 0.7).min() <= POSITION * (HIGH - LOW)
 
@@ -262,7 +262,7 @@ def test_fewer_points_hold_no_interval(points: int) -> None:
     assert propose([0.0] * points, {"all": Curve([1.0] * points)}, 1e-3).alphas == ()
 
 
-def test_the_points_are_the_same_in_whatever_order_and_every_time() -> None:
+def test_the_points_do_not_depend_on_the_order_of_evaluation() -> None:
     def f(t: float) -> float:
         return t * t + 0.3 * math.sin(40 * t)
 

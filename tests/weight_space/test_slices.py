@@ -44,7 +44,7 @@ def test_both_ends_are_exact(dtype: torch.dtype) -> None:
 
 @settings(deadline=None)
 @given(BITS, BITS)
-def test_both_ends_are_exact_whatever_they_hold(a: list[int], b: list[int]) -> None:
+def test_both_ends_are_exact_for_all_bit_patterns(a: list[int], b: list[int]) -> None:
     x, y = (torch.tensor(v, dtype=torch.int32).view(torch.float32) for v in (a, b))
     assert same_bits(LINE.combine([x, y], (0.0,)), x)
     assert same_bits(LINE.combine([x, y], (1.0,)), y)
@@ -90,7 +90,7 @@ def test_float32_is_within_its_rounding_of_float64(alpha: float, seed: int) -> N
 
 @settings(deadline=None)
 @given(alpha=st.floats(-1e3, 1e3), seed=st.integers(0, 99))
-def test_what_both_ends_share_stays_as_it_is(alpha: float, seed: int) -> None:
+def test_tensors_that_both_ends_share_are_not_changed(alpha: float, seed: int) -> None:
     a, _ = pair(torch.float32, seed=seed)
     assert torch.equal(LINE.combine([a, a.clone()], (alpha,)), a)
     assert LINE.barycentric
@@ -169,7 +169,7 @@ def shares(triangle: Triangle, x: float, y: float) -> tuple[float, float, float]
 
 @settings(deadline=None)
 @given(BITS, BITS, BITS)
-def test_all_three_corners_are_exact_whatever_they_hold(
+def test_all_three_corners_are_exact_for_all_bit_patterns(
     a: list[int], b: list[int], c: list[int]
 ) -> None:
     values = [torch.tensor(v, dtype=torch.int32).view(torch.float32) for v in (a, b, c)]
@@ -179,7 +179,7 @@ def test_all_three_corners_are_exact_whatever_they_hold(
 
 @settings(deadline=None)
 @given(BITS)
-def test_the_origin_of_a_span_is_exact_whatever_it_holds(bits: list[int]) -> None:
+def test_the_origin_of_a_span_is_exact_for_all_bit_patterns(bits: list[int]) -> None:
     origin = torch.tensor(bits, dtype=torch.int32).view(torch.float32)
     huge = torch.full_like(origin, math.inf)
     assert same_bits(SPAN.combine([origin, huge, huge], (0.0, 0.0)), origin)
@@ -223,7 +223,7 @@ def test_the_edges_of_a_triangle_are_the_lines_through_its_corners(alpha: float,
     assert same_bits(triangle.combine([a, b, c], (0.0, 2 * alpha)), LINE.combine([a, c], (alpha,)))
 
 
-def test_what_all_corners_share_stays_as_it_is() -> None:
+def test_tensors_that_all_corners_share_are_not_changed() -> None:
     (a, *_) = three(torch.float32)
     for x, y in itertools.product([-7.3, 0.0, 0.4, 1.0, 19.0], repeat=2):
         assert torch.equal(TRIANGLE.combine([a, a.clone(), a.clone()], (x, y)), a)

@@ -104,7 +104,9 @@ def assert_same(found: Path, expected: Path, *, rel: float = 1e-12) -> None:
 
 @pytest.mark.parametrize("dtype", STORAGE, ids=str)
 @pytest.mark.parametrize("names", [NAMES, ["b"], ["s", "w"]], ids=str)
-def test_a_path_is_measured_as_it_is_defined(dtype: torch.dtype, names: list[str]) -> None:
+def test_the_measures_of_a_path_follow_their_definitions(
+    dtype: torch.dtype, names: list[str]
+) -> None:
     for seed in range(5):
         states = bent(dtype=dtype, seed=seed)
         path = measure(opener(states), len(states), names)
@@ -171,7 +173,7 @@ def test_a_single_weight_off_the_line_is_off_the_line(dtype: torch.dtype, off: f
     assert path.residual[1] == pytest.approx(exact, rel=1e-3)
 
 
-def test_a_slight_bend_of_all_weights_is_no_rounding() -> None:
+def test_a_slight_bend_of_all_weights_is_not_rounding() -> None:
     generator = torch.Generator().manual_seed(0)
     a, d, bend = torch.randn(3, 1000, generator=generator)
     states = [{"w": a}, {"w": a + 0.5 * d + 1e-4 * bend * d}, {"w": a + d}]
@@ -536,7 +538,7 @@ def test_principal_axes_are_those_of_numpy(dtype: torch.dtype, names: list[str])
         assert all(axis[n].shape == SHAPES[n] and axis[n].dtype == working for n in names)
 
 
-def test_axes_in_float64_are_exact_whatever_the_weights_are_stored_in() -> None:
+def test_axes_in_float64_are_exact_for_weights_of_every_type() -> None:
     for dtype in STORAGE:
         states = bent(9, dtype)
         axes, _ = principal_axes(opener(states), 9, NAMES, (), torch.float64)

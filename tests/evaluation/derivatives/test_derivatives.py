@@ -160,7 +160,7 @@ def test_taylor_polynomials_agree_with_reverse_mode(case: Case) -> None:
     ],
     ids=["padded", "masked", "circular", "floor", "trunc"],
 )
-def test_taylor_polynomials_of_what_is_linear_only_at_times(
+def test_taylor_polynomials_of_operators_that_are_linear_in_some_calls(
     middle: Callable[[Tensor], Tensor],
 ) -> None:
     objective, line = ready(stopped.case(middle))
@@ -261,7 +261,7 @@ def test_a_product_of_two_weights_has_the_derivatives_of_its_polynomial() -> Non
     np.testing.assert_allclose(found.curvature, loss.deriv(2)(ALPHAS), rtol=1e-12)
 
 
-def test_buffers_that_move_alone_are_differentiated_in_both_modes() -> None:
+def test_moving_buffers_are_differentiated_in_both_modes() -> None:
     def build() -> nn.Module:
         return nn.Sequential(nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 3))
 
@@ -286,7 +286,7 @@ def test_buffers_that_move_alone_are_differentiated_in_both_modes() -> None:
     np.testing.assert_allclose(backward, [slope * 37, curvature * 37], rtol=1e-6)
 
 
-def test_what_the_line_does_not_move_keeps_its_value() -> None:
+def test_tensors_that_the_line_does_not_move_keep_their_values() -> None:
     case = CASES[0]
     objective = objective_of(case)
     _, whole = line_of(case)
@@ -304,7 +304,7 @@ def test_what_the_line_does_not_move_keeps_its_value() -> None:
 
 @pytest.mark.parametrize("method", [Method.TAYLOR, Method.FORWARD, Method.REVERSE])
 @pytest.mark.parametrize("name", ["cnn-batchnorm", "attention-tied", "lstm"])
-def test_the_model_is_left_as_it_was(
+def test_the_model_is_not_changed(
     name: str, method: Method, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     case = next(c for c in CASES if c.name == name)
@@ -376,7 +376,7 @@ def test_a_loss_with_a_constant_weight_is_refused(dtype: torch.dtype) -> None:
 )
 @pytest.mark.parametrize("name", sample(stopped.HONEST, 1, 2))
 @pytest.mark.parametrize("seeds", SEEDS)
-def test_kinks_jumps_and_rounding_are_no_stopped_gradients(
+def test_kinks_jumps_and_rounding_are_not_stopped_gradients(
     name: str, dtype: torch.dtype, seeds: range
 ) -> None:
     for seed in seeds:
@@ -386,7 +386,7 @@ def test_kinks_jumps_and_rounding_are_no_stopped_gradients(
 
 @pytest.mark.parametrize("name", stopped.LOSSES)
 @pytest.mark.parametrize("seeds", SEEDS)
-def test_losses_of_pieces_are_no_stopped_gradients(name: str, seeds: range) -> None:
+def test_piecewise_losses_are_not_stopped_gradients(name: str, seeds: range) -> None:
     for seed in seeds:
         objective, line = ready(stopped.case(torch.relu), seed=seed)
         objective.loss = stopped.LOSSES[name]
@@ -436,7 +436,7 @@ def custom(function: type[torch.autograd.Function] | None) -> Case:
     return Case("custom", Custom, torch.rand(11, 4, generator=generator), torch.arange(11) % 3)
 
 
-def test_reverse_mode_stands_in_where_there_is_no_formula_for_forward_mode() -> None:
+def test_reverse_mode_replaces_forward_mode_for_operators_without_a_formula() -> None:
     found, expected = found_in(custom(Opaque), batch_size=4), found_in(custom(None))
     torch.testing.assert_close(found.slope, expected.slope, rtol=1e-11, atol=1e-13)
     torch.testing.assert_close(found.curvature, expected.curvature, rtol=1e-11, atol=1e-13)
@@ -448,7 +448,7 @@ def test_a_model_with_neither_is_an_error_of_one_line() -> None:
     assert "\n" not in str(error.value)
 
 
-def test_fused_kernels_of_recurrent_layers_are_no_obstacle_in_float32() -> None:
+def test_recurrent_layers_with_fused_kernels_are_supported_in_float32() -> None:
     case = next(c for c in CASES if c.name == "lstm")
     objective, line = ready(case, dtype=torch.float32)
     along = LineDerivatives(objective, line)
@@ -607,7 +607,7 @@ def test_a_relu_network_between_its_kinks_is_as_curved_as_its_loss() -> None:
     assert found.curvature.tolist() == [0.0, 0.0]
 
 
-def test_a_gradient_that_is_stopped_for_the_last_examples_alone_is_refused() -> None:
+def test_a_gradient_that_is_stopped_only_for_the_last_examples_is_refused() -> None:
     """Sorted data begin with examples of one class, whose gradients may be right."""
 
     def stopped(outputs: Tensor, targets: Tensor) -> Tensor:
@@ -629,7 +629,7 @@ def test_a_gradient_that_is_stopped_for_the_last_examples_alone_is_refused() -> 
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_rounding_to_half_precision_inside_is_no_stopped_gradient(dtype: torch.dtype) -> None:
+def test_rounding_to_half_precision_inside_is_not_a_stopped_gradient(dtype: torch.dtype) -> None:
     class Rounding(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -654,7 +654,7 @@ INSIDE = [torch.float32, torch.bfloat16]
 
 @pytest.mark.parametrize("inside", INSIDE)
 @pytest.mark.parametrize("name", sample(stopped.SMOOTH, 1, 2))
-def test_right_derivatives_are_verified_whatever_is_computed_in_inside(
+def test_right_derivatives_are_verified_with_casts_inside_the_model(
     name: str, inside: torch.dtype
 ) -> None:
     middle = stopped.SMOOTH[name]
@@ -677,7 +677,7 @@ def test_right_derivatives_are_verified_whatever_is_computed_in_inside(
         (stopped.lying, "second derivative is wrong"),
     ],
 )
-def test_wrong_derivatives_are_refused_whatever_is_computed_in_inside(
+def test_wrong_derivatives_are_refused_with_casts_inside_the_model(
     middle: Any, error: str, dtype: torch.dtype, inside: torch.dtype
 ) -> None:
     objective, line = ready(stopped.case(stopped.cast(middle, inside)), dtype=dtype)

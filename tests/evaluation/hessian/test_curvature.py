@@ -208,7 +208,7 @@ def test_batches_and_the_ragged_last_one_do_not_matter(case: Case, sizes: list[i
         assert relative(parts.product(v), product) < 1e-10
 
 
-def test_a_gradient_is_taken_where_nobody_asked_for_any() -> None:
+def test_gradients_are_computed_inside_no_grad() -> None:
     expected = curvature_of(CASES[0])
     with torch.no_grad():
         found = curvature_of(CASES[0])
@@ -661,7 +661,7 @@ def test_the_rounding_of_a_constant_loss_is_not_a_wrong_hessian() -> None:
 
 
 @pytest.mark.parametrize("n", [3, 100])
-def test_what_is_not_finite_gives_nan_and_no_verdict(n: int) -> None:
+def test_values_that_are_not_finite_give_nan_and_no_verdict(n: int) -> None:
     curvature = diagonal([1.0] * n, at=math.nan)
     poisoned = curvature_at(Diagonal(n), {"theta": torch.zeros(n)}, torch.full((5, n), math.nan))
     assert math.isnan(float(curvature.gradient().norm()))
@@ -726,7 +726,9 @@ def test_right_derivatives_do_not_contradict_differences(case: Case, dtype: torc
 
 
 @pytest.mark.parametrize("case", sample(SEEN, 2, 5), ids=str)
-def test_nor_do_they_without_float64(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_right_derivatives_do_not_contradict_differences_without_float64(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
     objective = objective_of(case, dtype=torch.float32)
     monkeypatch.setattr(f"{__name__}.in_float64", lambda *_, **__: None)
     state = case.state(1)
@@ -895,7 +897,7 @@ def test_errors_cover_the_distance_from_float64_without_float64(case: Case) -> N
 
 @pytest.mark.parametrize("inside", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", sample(stopped.SMOOTH, 0, 2))
-def test_right_derivatives_are_verified_whatever_is_computed_in_inside(
+def test_right_derivatives_are_verified_with_casts_inside_the_model(
     name: str, inside: torch.dtype
 ) -> None:
     case = stopped.case(stopped.cast(stopped.SMOOTH[name], inside))
@@ -913,7 +915,7 @@ def test_right_derivatives_are_verified_whatever_is_computed_in_inside(
         (stopped.lying, "second derivatives? .* wrong"),
     ],
 )
-def test_wrong_derivatives_are_refused_whatever_is_computed_in_inside(
+def test_wrong_derivatives_are_refused_with_casts_inside_the_model(
     middle: Callable[[Tensor], Tensor], error: str, dtype: torch.dtype, inside: torch.dtype
 ) -> None:
     case = stopped.case(stopped.cast(middle, inside))
@@ -1057,7 +1059,9 @@ def test_the_valley_of_two_linear_layers_is_undecided() -> None:
         (-2.0, 0.0, "saddle"),
     ],
 )
-def test_quadratics_are_what_they_are(n: int, low: float, high: float, expected: str) -> None:
+def test_quadratic_losses_have_their_known_spectra_and_verdicts(
+    n: int, low: float, high: float, expected: str
+) -> None:
     spectrum = np.linspace(low, high, n).tolist() if n > 1 else [low]
     if n == 1:
         expected = {-2.0: "maximum", -1.0: "maximum", 0.0: "undecided", 1.0: "minimum"}[low]
@@ -1201,7 +1205,7 @@ def test_one_example_that_does_not_fit_is_an_error(monkeypatch: pytest.MonkeyPat
     assert space.tried == [8, 4, 2, 1]
 
 
-def test_progress_is_told_by_the_batch_and_adds_up_to_the_products() -> None:
+def test_progress_is_reported_per_batch_and_adds_up_to_the_products() -> None:
     told: list[float] = []
     curvature = curvature_of(CASES[0], batch_size=8, progress=told.append)
     curvature.gradient()
@@ -1223,7 +1227,7 @@ def test_progress_is_told_by_the_batch_and_adds_up_to_the_products() -> None:
 
 
 @pytest.mark.parametrize("case", sample(CASES, 1, 2), ids=str)
-def test_model_and_data_are_left_as_they_were(case: Case) -> None:
+def test_model_and_data_are_not_changed(case: Case) -> None:
     objective = objective_of(case, batch_size=8)
     state = case.state(1)
     check_task(objective, state)

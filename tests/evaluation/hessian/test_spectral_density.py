@@ -123,14 +123,14 @@ def test_few_distinct_eigenvalues_need_few_steps(
     assert len(found.grid) < 2000
 
 
-def test_what_is_not_finite_has_no_density() -> None:
+def test_a_hessian_that_is_not_finite_has_no_density() -> None:
     h = torch.full((4, 4), math.nan, dtype=torch.float64)
     found = SpectralDensity.of([*probes_of(torch.eye(4).double(), 1, 3), *probes_of(h, 1, 3)])
     assert math.isnan(found.sigma)
     assert found.grid.size == found.density.size == found.outliers.size == 0
 
 
-def test_a_probe_has_signs_of_its_own_and_they_are_drawn_again() -> None:
+def test_each_probe_has_its_own_reproducible_signs() -> None:
     probes = [draw_probe(1000, 7, k) for k in range(3)]
     assert all(set(v.tolist()) == {-1.0, 1.0} for v in probes)
     for k, v in enumerate(probes):

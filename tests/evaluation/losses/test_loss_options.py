@@ -127,7 +127,7 @@ def test_a_loss_of_torch_has_the_mean_of_torch(name: str, form: str) -> None:
     assert run(given, targets).table.floats("loss")[0] == pytest.approx(expected, rel=1e-12)
 
 
-def test_an_object_of_torch_is_left_as_it_was() -> None:
+def test_an_object_of_torch_is_not_changed() -> None:
     loss = nn.BCEWithLogitsLoss(pos_weight=torch.ones(C))
     run(loss, REALS)
     assert loss.reduction == "mean"
@@ -404,9 +404,7 @@ def test_metrics_stay_where_the_loss_is_of_scores() -> None:
         assert found == pytest.approx(float((answers == labels).double().mean()), rel=1e-12)
 
 
-def test_a_metric_of_the_users_own_that_fails_writes_nothing(
-    folder: Path, losscli: Losscli
-) -> None:
+def test_a_user_defined_metric_that_fails_writes_nothing(folder: Path, losscli: Losscli) -> None:
     (folder / "mine.py").write_text("def metric(outputs, targets):\n    return outputs.nothing\n")
     before = set(folder.rglob("*"))
     done = losscli("interpolate", "a.pt", "b.pt", "--metric", "mine.py:metric", "-o", "x")
@@ -436,6 +434,6 @@ def test_weights_are_moved_to_the_device_once(value: Any) -> None:
     assert options_of(loss)["dim"] == 1
 
 
-def test_losses_without_weights_stay_as_they_are() -> None:
+def test_losses_without_weights_are_not_changed() -> None:
     for loss in (cross_entropy, functools.partial(cross_entropy, ignore_index=0), torch.sub):
         assert on_device(loss, torch.device("meta")) is loss

@@ -477,7 +477,7 @@ def test_perplexity_is_the_exponential_of_a_mean_and_not_a_mean_of_exponentials(
 @pytest.mark.parametrize(
     "function", sorted({nll, *LOSSES.values(), *METRICS.values()}, key=lambda f: f.__name__)
 )
-def test_what_takes_half_precision_gives_the_numbers_of_float32(
+def test_half_precision_outputs_have_the_losses_of_float32(
     function: Callable[[Tensor, Tensor], Tensor], dtype: torch.dtype
 ) -> None:
     scores, targets = outputs(4, 6, 5, dtype=dtype), classes(5, 4, 6)

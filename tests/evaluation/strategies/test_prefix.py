@@ -186,7 +186,7 @@ def test_a_first_layer_of_single_examples_is_that_of_a_plain_loop(block: str) ->
 
 @pytest.mark.parametrize("block", BLOCKS)
 @pytest.mark.parametrize("between", sample(USERS, 0, 2), ids=lambda f: f.__name__)
-def test_whatever_a_users_code_does_the_losses_are_those_of_a_plain_loop(
+def test_a_users_code_has_the_losses_of_a_plain_loop(
     between: Callable[[Layers, Tensor, Tensor], Tensor], block: str
 ) -> None:
     def build() -> Layers:
