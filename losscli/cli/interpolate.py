@@ -117,7 +117,7 @@ def interpolate(
         Path | None,
         option(
             "The line",
-            "The table of the whole line: the figure shows where this part of it lies.",
+            "The table of the whole line: the figure shows where this part lies.",
             "--context",
             metavar="CSV",
         ),

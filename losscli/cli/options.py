@@ -248,7 +248,7 @@ _SETTINGS: dict[str, Any] = {
         _option(
             _NAMES,
             "Repeatable. In the names of the checkpoints, replace OLD with NEW: a whole name, or "
-            "components of it, such as fc=head for fc.weight.",
+            "some of its components, such as fc=head for fc.weight.",
             "--rename",
             metavar="OLD=NEW",
         ),

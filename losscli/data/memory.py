@@ -107,7 +107,7 @@ def device_budget(device: torch.device) -> int | None:
 def device_memory(device: torch.device) -> int:
     """Returns the memory of a GPU that tensors can be allocated in, in bytes.
 
-    It is the free memory, and what PyTorch has reserved of it without using it. So it does not
+    It is the free memory and the memory that PyTorch has reserved and does not use, so it does not
     depend on what was freed before.
     """
     free, _ = torch.cuda.mem_get_info(device)

@@ -36,7 +36,7 @@ class Crossing:
     """The distance at which the loss rises above that of the point.
 
     Attributes:
-        distance: The distance; nan if there is no crossing, or it is not known.
+        distance: The distance; nan without a crossing, or if it is not known.
         error: How far rounding may move it.
         reason: Why there is no crossing.
     """
