@@ -39,7 +39,8 @@ class LosscliError(Exception):
     def __init__(self, what: str, cure: str = "") -> None:
         self.what = what
         self.cure = cure
-        super().__init__(f"{what.rstrip('.')}. {cure}" if cure else what)
+        end = "" if what.endswith("?") else "."
+        super().__init__(f"{what.rstrip('.')}{end} {cure}" if cure else what)
 
 
 class UsageError(LosscliError):

@@ -11,7 +11,6 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -198,23 +197,6 @@ def _run_as_rank(arguments: Sequence[str], console: Console) -> int:
     return status
 
 
-def _comma_hint(arguments: Sequence[str]) -> str:
-    """Returns a hint if the numbers of an option are separated by commas, else an empty string."""
-    for option, value in pairwise(arguments):
-        numbers = value.split(",")
-        if option.startswith("-") and len(numbers) > 1 and all(map(_is_number, numbers)):
-            return f"Separate the numbers by spaces: {option} {' '.join(numbers)}"
-    return ""
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
-
-
 def _parse(arguments: Sequence[str], console: Console) -> int:
     # click before 8.2 would print the help and succeed. A shell asks for completions without any.
     if not arguments and "_LOSSCLI_COMPLETE" not in os.environ:
@@ -224,6 +206,7 @@ def _parse(arguments: Sequence[str], console: Console) -> int:
         import typer
 
         from losscli.cli.app import make_app
+        from losscli.cli.parse_errors import usage_error
 
         app = make_app(*arguments[:1])
 
@@ -253,12 +236,7 @@ def _parse(arguments: Sequence[str], console: Console) -> int:
             return 0
         raise output_error from None
     except click_exception as error:
-        command = getattr(getattr(error, "ctx", None), "command_path", "losscli")
-        raise UsageError(
-            # Pydantic, which some versions of typer use, adds a prefix.
-            error.format_message().replace(": Value error, ", ": ", 1),
-            _comma_hint(arguments) or f"See {command} --help",
-        ) from None
+        raise usage_error(error, arguments) from None
     finally:
         logging.getLogger("losscli").removeHandler(notes)
     return status if isinstance(status, int) else 0

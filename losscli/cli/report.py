@@ -208,10 +208,14 @@ def repair_lines(summary: LineSummary | BarriersSummary) -> list[str]:
 
 def format_examples(summary: Counts, split: str) -> str:
     """Returns the number of examples of a split, and of its batches with ``--batch-loss``."""
-    text = format_count(summary["examples"][split], "example")
+    examples = summary["examples"][split]
+    text = format_count(examples, "example")
     if "batches" not in summary:
         return text
-    return f"{text} in {format_count(summary['batches'][split], 'batch')}"
+    batches = summary["batches"][split]
+    # Where the examples of a batch cannot be counted, they are as many as the batches.
+    in_ = f"{text} in " if examples != batches else ""
+    return f"{in_}{format_count(batches, 'batch')}"
 
 
 def is_finite(value: float | None) -> TypeGuard[float]:

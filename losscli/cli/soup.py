@@ -14,6 +14,7 @@ from losscli.cli.report import (
     format_examples,
     format_number,
     format_with_error,
+    mark_insignificant,
     task_lines,
 )
 from losscli.cli.run_study import run_study
@@ -119,5 +120,8 @@ def report(result: Result[SoupSummary]) -> str:
     kept = f"{len(split['kept'])} of {format_count(len(split['checkpoints']), 'checkpoint')} kept"
     change = format_with_error(split["gain"], split["gain_stderr"])
     score = format_number(split["soup"])
-    lines += ["", f"{kept}; score {score}, {change} above the best checkpoint"]
+    above = f"{change} above the best checkpoint"
+    if len(split["kept"]) > 1:
+        above += mark_insignificant(split["gain"], split["gain_stderr"])
+    lines += ["", f"{kept}; score {score}, {above}"]
     return "\n".join(lines) + "\n"

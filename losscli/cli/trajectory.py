@@ -104,7 +104,7 @@ def report(result: Result[TrajectorySummary]) -> str:
     off = farthest["residual"]
     line = f"‖d‖ = {length:.4g} over {format_moving(summary)}"
     walk = f"{format_count(last, 'step')}, {walked:.4g} long: {walked / length:.3g} times the line"
-    far = f"r = {off:.4g}, {off / length:.2g} ‖d‖, at {_checkpoint(farthest, last)}"
+    far = f"r = {off:.4g}, {off / length:.2g} ‖d‖, at {_checkpoint(farthest, len(names))}"
     rows = [
         ("first", names[0]),
         ("last", names[-1]),
@@ -135,7 +135,7 @@ def report(result: Result[TrajectorySummary]) -> str:
         if lowest is None:
             findings.append(("lowest seen", "none: no checkpoint has a finite loss"))
         else:
-            low = f"{format_number(lowest['loss'])} at {_checkpoint(lowest, last)}"
+            low = f"{format_number(lowest['loss'])} at {_checkpoint(lowest, len(names))}"
             findings.append(("lowest seen", low + format_ties(lowest["ties"])))
         rises = split["rises"]
         findings.append((
@@ -151,6 +151,6 @@ def report(result: Result[TrajectorySummary]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _checkpoint(at: Farthest | LowestOnPath, last: int) -> str:
-    """Returns the index of a checkpoint, from 0, and its name."""
-    return f"checkpoint {at['step']} of {last} ({printable(at['checkpoint'])})"
+def _checkpoint(at: Farthest | LowestOnPath, number: int) -> str:
+    """Returns the number of a checkpoint, from 1, and its name."""
+    return f"checkpoint {at['step'] + 1} of {number} ({printable(at['checkpoint'])})"

@@ -240,7 +240,7 @@ class IterableStream(Examples):
     def rows(self) -> int:
         """The number of examples, counting those inside whole batches."""
         count = len(self)
-        return sum(self._sizes) if self.in_batches else count
+        return sum(self._sizes) if self.in_batches and all(self._sizes) else count
 
     @property
     def language(self) -> bool:
@@ -282,7 +282,7 @@ class IterableStream(Examples):
             index = slice(int(index[0]), int(index[-1]) + 1)
         start, stop, _ = index.indices(len(self))
         part = IterableStream(self._source, self._start + start, self._start + stop)
-        part._length = stop - start
+        part._length, part._sizes = stop - start, self._sizes[start:stop]
         return part
 
     def batches(self, size: int, order: Tensor | None = None) -> Iterator[Split]:
@@ -363,7 +363,7 @@ class IterableStream(Examples):
             if first < last:
                 part = batch.take(slice(first, last))
                 count += len(part)
-                sizes.append(part.rows)
+                sizes.append(0 if part.is_undivided else part.rows)
                 for _, _, content in PackedBatch.pack(part).columns:
                     checksum = zlib.crc32(np.asarray(content).data, checksum)
                 yield part

@@ -20,6 +20,7 @@ from losscli.data.nests import (
     leaves,
     length,
     map_nest,
+    only,
     realise,
     take,
 )
@@ -145,6 +146,11 @@ class Split(Examples):
         structure = torch.frombuffer(bytearray(content), dtype=torch.uint8)
         return digest({"structure": structure, **{str(i): c for i, c in enumerate(columns)}})
 
+    @property
+    def is_undivided(self) -> bool:
+        """Whether elements are batches with parts of different lengths, which have no examples."""
+        return isinstance(self.inputs, Ragged) and self.inputs.build.collate is only
+
     def take(self, index: Tensor | slice) -> Split:
         """Selects examples; views if ``index`` is a slice."""
         return Split(take(self.inputs, index), take(self.targets, index))
@@ -215,7 +221,7 @@ class Batches(Split):
     """Whole batches in memory; each batch counts as one example.
 
     Attributes:
-        sizes: The number of examples in each batch, in order.
+        sizes: The number of examples in each batch, in order; 1 if they cannot be counted.
     """
 
     sizes: tuple[int, ...]
@@ -244,7 +250,7 @@ class Batches(Split):
     @property
     def remarks(self) -> tuple[str, ...]:
         """A remark if the batches differ in size."""
-        return batch_size_remarks(self.sizes)
+        return batch_size_remarks([0] if self.is_undivided else self.sizes)
 
     def take(self, index: Tensor | slice) -> Batches:
         """Selects batches; views if ``index`` is a slice."""
@@ -276,8 +282,13 @@ def _alternate(classes: Tensor) -> Tensor:
 
 
 def batch_size_remarks(sizes: Iterable[int]) -> tuple[str, ...]:
-    """Returns a remark for the user if batches differ in size."""
+    """Returns a remark for the user if batches differ in size; 0 is an unknown size."""
     smallest, largest = min(sizes := set(sizes)), max(sizes)
+    if not smallest:
+        return (
+            "the parts of a batch differ in length, so its examples are not counted; each batch "
+            "counts the same",
+        )
     if smallest == largest:
         return ()
     return (f"the batches have {smallest} to {largest} examples, and each batch counts the same",)

@@ -1124,6 +1124,28 @@ def test_a_mean_over_targets_of_different_lengths_is_refused_and_one_over_sequen
 PHYSICS = [{"inside": torch.rand(n, 2), "edge": torch.rand(3)} for n in (5, 3, 4)]
 
 
+# The number of examples in each batch that can be counted; 0 for parts of different lengths.
+SIZES = {(5, 3, 4): 3, (5, 4, 4): 3, (3, 3): 6}
+
+
+@pytest.mark.parametrize("lengths", SIZES)
+@pytest.mark.parametrize("form", ["a data set", "an iterable"])
+def test_examples_of_batches_with_parts_of_different_lengths_are_not_counted(
+    form: str, lengths: tuple[int, ...]
+) -> None:
+    batches = [{"inside": torch.rand(n, 2), "edge": torch.rand(3)} for n in lengths]
+    rows = (Rows if form == "a data set" else Coming)(batches.__getitem__, len(batches))
+    loader = DataLoader(rows, batch_size=None)
+    split = from_object(loader, "here", batching=Batching(None), whole=True).splits["data"]
+    counted = SIZES[lengths] > len(lengths)
+    assert len(split) == len(lengths)
+    assert split.rows == SIZES[lengths]
+    assert split.take(torch.arange(2)).rows == (6 if counted else 2)
+    note = "the parts of a batch differ in length, so its examples are not counted; each batch "
+    assert (f"{note}counts the same" in split.remarks) is not counted
+    assert not [remark for remark in split.remarks if remark.startswith("the batches have")]
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize("form", ["a data set", "an iterable"])
 def test_an_objective_receives_the_batches_of_a_loader_unchanged(form: str, workers: int) -> None:

@@ -449,7 +449,7 @@ def test_a_very_small_loss_is_never_rounded_to_zero(
     ("command", "told", "ties"),
     [
         (("interpolate", "a.pt", "b.pt", "--range", 0, 2, "--points", 5), "at α = 0.5", 4),
-        (("trajectory", "a.pt", "b.pt", "b.pt", "b.pt"), "at checkpoint 1 of 3", 3),
+        (("trajectory", "a.pt", "b.pt", "b.pt", "b.pt"), "at checkpoint 2 of 4", 3),
         (("plane", "b.pt", "--points", 3), "of the plane", 6),
     ],
 )
