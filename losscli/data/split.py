@@ -286,8 +286,10 @@ def batch_size_remarks(sizes: Iterable[int]) -> tuple[str, ...]:
     smallest, largest = min(sizes := set(sizes)), max(sizes)
     if not smallest:
         return (
-            "the parts of a batch differ in length, so its examples are not counted; each batch "
-            "counts the same",
+            (
+                "the parts of a batch differ in length, so its examples are not counted; each batch "
+                "counts the same"
+            ),
         )
     if smallest == largest:
         return ()

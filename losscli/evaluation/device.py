@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import re
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from losscli.errors import DeviceError, one_line
+from losscli.errors import DeviceError, UsageError, one_line
 from losscli.evaluation.function_mode import FunctionMode
 
 __all__ = [
@@ -30,6 +31,8 @@ __all__ = [
     "widened",
     "without_cudnn",
 ]
+
+_NAME = re.compile(r"(cpu|cuda|mps)(:\d+)?")
 
 # Rows and columns of the matrices that are multiplied to compare types, and the repetitions.
 _PRODUCT_SIZE = 256
@@ -52,6 +55,7 @@ def choose_device(name: str, dtype: str, local: int | None = None) -> torch.devi
         The device. A GPU with a number becomes the current one, for code that asks for ``cuda``.
 
     Raises:
+        UsageError: There is no such name.
         DeviceError: It is not available.
     """
     if name == "auto":
@@ -61,6 +65,9 @@ def choose_device(name: str, dtype: str, local: int | None = None) -> torch.devi
             name = "mps"
         else:
             name = "cpu"
+    cure = f"Choose one of {', '.join(['auto', *_available()])}"
+    if not _NAME.fullmatch(name):
+        raise UsageError(f"the device {name!r} is not known", cure)
     try:
         device = torch.device(name)
         if local is not None and name == "cuda":
@@ -68,17 +75,19 @@ def choose_device(name: str, dtype: str, local: int | None = None) -> torch.devi
         # Only an allocation shows whether a device works.
         torch.empty(1, dtype=getattr(torch, dtype), device=device)
     except (RuntimeError, AssertionError, TypeError) as error:
-        available = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
-        available += ["mps"] if torch.backends.mps.is_available() else []
         raise DeviceError(
             f"the device {name!r} with {dtype} is not available: {one_line(error).split('. ')[0]}",
-            f"Choose one of auto, cpu{''.join(f', {d}' for d in available)}",
+            cure,
         ) from None
-    if device.type not in {"cpu", "cuda", "mps"}:
-        raise DeviceError(f"the device {name!r} is not supported", "Choose auto, cpu, cuda or mps")
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)
     return device
+
+
+def _available() -> list[str]:
+    """Lists the devices of this machine."""
+    gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    return ["cpu", *gpus, *(["mps"] if torch.backends.mps.is_available() else [])]
 
 
 def describe_device(device: torch.device) -> str:

@@ -659,7 +659,8 @@ class Barriers(Study):
                 notes.append(f"the two checkpoints of {format_count(number, 'pair')} {which}")
         for name, metric in self.problem.objective.metrics.items() if self.listed else ():
             function = function_of(metric)
-            if function not in METRICS.values() and not hasattr(function, "higher_is_better"):
+            known = getattr(function, "higher_is_better", None) is not None
+            if function not in METRICS.values() and not known:
                 notes.append(
                     f"more of {name} counts as better, so its barrier is a fall below the straight "
                     f"line; if less is better, set {name}.higher_is_better = False in your code"

@@ -23,7 +23,7 @@ from losscli.evaluation.losses.built_in import (
     options_of,
     token_cross_entropy,
 )
-from losscli.evaluation.losses.metrics import METRICS, accuracy
+from losscli.evaluation.losses.metrics import METRICS, accuracy, is_higher_better
 from losscli.evaluation.losses.targets import class_dim_of
 from losscli.evaluation.losses.torch_losses import from_torch, is_of_torch
 from losscli.evaluation.objective_functions import MODEL, ObjectiveFunction, returned_losses
@@ -255,6 +255,7 @@ def metrics_of(
 
     Raises:
         UsageError: Two columns would have one name.
+        LossError: The ``higher_is_better`` of a metric is not True or False.
     """
     found = specs.metrics
     if specs.objective is not None and not found:
@@ -277,6 +278,7 @@ def metrics_of(
         if name in metrics or name in RESERVED_COLUMNS:
             raise UsageError(f"the name {name!r} is that of another column", "Rename the metric")
         metric, text = _per_example(each, METRICS, "metric")
+        is_higher_better(metric)  # refuses what it may not be, before anything is evaluated
         metrics[name] = like_loss(loss, metric)
         texts.append(text)
     return metrics, texts, source

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import losscli
-from losscli.errors import DeviceError
+from losscli.errors import DeviceError, UsageError
 from losscli.evaluation import device
 from losscli.evaluation.device import choose_device, float32_precision, half_precision_note
 from tests.conftest import Losscli
@@ -144,6 +144,18 @@ def test_each_rank_of_a_machine_takes_a_gpu_that_it_sees_and_makes_it_current(
 def test_a_rank_without_a_gpu_is_refused(local: int | None) -> None:
     with pytest.raises(DeviceError, match="'cuda' with float32 is not available"):
         choose_device("cuda", "float32", local)
+
+
+@pytest.mark.parametrize("name", ["foo", "", "cuda:x", "cuda:", "xpu", "meta", "CPU", "cpu "])
+def test_an_unknown_name_is_a_wrong_option_and_lists_the_devices_of_the_machine(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(UsageError) as caught:
+        choose_device(name, "float32")
+    assert caught.value.exit_code == 2
+    cure = "Choose one of auto, cpu, cuda:0, cuda:1"
+    assert str(caught.value) == f"the device {name!r} is not known. {cure}"
 
 
 def _states() -> list[object]:

@@ -218,7 +218,8 @@ def error(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 
 
 def test_the_barrier_of_a_metric_is_a_fall_or_a_rise(spawned: Path, data: Any) -> None:
-    error.higher_is_better = False  # type: ignore[attr-defined]
+    margin.higher_is_better = None  # type: ignore[attr-defined]  # as torchmetrics: not known
+    error.higher_is_better = np.bool_(False)  # type: ignore[attr-defined]
     given: dict[str, Any] = {"data": data, "dtype": "float64", "points": 5}
     metric = [margin, error, accuracy]
     result = losscli.barriers(pairs="runs/pairs.csv", x="step", metric=metric, **given)

@@ -349,6 +349,19 @@ def test_a_greedy_soup_is_that_of_a_plain_loop(
     assert Path("again.png").read_bytes() == Path("s.png").read_bytes()
 
 
+def test_a_gain_within_two_standard_errors_is_called_insignificant(relatives: list[str]) -> None:
+    result = library.soup(relatives[:2], greedy="test")
+    for kept, gain, error, marked in (
+        (["0.pt", "1.pt"], 0.1, 0.06, True),
+        (["0.pt", "1.pt"], 0.1, 0.04, False),
+        (["0.pt"], 0.0, 0.0, False),
+    ):
+        result.summary["splits"]["test"].update(kept=kept, gain=gain, gain_stderr=error)
+        text = report(result)
+        assert "above the best checkpoint" in text
+        assert text.endswith("above the best checkpoint (not significantly)\n") is marked
+
+
 def wrong(outputs: Tensor, targets: Tensor) -> Tensor:
     return (outputs.argmax(1) != targets).float()
 

@@ -442,6 +442,13 @@ def test_a_model_that_returns_no_tensor_is_refused(folder: Path) -> None:
         losscli.interpolate("a.pt", "b.pt", model=lambda: Pair("6-5-3"))
 
 
+def graded(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    return (outputs.argmax(1) == targets).float()
+
+
+graded.higher_is_better = "no"  # type: ignore[attr-defined]
+
+
 @pytest.mark.parametrize(
     ("settings", "error", "message"),
     [
@@ -460,11 +467,20 @@ def test_a_model_that_returns_no_tensor_is_refused(folder: Path) -> None:
         ({"loss": "cross"}, SpecError, "unknown loss 'cross'"),
         ({"loss": "tests.foreign:batch_mean"}, LossError, "reduction=none"),
         ({"loss": "mse"}, LossError, "one shape"),
+        (
+            {"metric": (graded,)},
+            LossError,
+            "graded.higher_is_better must be True or False, not 'no'",
+        ),
         ({"metric": ("f1",)}, SpecError, "unknown metric"),
         ({"metric": ("accuracy", "accuracy")}, UsageError, "is that of another column"),
         ({"device": "cuda:99"}, DeviceError, "is not available"),
-        ({"device": "abacus"}, DeviceError, "is not available"),
-        ({"device": "meta"}, DeviceError, "not supported"),
+        (
+            {"device": "abacus"},
+            UsageError,
+            r"the device 'abacus' is not known. Choose .* auto, cpu",
+        ),
+        ({"device": "meta"}, UsageError, "the device 'meta' is not known"),
         ({"dtype": "int8"}, UsageError, "float32"),
         ({"buffers": "c"}, UsageError, "interpolate"),
         ({"batch_size": 0}, UsageError, "is not a number of examples"),

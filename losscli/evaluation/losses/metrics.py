@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from losscli.errors import LossError
+from losscli.errors import LossError, UsageError
 from losscli.evaluation.losses.built_in import (
     PerExample,
     causal_lm,
@@ -16,6 +16,7 @@ from losscli.evaluation.losses.built_in import (
     per_example_mean,
 )
 from losscli.evaluation.losses.class_targets import class_dim, counted, describe, probability_dim
+from losscli.settings import convert
 
 __all__ = [
     "METRICS",
@@ -179,9 +180,19 @@ def is_higher_better(metric: PerExample) -> bool:
     Returns:
         False for perplexity, and for code with the attribute ``higher_is_better = False``, as
         torchmetrics has it; else True.
+
+    Raises:
+        LossError: The attribute is not True, False or None.
     """
     function = function_of(metric)
-    return function is not perplexity and getattr(function, "higher_is_better", True) is not False
+    # torchmetrics has None where it is not known.
+    if (value := getattr(function, "higher_is_better", None)) is None:
+        return function is not perplexity
+    name = getattr(function, "__name__", type(function).__name__)
+    try:
+        return bool(convert(f"{name}.higher_is_better", value, bool))
+    except UsageError as error:
+        raise LossError(error.what, "Set it to False if less is better") from None
 
 
 def loss_seed_stderr(outputs: Tensor, targets: Tensor) -> Tensor:
