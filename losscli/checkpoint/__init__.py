@@ -19,7 +19,7 @@ from losscli.checkpoint.order import expand_folders, order_path
 from losscli.checkpoint.reading import find_base, read, read_optimizers
 from losscli.checkpoint.renaming import select_for
 from losscli.checkpoint.rules import NameRules
-from losscli.checkpoint.saving import lost_by_safetensors, save
+from losscli.checkpoint.saving import check_storable, lost_by_safetensors, save
 from losscli.checkpoint.state import Checkpoint, CheckpointFile, tied_names
 
 __all__ = [
@@ -34,6 +34,7 @@ __all__ = [
     "NameRules",
     "StateDict",
     "Versions",
+    "check_storable",
     "expand_folders",
     "file_names",
     "find_adam_state",

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import safetensors
+import safetensors.torch
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -21,7 +21,7 @@ from losscli.errors import OutputError, one_line
 from losscli.files import create
 from losscli.weight_space.vectors import Weights
 
-__all__ = ["lost_by_safetensors", "save"]
+__all__ = ["check_storable", "lost_by_safetensors", "save"]
 
 # Suffixes of files written with ``torch.save``; all others are written as safetensors.
 _TORCH_SUFFIXES = (".pt", ".pth")
@@ -55,14 +55,9 @@ def save(
         OutputError: The file cannot be written, or the format cannot store what the model needs
             to load it.
     """
+    check_storable(path, weights, versions or {}, extra or {})
     state = loadable(weights, versions or {}, extra or {})
     safe = path.suffix not in _TORCH_SUFFIXES
-    if safe and (lost := lost_by_safetensors(weights, versions or {}, extra or {})):
-        raise OutputError(
-            f"{path} cannot be written: safetensors does not store {lost}, which the model may "
-            "need to load the file",
-            f"Write {path.with_suffix('.pt')}",
-        )
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         temporary.unlink(missing_ok=True)  # of a killed process with the same ID
@@ -81,17 +76,46 @@ def save(
         temporary.replace(path)
     except OSError as error:
         raise OutputError(f"{path} cannot be written: {error.strerror or error}") from None
-    except KeyError as error:  # of the table of types
-        raise OutputError(
-            f"{path} cannot be written: safetensors {safetensors.__version__} does not store "
-            f"{error.args[0]}",
-            f"Write {path.with_suffix('.pt')}",
-        ) from None
     except (SafetensorError, ValueError, RuntimeError) as error:
         raise OutputError(f"{path} cannot be written: {one_line(error)}") from None
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
+
+
+def check_storable(
+    path: Path,
+    weights: Weights,
+    versions: Versions,
+    extra: Mapping[str, Any],
+    cure: str = "",
+) -> None:
+    """Checks that the format of a file can store a checkpoint.
+
+    Args:
+        path: The file.
+        weights: The tensors, or others of the same types.
+        versions: The versions of the modules that saved the tensors.
+        extra: The extra state of modules.
+        cure: How to fix it, if the file cannot have another format.
+
+    Raises:
+        OutputError: It cannot.
+    """
+    if path.suffix in _TORCH_SUFFIXES:
+        return
+    what = ""
+    if lost := lost_by_safetensors(weights, versions, extra):
+        what = f"safetensors does not store {lost}, which the model may need to load the file"
+    for dtype in dict.fromkeys(tensor.dtype for tensor in weights.values()):
+        try:
+            safetensors.torch.save({"": torch.empty(0, dtype=dtype)})
+        except KeyError:  # of the table of types
+            what = what or f"safetensors {safetensors.__version__} does not store {dtype}"
+    if what:
+        raise OutputError(
+            f"{path} cannot be written: {what}", cure or f"Write {path.with_suffix('.pt')}"
+        )
 
 
 def lost_by_safetensors(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -84,7 +83,7 @@ def align(
         check_writable(out, force=force)
     with importing("torch"):
         from losscli.checkpoint import expand_folders, file_names
-        from losscli.studies.alignment import align as study
+        from losscli.studies.alignment import align_each
         from losscli.studies.inputs import protect_inputs
 
     names = expand_folders(b) if several else b
@@ -102,7 +101,7 @@ def align(
         check_writable(out, force=force)
     protect_inputs(files, [a, *names], settings)
     with console.guard_stdout():
-        alignments = study(a, names, by=by, **asdict(settings))
+        alignments = align_each([a, *names], settings, by, files)
     _write(alignments, files)
     console.written = True
     entries = [

@@ -16,7 +16,13 @@ from losscli.cli.options import Write
 from losscli.errors import ChangedError, UsageError
 from losscli.registry import COMMANDS, load
 from losscli.results.figures import check_panel_count, has_panels
-from losscli.results.result import check_labels, check_writable, refuse_overwriting, to_json
+from losscli.results.result import (
+    Output,
+    check_labels,
+    check_writable,
+    refuse_overwriting,
+    to_json,
+)
 from losscli.results.summaries import Description
 
 if TYPE_CHECKING:
@@ -97,17 +103,7 @@ def run_study(
     if output is None:
         console.result(_evaluate(study, console, ranks, None).table.to_csv())
         return
-    from losscli.studies.inputs import protect_inputs
-
-    made = [Path(f"{output.stem}{suffix}") for suffix in study.checkpoint_suffixes]
-    written = [*output.paths(command.further_tables), *made, *filter(None, [checkpoint])]
-    refuse_overwriting(written, inputs)
-    protect_inputs(written, study.inputs, study.problem.settings)
-    output.guard(study.identity, command.further_tables)
-    for path in made if checkpoint is None else [checkpoint]:
-        # An earlier run of the same command may have written it, and may have been killed then.
-        again = output.is_of(study.identity) or Path(f"{output.stem}.journal").exists()
-        check_writable(path, force=write.force or again)
+    made = _check_files(study, write, output, checkpoint, inputs)
     from losscli.evaluation.journal import Journal
 
     with console.guard_stdout():
@@ -135,6 +131,35 @@ def run_study(
     else:
         console.result(command.as_text(result))
     console.note(f"wrote {', '.join(map(str, files))}")
+
+
+def _check_files(
+    study: Study,
+    write: Write,
+    output: Output,
+    checkpoint: Path | None,
+    inputs: Sequence[Path],
+) -> list[Path]:
+    """Checks that all files can be written; returns those of the checkpoints named after STEM."""
+    from losscli.studies.inputs import protect_inputs
+    from losscli.studies.verification import require_storable
+
+    tables = COMMANDS[study.command].further_tables
+    made = [Path(f"{output.stem}{suffix}") for suffix in study.checkpoint_suffixes]
+    written = [*output.paths(tables), *made, *filter(None, [checkpoint])]
+    refuse_overwriting(written, inputs)
+    protect_inputs(written, study.inputs, study.problem.settings)
+    output.guard(study.identity, tables)
+    for path in made if checkpoint is None else [checkpoint]:
+        # An earlier run of the same command may have written it, and may have been killed then.
+        again = output.is_of(study.identity) or Path(f"{output.stem}.journal").exists()
+        check_writable(path, force=write.force or again)
+    if checkpoint is not None:
+        require_storable(study.problem, checkpoint)
+    elif made:
+        cure = f"Run losscli.{study.command} in Python, and save its checkpoints as .pt files"
+        require_storable(study.problem, made[0], cure)
+    return made
 
 
 def _note_on_speed(study: Study, console: Console) -> None:

@@ -285,12 +285,8 @@ def batch_size_remarks(sizes: Iterable[int]) -> tuple[str, ...]:
     """Returns a remark for the user if batches differ in size; 0 is an unknown size."""
     smallest, largest = min(sizes := set(sizes)), max(sizes)
     if not smallest:
-        return (
-            (
-                "the parts of a batch differ in length, so its examples are not counted; each batch "
-                "counts the same"
-            ),
-        )
+        unknown = "the parts of a batch differ in length, so its examples are not counted"
+        return (f"{unknown}; each batch counts the same",)
     if smallest == largest:
         return ()
     return (f"the batches have {smallest} to {largest} examples, and each batch counts the same",)

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal, get_args, overload
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 from losscli.checkpoint import (
     Checkpoint,
     CheckpointLike,
+    check_storable,
     expand_folders,
     is_checkpoint,
     name_checkpoint,
@@ -42,7 +44,7 @@ from losscli.weight_space.permutations import Group, hidden_units, obstacles, pe
 from losscli.weight_space.tracing import trace
 from losscli.weight_space.vectors import Weights, distance
 
-__all__ = ["Alignment", "By", "align"]
+__all__ = ["Alignment", "By", "align", "align_each"]
 
 By = Literal["weights", "activations"]
 """What hidden units are matched by."""
@@ -118,17 +120,38 @@ def align(
             raise UsageError(f"align evaluates no loss, and {name} has no effect", "Leave it out")
     first, chosen = name_checkpoint(a, "A"), Settings(**settings)
     if is_checkpoint(b):
-        (found,) = _align_each([first, name_checkpoint(b, "B")], chosen, by)
+        (found,) = align_each([first, name_checkpoint(b, "B")], chosen, by)
         return found
-    others = expand_folders(name_checkpoints(b, first=1))
-    if not others:
+    return align_each([first, *expand_folders(name_checkpoints(b, first=1))], chosen, by)
+
+
+def align_each(
+    names: Sequence[str], settings: Settings, by: By, files: Sequence[Path] = ()
+) -> list[Alignment]:
+    """Permutes each checkpoint but the first onto the first.
+
+    Args:
+        names: The checkpoints.
+        settings: The settings.
+        by: See `align`.
+        files: The files that will be written, one for each checkpoint but the first.
+
+    Returns:
+        The permuted checkpoints and the findings.
+
+    Raises:
+        OutputError: A file is of a format that cannot store its checkpoint.
+        LosscliError: As `align`.
+    """
+    if len(names) < 2:
         raise UsageError("align has no checkpoint to permute", "Give one or more after A")
-    require_distinct(others)
-    return list(_align_each([first, *others], chosen, by))
+    require_distinct(names[1:])
+    return list(_align_each(names, settings, by, files))
 
 
-def _align_each(names: Sequence[str], settings: Settings, by: By) -> Iterator[Alignment]:
-    """Permutes each checkpoint but the first onto the first."""
+def _align_each(
+    names: Sequence[str], settings: Settings, by: By, files: Sequence[Path]
+) -> Iterator[Alignment]:
     begun = time.perf_counter()
     problem, runs = _prepare(names, settings, by)
     objective, first = problem.objective, problem.first.weights
@@ -138,6 +161,10 @@ def _align_each(names: Sequence[str], settings: Settings, by: By) -> Iterator[Al
             f"align permutes only real weights, and {some[0]} is complex",
             "Compare the checkpoints as they are, with losscli interpolate",
         )
+    for t, file in enumerate(files, start=1):
+        opened = problem.open(t)
+        versions = needed_versions(problem, opened.weights)
+        check_storable(file, opened.weights, versions, opened.extra)
     groups = _groups(problem)
     reached = {name for group in groups for name in group.names}
     _require_finite(problem.names[0], first, reached)

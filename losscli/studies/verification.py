@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from losscli.checkpoint import Checkpoint, Versions, has_custom_loading, loadable
+from losscli.checkpoint import (
+    Checkpoint,
+    Versions,
+    check_storable,
+    has_custom_loading,
+    loadable,
+)
 from losscli.data import Examples
 from losscli.errors import ModelError, UsageError
 from losscli.evaluation.loading import named_tensors
@@ -27,6 +34,7 @@ __all__ = [
     "differentiable_parameters",
     "made_checkpoint",
     "needed_versions",
+    "require_storable",
     "verify_fresh_model",
     "verify_fresh_model_near",
     "verify_sweep",
@@ -288,3 +296,19 @@ def made_checkpoint(problem: Problem, name: str, weights: Weights) -> Checkpoint
         versions=needed_versions(problem, whole),
         extra=problem.first.extra,
     )
+
+
+def require_storable(problem: Problem, path: Path, cure: str = "") -> None:
+    """Checks, before a run, that a file can store a checkpoint that it makes of the given ones.
+
+    Args:
+        problem: The model and the checkpoints.
+        path: The file.
+        cure: How to fix it, if the file cannot have another format.
+
+    Raises:
+        OutputError: Its format cannot.
+    """
+    versions = needed_versions(problem, problem.first.weights)
+    for t in range(len(problem.names)):
+        check_storable(path, problem.open(t).weights, versions, problem.first.extra, cure)

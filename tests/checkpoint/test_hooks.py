@@ -813,25 +813,64 @@ def test_extra_states_that_differ_are_refused_where_they_change_the_loss(tmp_pat
     assert [losses[0], losses[2]] == pytest.approx(expected, rel=1e-12)
 
 
+@pytest.fixture
+def hooked(tmp_path: Path) -> Callable[[str], list[str]]:
+    """Makes two checkpoints of a kind, and returns their names and the model and data options."""
+    torch.manual_seed(0)
+    np.savez(tmp_path / "data.npz", inputs=INPUTS.numpy(), targets=TARGETS.numpy())
+
+    def make(kind: str) -> list[str]:
+        (tmp_path / "net.py").write_text(
+            "from tests.checkpoint.test_hooks import HOOKED\n"
+            f"def net(): return HOOKED[{kind!r}]()\n"
+        )
+        names = written(kind, tmp_path, (1, 1))
+        return [*names, "-m", f"{tmp_path}/net.py:net", "-d", f"npz:{tmp_path}/data.npz"]
+
+    return make
+
+
 @pytest.mark.parametrize("kind", ["version", pytest.param("shape", marks=pytest.mark.stress)])
 def test_an_aligned_file_is_loaded_as_it_was_aligned(
-    kind: str, losscli: Losscli, tmp_path: Path
+    kind: str, losscli: Losscli, tmp_path: Path, hooked: Callable[[str], list[str]]
 ) -> None:
-    torch.manual_seed(0)
-    (tmp_path / "net.py").write_text(
-        f"from tests.checkpoint.test_hooks import HOOKED\ndef net(): return HOOKED[{kind!r}]()\n"
-    )
-    np.savez(tmp_path / "data.npz", inputs=INPUTS.numpy(), targets=TARGETS.numpy())
-    names = written(kind, tmp_path, (1, 1))
-    options = ["-m", f"{tmp_path}/net.py:net", "-d", f"npz:{tmp_path}/data.npz", "--force"]
-    out = tmp_path / "x.safetensors"
-    done = losscli("align", *names, "-o", out, *options)
-    if kind == "version":
-        assert done.status == 1
-        assert "safetensors does not store version 2 of second" in done.stderr
-        out = tmp_path / "x.pt"
-        done = losscli("align", *names, "-o", out, *options)
+    arguments = hooked(kind)
+    names = arguments[:2]
+    out = tmp_path / ("x.pt" if kind == "version" else "x.safetensors")
+    done = losscli("align", *arguments, "-o", out)
     assert done.status == 0, done.stderr
     line = library.interpolate(out, names[1], points=2, range=(0, 1), model=HOOKED[kind], **STUDY)
     one, other = line.table.floats("loss")
     assert one == pytest.approx(other, rel=1e-5)
+
+
+def test_what_safetensors_cannot_store_is_refused_before_the_work(
+    losscli: Losscli,
+    tmp_path: Path,
+    hooked: Callable[[str], list[str]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def work(*_: Any, **__: Any) -> Any:
+        raise AssertionError
+
+    monkeypatch.setattr("losscli.studies.alignment._groups", work)
+    monkeypatch.setattr("losscli.cli.run_study._evaluate", work)
+    arguments = hooked("version")
+    before = sorted(tmp_path.iterdir())
+    for command, file, cure in (
+        (("align",), "x.safetensors", f"Write {tmp_path}/x.pt"),
+        (("soup", "--greedy", "data"), "x.safetensors", f"Write {tmp_path}/x.pt"),
+        (
+            ("connect",),
+            "x.bend-1.safetensors",
+            "Run losscli.connect in Python, and save its checkpoints as .pt files",
+        ),
+    ):
+        out = tmp_path / ("x" if command == ("connect",) else "x.safetensors")
+        done = losscli(*command, *arguments, "-o", out)
+        what = "safetensors does not store version 2 of second, which the model may need to load"
+        assert (done.status, done.stdout) == (1, "")
+        assert done.stderr == (
+            f"losscli: {tmp_path / file} cannot be written: {what} the file. {cure}\n"
+        )
+        assert sorted(tmp_path.iterdir()) == before
