@@ -10,7 +10,7 @@ import errno
 import json
 import os
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from io import BufferedReader, FileIO
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -26,6 +26,7 @@ __all__ = [
     "read_regular",
     "read_text",
     "refuse_placeholder",
+    "walk",
 ]
 
 # The largest table from a pipe and the longest first line, in bytes. The largest tables are planes,
@@ -115,6 +116,29 @@ def read_object(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}
+
+
+def walk(
+    folder: Path, onerror: Callable[[OSError], object] | None = None
+) -> Iterator[tuple[str, list[str], list[str]]]:
+    """Walks a folder as `os.walk` does, through links, without hidden folders.
+
+    Args:
+        folder: The folder.
+        onerror: Called with the error of a folder that cannot be read, which is left out.
+
+    Yields:
+        Each folder, the names of the folders in it, and those of the files in it.
+    """
+    for parent, folders, files in os.walk(folder, onerror=onerror, followlinks=True):
+        resolved = Path(parent).resolve()
+        folders[:] = [
+            name
+            for name in folders
+            # A link to one of its parents would be followed forever.
+            if name[0] != "." and not resolved.is_relative_to(Path(parent, name).resolve())
+        ]
+        yield parent, folders, files
 
 
 def refuse_placeholder(path: Path, name: str, error: type[LosscliError]) -> None:

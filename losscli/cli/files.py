@@ -210,6 +210,7 @@ def export(
 
     names = checkpoints or _checkpoints_of(plane)
     protect_inputs([out], names, None if plane is None else settings)
+    refuse_overwriting([out], filter(None, [csv, plane]))
     summary = None
     if plane is not None and at is not None:
         with console.guard_stdout():

@@ -422,6 +422,7 @@ class Write:
         figure: The paths of ``--figure``.
         no_figure: Whether no figure is drawn.
         drawing: How the figure is drawn.
+        style: The file of its style sheet, if any.
         force: Whether results of another run may be overwritten.
         json: Whether stdout gets the summary as JSON.
         dry_run: Whether to describe the run and time one batch instead.
@@ -431,6 +432,7 @@ class Write:
     figure: tuple[Path, ...]
     no_figure: bool
     drawing: Drawing
+    style: Path | None
     force: bool
     json: bool
     dry_run: bool
@@ -498,8 +500,8 @@ def _with_output(command: Command) -> Command:
     def gather(values: dict[str, Any]) -> dict[str, Any]:
         values["figure"] = tuple(values["figure"] or ())
         values["json"] = values.pop("json_")
-        drawing = Drawing(**_given({name: values.pop(name) for name in _DRAWING}))
-        return {"write": Write(**values, drawing=drawing)}
+        style, given = values["style"], {name: values.pop(name) for name in _DRAWING}
+        return {"write": Write(**values, style=style, drawing=Drawing(**_given(given)))}
 
     return _expand(command, "write", _OUTPUT_OPTIONS | _DRAWING, gather)
 
@@ -517,15 +519,20 @@ def with_study_options(command: Command) -> Command:
 
 
 def with_drawing(command: Command) -> Command:
-    """Replaces the parameter ``drawing`` of a command by the options of the figure.
+    """Replaces the parameters ``drawing`` and ``style`` of a command by the options of the figure.
 
     Args:
-        command: A function with a parameter ``drawing``, the options that the user gave.
+        command: A function with a parameter ``drawing``, the options that the user gave, and
+            ``style``, the file of the style sheet.
 
     Returns:
         The function with the options instead.
     """
-    return _expand(command, "drawing", _REDRAWING, lambda values: {"drawing": _given(values)})
+
+    def gather(values: dict[str, Any]) -> dict[str, Any]:
+        return {"drawing": _given(values), "style": values["style"]}
+
+    return _expand(command, "drawing", _REDRAWING, gather)
 
 
 def _given(values: dict[str, Any]) -> dict[str, Any]:
@@ -583,7 +590,8 @@ def _expand(
         )
         for name, annotation in options.items()
     ]
-    parameters = [p for p in original if p.name != parameter] + added
+    # What else is gathered is a parameter with the name of an option.
+    parameters = [p for p in original if p.name not in {parameter, *options}] + added
     expanded.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     expanded.__annotations__ = {p.name: p.annotation for p in parameters}
     return expanded

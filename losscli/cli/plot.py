@@ -51,6 +51,7 @@ def plot(
     csvs: Annotated[list[str], argument("Tables that losscli wrote; - for stdin.", metavar="CSV")],
     console: Console,
     drawing: Mapping[str, Any],
+    style: Path | None,
     title: Annotated[
         str, typer.Option("--title", help="A title above the figure.", show_default=False)
     ] = "",
@@ -101,7 +102,7 @@ def plot(
     single = csvs[0] if len(csvs) == 1 and csvs[0] != "-" else None
     stem = stem_of(out) if out is not None else Path((single or "").removesuffix(".csv") or "plot")
     output = Output.plan(stem, tuple(figure or picture_of(out)), force=force)
-    refuse_overwriting(output.figures, map(Path, csvs))
+    refuse_overwriting(output.figures, [*map(Path, csvs), *filter(None, [style])])
     if any(map(has_panels, output.figures)):
         check_panels(csvs, runs)
     import_plotting()

@@ -147,7 +147,7 @@ def _check_files(
     tables = COMMANDS[study.command].further_tables
     made = [Path(f"{output.stem}{suffix}") for suffix in study.checkpoint_suffixes]
     written = [*output.paths(tables), *made, *filter(None, [checkpoint])]
-    refuse_overwriting(written, inputs)
+    refuse_overwriting(written, [*inputs, *filter(None, [write.style])])
     protect_inputs(written, study.inputs, study.problem.settings)
     output.guard(study.identity, tables)
     for path in made if checkpoint is None else [checkpoint]:

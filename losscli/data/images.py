@@ -19,6 +19,7 @@ from torch.utils.data import Dataset
 
 from losscli.data.batch import Pixels
 from losscli.errors import DataError, SpecError, one_line, printable
+from losscli.files import walk
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -291,14 +292,7 @@ def _images(folder: Path) -> list[str]:
 
 
 def _walk(folder: Path) -> Iterator[tuple[str, str]]:
-    for parent, folders, files in os.walk(folder, onerror=_fail, followlinks=True):
-        resolved = Path(parent).resolve()
-        folders[:] = [
-            name
-            for name in folders
-            # A link to one of its parents would be followed forever.
-            if name[0] != "." and not resolved.is_relative_to(Path(parent, name).resolve())
-        ]
+    for parent, _, files in walk(folder, onerror=_fail):
         yield from ((parent, name) for name in files if _is_image(name))
 
 

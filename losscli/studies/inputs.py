@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from losscli.checkpoint import find_base, read
 from losscli.data import DATASETS
+from losscli.files import read_object, walk
 from losscli.results.result import refuse_overwriting
 from losscli.settings import Settings
 from losscli.spec import Spec
@@ -14,16 +15,22 @@ from losscli.studies.specs import SourcedSpec, find_specs
 
 __all__ = ["protect_inputs"]
 
+# Formats of data whose files may have any name and lie in folders of folders.
+_NESTED = ("imagefolder", "hf")
+
 
 def protect_inputs(
     outputs: Iterable[Path], names: Sequence[str], settings: Settings | None
 ) -> None:
-    """Checks that no file to write is a file of a checkpoint or of the data.
+    """Checks that no file to write is one that the command reads, also through links.
+
+    The files are those of the checkpoints and of what the specs name: data and their tokenizer, the
+    configuration of a model, code, and the TOML files with the specs.
 
     Args:
         outputs: The files to write.
         names: The checkpoints.
-        settings: The settings, for the data; None if the command reads no data.
+        settings: The settings, with the specs; None if the command reads only checkpoints.
 
     Raises:
         UsageError: An output is one of them.
@@ -35,21 +42,45 @@ def protect_inputs(
     stored = dict.fromkeys(name for name in (*names, base) if name and name[:5] != "init:")
     inputs = [file for name in stored for file in read(name).files]
     if settings is not None:
-        specs = find_specs(settings, None, read(base) if base else None)
-        inputs += _data_files(specs.data)
+        found = find_specs(settings, settings.model, read(base) if base else None)
+        for spec in (found.model, found.data, found.loss, found.objective, *found.metrics):
+            inputs += _files_of(spec)
     refuse_overwriting(existing, inputs)
 
 
-def _data_files(data: SourcedSpec | None) -> list[Path]:
-    """Lists the files of the data that may have the suffix of an output, and folders of them."""
-    if data is None or not isinstance(data.value, str):
-        return []
-    name, _, argument = Spec.parse(data.value).target.partition(":")
-    if name not in DATASETS or not argument:
-        return []
-    path = Path(data.folder or "", argument)
+def _files_of(found: SourcedSpec | None) -> Iterator[Path]:
+    """Yields the files that a spec names, the one with the spec, and folders of nothing else."""
+    if found is None or not isinstance(found.value, str):
+        return
+    if found.source.endswith(".toml"):
+        yield Path(found.source)
+    folder = found.folder or Path()
+    spec = Spec.parse(found.value)
+    name, _, argument = spec.target.partition(":")
+    if name.endswith(".py"):
+        yield folder / name
+    elif name == "transformers":
+        yield folder / argument / "config.json"
+    elif name in DATASETS and argument:
+        yield from _files_of_data(name, folder / argument)
+        tokenizer = folder / str(spec.options.get("tokenizer", ""))
+        for file in tokenizer.glob("*.json") if "tokenizer" in spec.options else ():
+            # Results may lie in the same folder.
+            if "identity" not in read_object(file):
+                yield file
+    elif name == "pt2":
+        yield folder / argument
+
+
+def _files_of_data(name: str, path: Path) -> Iterator[Path]:
+    """Yields what a data set is read from: files, links, and folders of nothing else."""
     if not path.is_dir():
-        return [path]
-    if name == "imagefolder":  # the images are in its subfolders
-        return [folder for folder in path.iterdir() if folder.is_dir()]
-    return [path] if name == "hf" else []
+        yield path
+    elif name not in _NESTED:
+        # Their own files do not have the suffix of a result.
+        yield from (file for file in (*path.glob("*"), *path.glob("*/*")) if file.is_symlink())
+    else:
+        yield from [path] if name == "hf" else []
+        for parent, folders, files in walk(path):
+            yield from (Path(parent, folder) for folder in folders)
+            yield from (link for file in files if (link := Path(parent, file)).is_symlink())

@@ -5,12 +5,17 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import losscli as library
+from losscli.errors import UsageError
+from losscli.settings import Settings
+from losscli.studies.inputs import protect_inputs
 from tests.conftest import Losscli
 
 OVERWRITING = {
@@ -52,6 +57,12 @@ OVERWRITING = {
         "images/x/0.png",
     ),
     "a figure over a table": ("plot line.svg --figure line.svg", "line.svg"),
+    "a style sheet": ("interpolate a.pt b.pt --style s.svg --figure s.svg -o x", "s.svg"),
+    "a style sheet of another figure": ("plot line.csv --style s.svg --figure s.svg", "s.svg"),
+    "the table of the lowest loss": (
+        "export a.pt b.pt --best test --csv table.pt -o table.pt",
+        "table.pt",
+    ),
     "a figure over a checkpoint": ("inspect a.svg --figure a.svg", "a.svg"),
 }
 
@@ -73,7 +84,9 @@ def test_no_command_overwrites_a_file_that_it_reads(losscli: Losscli, folder: Pa
         Image.fromarray(np.full((2, 2, 3), 60 * k, np.uint8)).save(image)
     done = losscli("interpolate", "a.pt", "b.pt", "-o", "line", "--points", 3, "--no-figure")
     assert done.status == 0, done.stderr
-    shutil.copy("line.csv", "line.svg")
+    for copy in ("line.svg", "table.pt"):
+        shutil.copy("line.csv", copy)
+    Path("s.svg").write_text("lines.linewidth: 2\n")
     done = losscli("plane", "a.pt", "-o", "plane", "--points", 2, "--no-figure")
     assert done.status == 0, done.stderr
     done = losscli("connect", "a.pt", "b.pt", "-o", "y", "--steps", 1, "--points", 3, "--no-figure")
@@ -85,6 +98,55 @@ def test_no_command_overwrites_a_file_that_it_reads(losscli: Losscli, folder: Pa
         assert done.stderr == f"{words}another --out or --figure\n", case
         assert done.status == 2, case
         assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()} == before, case
+
+
+# A spec, and files that it reads which a result may have the name of. Links lead to "here.json".
+READ: dict[str, tuple[dict[str, Any], list[str]]] = {
+    "a tokenizer": (
+        {"data": "text:words.json,tokenizer=tokens"},
+        ["tokens/tokenizer.json", "tokens/vocab.json", "words.json"],
+    ),
+    "the configuration of a model": ({"model": "transformers:hub"}, ["hub/config.json"]),
+    "that next to a checkpoint": ({}, ["hub/config.json"]),
+    "an exported program": ({"model": "pt2:program.pt"}, ["program.pt"]),
+    "code": ({"model": "net.py:net"}, ["here.json"]),
+    "a metric": ({"metric": ("net.py:score",)}, ["here.json"]),
+    "a TOML file": ({"data": "spec.toml"}, ["here.json"]),
+    "images": ({"data": "imagefolder:images"}, ["images/x/0.png", "here.json", "there/2.png"]),
+    "a hub's data": ({"data": "hf:hub"}, ["hub/config.json", "here.json"]),
+    "texts": ({"data": "text:texts"}, ["here.json"]),
+}
+
+
+@pytest.mark.parametrize("case", READ)
+def test_every_file_that_a_spec_reads_is_protected(case: str, folder: Path) -> None:
+    for file in ("tokens/tokenizer.json", "tokens/vocab.json", "words.json", "images/x/0.png",
+                 "there/2.png", "program.pt"):  # fmt: skip
+        Path(file).parent.mkdir(exist_ok=True, parents=True)
+        Path(file).write_text("{}")
+    Path("here.json").write_text('name = "text:words.json"\n')
+    for link in ("net.py", "spec.toml", "images/x/1.png", "hub/data.csv", "texts/train.txt"):
+        Path(link).parent.mkdir(exist_ok=True)
+        Path(link).symlink_to(folder / "here.json")
+    Path("images/x/up").symlink_to(folder / "images")  # leads to one of its parents
+    Path("images/y").symlink_to(folder / "there")
+    Path("hub/config.json").write_text('{"model_type": "gpt2"}')
+    torch.save({"weight": torch.zeros(1)}, "hub/a.pt")  # has no metadata
+    Path("free.json").write_text("{}")
+    Path("tokens/result.json").write_text('{"command": "interpolate", "identity": "0"}')
+    settings, files = READ[case]
+    for file in files:
+        with pytest.raises(UsageError, match=f"^{file} is an input of this command, which would"):
+            protect_inputs([Path(file)], ["hub/a.pt", "b.pt"], Settings(**settings))
+    others = {"free.json", "tokens/result.json", "here.json"} - set(files)
+    protect_inputs(map(Path, others), ["hub/a.pt", "b.pt"], Settings(**settings))
+
+
+def test_a_losscli_toml_is_protected(folder: Path) -> None:
+    shutil.move("losscli.toml", "mine.json")
+    Path("losscli.toml").symlink_to("mine.json")
+    with pytest.raises(UsageError, match=r"^mine\.json is an input"):
+        protect_inputs([Path("mine.json")], ["a.pt"], Settings())
 
 
 def test_only_files_that_a_command_reads_are_looked_up(losscli: Losscli, folder: Path) -> None:
