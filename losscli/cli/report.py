@@ -117,7 +117,8 @@ def plan(description: Description) -> str:
             f"down −∇L, along v, near extrema: at most {steps:,}, each a pass over a split",
         ))
     if "training_steps" in d:
-        rows.append(("training", f"{d['training_steps']:,} steps"))
+        size = f"{d['bytes_of_training'] / 2**20:,.1f} MiB of bends, gradients and moments"
+        rows.append(("training", f"{d['training_steps']:,} steps, {size}"))
     if "gradients_at_most" in d:
         points = f"{d['points_along_gradients']:,} points along them"
         rows.append(("gradients", f"at most {d['gradients_at_most']:,}, and about {points}"))

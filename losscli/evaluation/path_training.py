@@ -10,7 +10,7 @@ import itertools
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from losscli.data import Examples
 from losscli.errors import LossError, OutOfMemoryError
+from losscli.evaluation.cost import Clock, timed
 from losscli.evaluation.hessian.curvature import Curvature
 from losscli.evaluation.memory import minute_of_work
 from losscli.evaluation.objective import Objective
@@ -167,8 +168,7 @@ class PathTraining:
             optimiser.state[bends] = {"step": torch.tensor(float(start)), **moments}
             objective.batch_size = int(state["batch size"])
         for step, (t, index) in enumerate(itertools.islice(self.draws(), start, stop), start):
-            coefficients = path_coefficients(self.kind, self.bends + 2, t)
-            point = Path(self.kind, ()).combine([ends[0], *bends, ends[1]], (t,))
+            point = self._combine(ends, bends, t)
             loss, gradient = self._differentiate(point, t, index, execution)
             if not (math.isfinite(loss) and bool(gradient.isfinite().all())):
                 raise LossError(
@@ -176,9 +176,7 @@ class PathTraining:
                     "is not finite",
                     f"Lower --learning-rate, which is {self.learning_rate:g}",
                 )
-            gradient = gradient.to(bends)
-            bends.grad = torch.stack([w * gradient for w in coefficients[1:-1]])
-            optimiser.step()
+            self._move(optimiser, bends, gradient, t)
             tried = step + 1
             if tried == min(_TRIED, self.steps) and not optimiser.state[bends]["exp_avg"].any():
                 raise LossError(
@@ -195,6 +193,42 @@ class PathTraining:
             "losses": np.array(losses, np.float64),
             "batch size": np.array(objective.batch_size),
         }
+
+    def _combine(self, ends: Sequence[Tensor], bends: Tensor, t: float) -> Tensor:
+        """Returns the point at t, ``[n]``."""
+        return Path(self.kind, ()).combine([ends[0], *bends, ends[1]], (t,))
+
+    def _move(
+        self, optimiser: torch.optim.Optimizer, bends: Tensor, gradient: Tensor, t: float
+    ) -> None:
+        """Moves the bends ``[K, n]`` by the gradient ``[n]`` at t."""
+        coefficients = path_coefficients(self.kind, len(bends) + 2, t)[1:-1]
+        gradient = gradient.to(bends)
+        bends.grad = torch.stack([w * gradient for w in coefficients])
+        optimiser.step()
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of the vectors of a step.
+
+        These are both ends, a point, its gradient in float64 and in the type of the bends, and for
+        each bend itself, its gradient and both moments of Adam.
+        """
+        values = sum(self.a[name].numel() for name in self.names)
+        each = (4 + 4 * self.bends) * self.dtype.itemsize + torch.float64.itemsize
+        return values * each
+
+    def seconds_per_bend(self, clock: Clock) -> float:
+        """Times what a step takes for one bend in addition to the forward and backward pass."""
+        ends = [self._flat(end) for end in (self.a, self.b)]
+        bends = replace(self, bends=1)._first_bends(ends)
+        optimiser = torch.optim.Adam([bends], lr=self.learning_rate)
+
+        def step() -> None:
+            self._move(optimiser, bends, self._combine(ends, bends, 0.5), 0.5)
+
+        step()  # a warm-up, which allocates the moments
+        return timed(self.objective, step, clock)
 
     def _differentiate(
         self, point: Tensor, t: float, index: Tensor, execution: Execution

@@ -184,6 +184,7 @@ class Description(Origin, total=False):
     gradients_at_most: int
     points_along_gradients: int
     training_steps: int
+    bytes_of_training: int
     estimate: CostEstimate
 
 

@@ -46,7 +46,15 @@ from losscli.studies.verification import (
 )
 from losscli.table import Table
 from losscli.weight_space.curve import describe
-from losscli.weight_space.slices import Line, Path, PathKind, Triangle, grid, path_coefficients
+from losscli.weight_space.slices import (
+    Line,
+    Path,
+    PathKind,
+    Slice,
+    Triangle,
+    grid,
+    path_coefficients,
+)
 from losscli.weight_space.vectors import Weights, distance
 
 __all__ = ["Connect", "ConnectResult", "connect"]
@@ -303,13 +311,20 @@ class Connect(Study):
         return FORWARD_PASSES * self.minibatch / max(1, examples)
 
     def extra_description(self, description: Description) -> Description:  # noqa: ARG002
-        """Returns the number of training steps."""
-        return {"training_steps": self.training_steps}
+        """Returns the number of training steps, and the bytes of the vectors that they take."""
+        return {"training_steps": self.training_steps, "bytes_of_training": self._training.nbytes}
 
-    def extra_cost(self, timings: Timings, clock: Clock, seconds: float) -> CostEstimate:  # noqa: ARG002
-        """Returns the time including the training, estimated from forward passes."""
-        examples = FORWARD_PASSES * self.training_steps * self.minibatch
-        return {"seconds": seconds + examples * timings.plain}
+    def extra_cost(self, timings: Timings, clock: Clock, seconds: float) -> CostEstimate:
+        """Returns the time with the training: of forward passes, and of each bend's vectors."""
+        step = FORWARD_PASSES * self.minibatch * timings.plain
+        step += self.bends * self._training.seconds_per_bend(clock)
+        return {"seconds": seconds + self.training_steps * step}
+
+    def sample(self, number: int) -> tuple[Slice, Sequence[Sequence[float]]]:
+        """Returns a path with bends at A, which takes as long as the curve, and its points."""
+        line, points = super().sample(number)
+        first, last = line.ends
+        return Path(self.kind, (first, *[first] * self.bends, last)), points
 
     @cached_property
     def _training(self) -> PathTraining:

@@ -16,6 +16,7 @@ from losscli.evaluation.cost import Timings, measure, timed
 from losscli.evaluation.hessian.curvature import PRODUCT_LIMIT, ROWS_PER_PASS
 from losscli.evaluation.hessian.lanczos import MIN_PRODUCTS
 from losscli.evaluation.objective import Objective
+from losscli.evaluation.path_training import PathTraining
 from losscli.evaluation.tasks import Execution
 from losscli.settings import Settings
 from losscli.studies import dry_run
@@ -23,6 +24,7 @@ from losscli.studies.around import Around
 from losscli.studies.barriers import Barriers
 from losscli.studies.base import Study
 from losscli.studies.check import Check
+from losscli.studies.connect import Connect
 from losscli.studies.interpolation import Interpolation
 from losscli.studies.plane import Plane
 from losscli.studies.sharpness import Sharpness
@@ -168,6 +170,66 @@ def test_refinement_and_derivatives_are_added_to_the_time(
     both = dry_run.estimate(plan(derivatives=True), clock)
     assert both["kind"] == "about"
     assert both["seconds"] == pytest.approx(once["seconds"] + 11 * 40 * 7)
+
+
+@pytest.mark.parametrize("bends", [1, 3])
+def test_each_bend_of_a_path_takes_memory_and_time(
+    bends: int, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = Connect.plan(
+        *("a.pt", "b.pt", Settings(**CPU)),
+        kind="bezier",
+        bends=bends,
+        steps=4,
+        learning_rate=0.01,
+        minibatch=8,
+        points=5,
+        plane=False,
+    )
+    clock = _Turned(monkeypatch, load=0.0, each=1.0)
+    swept: list[int] = []
+    at = Objective.at
+
+    def noted(own: Objective, slice_: Slice, *rest: Any) -> Any:
+        swept.append(len(slice_.ends))
+        return at(own, slice_, *rest)
+
+    monkeypatch.setattr(Objective, "at", noted)
+    seconds = []
+    for each in (0.0, 7.0):
+        monkeypatch.setattr("losscli.evaluation.path_training.timed", lambda *_, s=each: s)
+        seconds.append(dry_run.estimate(plan, clock)["seconds"])
+    assert seconds[1] - seconds[0] == pytest.approx(4 * 7 * bends)
+    assert set(swept) == {bends + 2}
+    described = dry_run.describe(plan)
+    # Against the tensors that a step has.
+    found: list[int] = []
+    combine, move = PathTraining._combine, PathTraining._move
+
+    def combined(own: PathTraining, ends: Any, *rest: Any) -> Any:
+        point = combine(own, ends, *rest)
+        found.append(point.nbytes + sum(end.nbytes for end in ends))
+        return point
+
+    def moved(own: PathTraining, optimiser: Any, path: Any, gradient: Any, t: float) -> None:
+        move(own, optimiser, path, gradient, t)
+        state = optimiser.state[path]
+        vectors = (
+            gradient,
+            gradient.to(path),
+            path,
+            path.grad,
+            state["exp_avg"],
+            state["exp_avg_sq"],
+        )
+        found[-1] += sum(tensor.nbytes for tensor in vectors)
+
+    monkeypatch.setattr(PathTraining, "_combine", combined)
+    monkeypatch.setattr(PathTraining, "_move", moved)
+    plan._training.run(Execution())
+    assert set(found) == {described["bytes_of_training"]}
+    text = told({**described, "estimate": dry_run.estimate(plan, clock)})
+    assert "training     4 steps, 0.0 MiB of bends, gradients and moments\n" in text
 
 
 def test_a_sample_is_at_most_the_whole(folder: Path) -> None:
