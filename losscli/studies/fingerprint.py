@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from collections.abc import Mapping
@@ -10,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+import losscli
 from losscli.evaluation.device import float32_precision
 from losscli.evaluation.memory import halving
 from losscli.evaluation.sweep import check
@@ -21,6 +23,9 @@ __all__ = ["Fingerprint", "fingerprint_of", "identity_of"]
 
 # Parts of the provenance that change no numbers, or are compared in another form.
 _EXCLUDED = {"device", "device_name", "processes", "python", "checkpoints", "sources"}
+
+# The packages of losscli that compute numbers.
+_COMPUTING = ("checkpoint", "data", "evaluation", "models", "studies", "weight_space")
 
 # Options, and their names in the provenance.
 _OPTIONS = {
@@ -110,6 +115,7 @@ def fingerprint_of(command: str, problem: Problem, options: Mapping[str, Any]) -
         **data,
         **code,
         "losscli": provenance["version"],
+        "the code of losscli": _own_code(),
         "torch": provenance["torch"],
         "Python": provenance["python"],
         "the device": f"{objective.device.type} ({provenance['device_name']})",
@@ -119,9 +125,19 @@ def fingerprint_of(command: str, problem: Problem, options: Mapping[str, Any]) -
     }
     parts = [
         *(identity_of(command, problem, options), settings.batch_size, objective.device.type),
-        *(data, list(code.values()), tried),
+        *(data, list(code.values()), tried, _own_code()),
     ]
     return Fingerprint(_digest(parts), conditions)
+
+
+@functools.cache
+def _own_code() -> str:
+    """Returns a digest of the code that computes numbers, which may change within a version."""
+    root = Path(losscli.__file__).parent
+    files = sorted(file for room in _COMPUTING for file in (root / room).rglob("*.py"))
+    names = [file.relative_to(root).as_posix() for file in files]
+    contents = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
+    return _digest([names, contents])
 
 
 def _first_losses(problem: Problem) -> str:

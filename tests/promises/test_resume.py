@@ -12,9 +12,11 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from torch import nn
 from torch.utils.data import Subset, TensorDataset
 
 import losscli
+from losscli.checkpoint import name_checkpoint
 from losscli.data import DataSet, Examples, Split
 from losscli.data.objects import to_data_set
 from losscli.evaluation.journal import Journal
@@ -489,3 +491,55 @@ def test_the_digest_of_every_form_of_examples_shows_a_change() -> None:
         halves = [form(inputs).take(slice(0, 20)).digest, form(inputs).take(slice(20, 40)).digest]
         found.update([form(inputs).digest, *halves])
     assert len(found) == 3 * len(forms)
+
+
+class Kinked(nn.Module):
+    """f(w) = w² − |w|, with a gradient of 0 in autograd at its kink."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.zeros(()))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (self.w * self.w - self.w.abs()).expand(len(x))
+
+
+@pytest.mark.parametrize(
+    ("changed", "value", "reason"),
+    [
+        ("problem.__version__", "0.0.9", f"losscli was 0.0.9 and is {losscli.__version__}"),
+        ("fingerprint._own_code", lambda: "0" * 64, "the code of losscli changed"),
+    ],
+)
+def test_a_verdict_of_an_older_version_is_not_resumed(
+    changed: str, value: Any, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def verdict() -> tuple[str, str | None]:
+        plan = Check.plan(
+            [name_checkpoint({"w": torch.zeros(())}, "kink")],
+            Settings(
+                model=Kinked,
+                data={"all": (torch.ones(4, 1), torch.zeros(4))},
+                loss=lambda outputs, _: outputs,
+                metric=("none",),
+                dtype="float64",
+            ),
+            tolerance=1e-3,
+            eigenvalues=1,
+            learning_rate=None,
+        )
+        with Journal.open(tmp_path / "run", *plan.fingerprint) as journal:
+            result = plan.run(Execution(journal=journal))
+            (row,) = result.table.records()
+            return str(row["verdict"]), journal.restart_reason
+
+    contradiction = "losscli.evaluation.hessian.critical_points.CriticalPointTest.contradiction"
+    with monkeypatch.context() as older:
+        older.setattr(f"losscli.studies.{changed}", value)
+        with older.context() as unchecked:
+            unchecked.setattr(contradiction, lambda *_, **__: "")
+            assert verdict() == ("minimum", None)
+        # The version that wrote the journal resumes from it.
+        assert verdict() == ("minimum", None)
+    assert verdict() == ("undecided", reason)
+    assert verdict() == ("undecided", None)
