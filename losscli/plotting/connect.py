@@ -19,8 +19,10 @@ from losscli.plotting.lines import Series, draw_panel, split_entries
 from losscli.plotting.plane import read_grids
 from losscli.plotting.style import (
     DASHES,
+    INCH,
     INK,
     PALE,
+    WIDTH,
     Label,
     columns,
     extent,
@@ -59,6 +61,8 @@ _LOSS, _METRIC = 2.6, 1.35  # heights of panels
 _WIDE, _NARROW = 5.6, 3.4  # widths of all planes in a row
 _LABELS = 0.75  # height of the title and the labels of a plane
 _HIGHEST, _LEAST_PLANE = 4.0, 2.2  # heights of a plane
+_LINE_POINTS = 20  # of the straight line, that labels keep away from
+_MOST_BESIDE = 0.6  # of the width of a page, for the planes beside the curves
 
 
 def draw_connect(run: Run[ConnectSummary], drawing: Drawing = FULL) -> Figure:
@@ -94,8 +98,11 @@ def draw_connect(run: Run[ConnectSummary], drawing: Drawing = FULL) -> Figure:
         splits_shown = split_entries([run], splits, INK, series, drawing)
         finish_layout(figure, drawing, notes, [_entries(), splits_shown])
         if plane:
+            a, c, b = np.array(plane["corners"])
+            line = np.linspace(a, b, _LINE_POINTS)
+            marked = np.concatenate([plane["curve"], line, [c]])
             for panel, contours in drawn:
-                label_contours(panel, contours, *np.array(plane["corners"]).T, clearance=28)
+                label_contours(panel, contours, *marked.T, clearance=18)
     return figure
 
 
@@ -108,28 +115,61 @@ def _new_figure(
         The figure, the cells of the loss and of each metric, and those of the planes.
     """
     curves = [_LOSS, *[_METRIC] * metrics]
+    ratio = _ratio(grids[0]) if grids else 1.0
     if grids and drawing.compact and columns(drawing, 2) == 2:
         figure = new_figure(drawing, max(sum(curves), _LEAST_PLANE * len(grids)))
-        halves = figure.add_gridspec(1, 2)
-        above = halves[0].subgridspec(len(curves), 1, height_ratios=curves)
-        beside = halves[1].subgridspec(len(grids), 1)
+        across, share = _beside(drawing, ratio, len(grids))
+        parts = figure.add_gridspec(1, 2, width_ratios=[1 - share, share])
+        left = parts[0].subgridspec(len(curves), 1, height_ratios=curves)
+        right = parts[1].subgridspec(math.ceil(len(grids) / across), across)
         return (
             figure,
-            [above[row] for row in range(len(curves))],
-            [beside[row] for row in range(len(grids))],
+            [left[row] for row in range(len(curves))],
+            [right[divmod(k, across)] for k in range(len(grids))],
         )
     across = columns(drawing, min(2, max(len(grids), 1)))
     rows = math.ceil(len(grids) / across)
     plane = 0.0
     if grids:
-        (left, right), (low, high) = extent(grids[0].x), extent(grids[0].y)
         width = _NARROW if drawing.compact else _WIDE / across
-        plane = _LABELS + min(width * (high - low) / (right - left), _HIGHEST)
+        plane = _LABELS + min(width * ratio, _HIGHEST)
     heights = [*curves, *[plane] * rows]
     figure = new_figure(drawing, sum(heights) + 0.3 * bool(rows))
     grid = figure.add_gridspec(len(heights), across, height_ratios=heights)
     places = [grid[len(curves) + k // across, k % across] for k in range(len(grids))]
     return figure, [grid[row, :] for row in range(len(curves))], places
+
+
+def _ratio(grid: Grid) -> float:
+    """Returns the height of a plane relative to its width."""
+    (left, right), (low, high) = extent(grid.x), extent(grid.y)
+    return (high - low) / (right - left)
+
+
+def _beside(drawing: Drawing, ratio: float, planes: int) -> tuple[int, float]:
+    """Lays out planes of a fixed shape beside the curves on a page of fixed size.
+
+    Args:
+        drawing: How the figure is drawn.
+        ratio: The height of a plane relative to its width.
+        planes: Their number.
+
+    Returns:
+        The number of planes side by side with which they are largest, and the share of the width
+        of the page that they need.
+    """
+    width, height = (side or WIDTH for side in drawing.inches)
+    labels = 4.5 * drawing.points / INCH
+    sides = {
+        across: min(
+            ((height - labels) / math.ceil(planes / across) - labels) / ratio,
+            (_MOST_BESIDE * width - labels) / across - labels,
+        )
+        for across in range(1, planes + 1)
+    }
+    across = max(sides, key=lambda number: sides[number])
+    share = (across * (sides[across] + labels) + labels) / width
+    return across, min(max(share, 1 - _MOST_BESIDE), _MOST_BESIDE)
 
 
 def _ends(run: Run[ConnectSummary], figure: Figure) -> list[str]:

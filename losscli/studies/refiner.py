@@ -56,9 +56,7 @@ class Refiner:
         objective, method = self.problem.objective, self.method
         found = halving(
             objective,
-            lambda: slopes(
-                objective, self.line, alphas, execution=self.execution, choice=method
-            ),
+            lambda: slopes(objective, self.line, alphas, execution=self.execution, choice=method),
         )
         self.execution = self.execution.after(len(alphas))
         return {name: (s.slope.numpy(), s.curvature.numpy()) for name, s in found.items()}

@@ -60,6 +60,24 @@ def test_panels_fill_their_page(size: str) -> None:
     assert all(-0.02 < gap < 0.3 for gap in gaps), gaps
 
 
+@pytest.mark.usefixtures("laid_out")
+@pytest.mark.parametrize("size", sample(["12x4", "16x4", "8x4"], 0, 2))
+def test_no_gap_is_left_between_the_curves_and_the_planes(size: str) -> None:
+    figure = draw_connect(run(), Drawing(size=size))
+    figure.draw_without_rendering()
+    boxes = sorted(
+        (axes.get_tightbbox().transformed(figure.dpi_scale_trans.inverted()).intervalx
+         for axes in figure.axes),
+        key=lambda interval: interval[0],
+    )  # fmt: skip
+    right, gaps = 0.0, []
+    for left, end in boxes:
+        gaps.append(left - right)
+        right = max(right, end)
+    assert max(gaps) < 0.6, gaps
+    assert right > figure.get_figwidth() - 0.3
+
+
 def test_a_plane_without_a_summary_is_left_out() -> None:
     bare = replace(run(), summary={})
     for size in ("full", "slide"):
