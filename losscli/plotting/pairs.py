@@ -8,7 +8,6 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from losscli.plotting.html import View, curve, escape, layout_2d
@@ -16,10 +15,10 @@ from losscli.plotting.layout import finish_layout
 from losscli.plotting.lines import repair_notes
 from losscli.plotting.style import (
     PALETTE,
-    STEPS,
     count_points,
     drawable,
     house_style,
+    linear_ticks,
     loss_name,
     name_split,
     narrow,
@@ -29,6 +28,7 @@ from losscli.plotting.style import (
     split_names,
     stacked_panels,
     text_size,
+    whole_numbers,
 )
 from losscli.registry import pair_position
 from losscli.results.drawing import FULL, Drawing
@@ -72,7 +72,7 @@ def draw_pairs(run: Run[BarriersSummary], drawing: Drawing = FULL) -> Figure:
             text = shorten(figure, label, narrow(figure, 150), text_size())
             panel.set_ylabel(f"{text}\nlog scale" if log and not drawing.compact else text)
         panels[-1].set_xlabel(shorten(figure, plain(column), narrow(figure, 250), text_size()))
-        panels[-1].xaxis.set_major_locator(MaxNLocator("auto", steps=STEPS))
+        _set_ticks(panels[-1], np.array(run.table.floats(column)))
         marks = [
             (
                 Line2D([], [], color=colour, marker="o", ms=5, lw=1.4),
@@ -90,6 +90,14 @@ def draw_pairs(run: Run[BarriersSummary], drawing: Drawing = FULL) -> Figure:
             notes.append(f"{count_points(missing)} not drawn.")
         finish_layout(figure, drawing, notes, [marks])
     return figure
+
+
+def _set_ticks(axes: Axes, x: Floats) -> None:
+    """Sets the ticks of the positions, at whole numbers if all positions are whole."""
+    linear_ticks(axes.xaxis)
+    places = x[drawable(x, log=False)]
+    if np.all(places == places.round()):
+        axes.xaxis.set_major_locator(whole_numbers())
 
 
 def _colours(splits: list[str]) -> list[str]:

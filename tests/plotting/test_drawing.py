@@ -246,7 +246,9 @@ def test_an_axis_of_zeros_has_no_negative_numbers(name: str) -> None:
         assert low < 0 < high
         assert 0 in shown
         assert min(shown) == 0
-    if name == "a line":
+    if name == "pairs":
+        assert [label.get_text() for label in figure.axes[0].get_xticklabels()][1:-1] == list("012")
+    else:
         drawn = draw_in_terminal([("", ZEROS[name].table)], width=60, height=20, colour=False)
         assert not any(row.lstrip().startswith(("−", "-")) for row in drawn.splitlines())
 
