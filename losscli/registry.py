@@ -485,6 +485,7 @@ COMMANDS: Mapping[str, Command] = {
             cli="losscli.cli.connect:connect",
             report="losscli.cli.connect:report",
             drawing="losscli.plotting.connect:draw_connect",
+            views="losscli.plotting.connect:connect_views",
             summary="losscli.results.summaries:ConnectSummary",
             table=TableFormat(
                 ("path", "t", *_LOSS),
@@ -503,7 +504,6 @@ COMMANDS: Mapping[str, Command] = {
                 ),
             },
             panels="metrics",
-            not_overlaid=("paths cannot be overlaid", "Give one CSV of connect"),
         ),
         Command(
             name="soup",

@@ -54,7 +54,7 @@ DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
 """The line styles of `losscli.plotting.style.DASHES` in the words of Plotly."""
 
 # Columns of names that distinguish curves.
-_NAMED = frozenset({"a", "b", "block", "checkpoint", "direction", "rho", "split"})
+_NAMED = frozenset({"a", "b", "block", "checkpoint", "direction", "path", "rho", "split"})
 
 _HOVER_COLUMNS = ("checkpoint", "block", "verdict")
 _WORDS = {"block": "{} alone", "rho": "ρ = {}"}
