@@ -348,12 +348,12 @@ def _notes(run: Run[BarriersSummary], squares: Sequence[_Square], shared: str) -
     return notes
 
 
-def barriers_views(run: Run[BarriersSummary]) -> list[View]:
+def barriers_views(run: Run[BarriersSummary], drawing: Drawing = FULL) -> list[View]:
     """Returns the views of an interactive page: the matrix of all pairs of checkpoints."""
     if pair_position(run.table.columns):
-        return pairs_views(run)
+        return pairs_views(run, drawing)
     names = [str(name) for name in run.table.unique("a", "b")]
-    labels, shared = distinct_checkpoints(run, names, FULL)
+    labels, shared = distinct_checkpoints(run, names, drawing)
     quantities = {
         "barrier": f"barrier{loss_name([run])}",
         "distance": "distance ‖B − A‖",
@@ -401,6 +401,7 @@ def barriers_views(run: Run[BarriersSummary]) -> list[View]:
         quantities,
         scale="colour",
         logarithmic=[*quantities],
+        limited=("barrier",),
         single=("quantity", "split"),
         colours=colour_stops(),
         from_zero=True,

@@ -325,14 +325,14 @@ def _notes(run: Run[ConnectSummary], prefix: str) -> list[str]:
     return notes
 
 
-def connect_views(runs: Sequence[Run[ConnectSummary]]) -> list[View]:
+def connect_views(runs: Sequence[Run[ConnectSummary]], drawing: Drawing = FULL) -> list[View]:
     """Returns the views of an interactive page: the curves, and the plane of a single run."""
     tables = list(zip(run_names(runs), (run.table for run in runs), strict=True))
     quantities = {"loss": f"loss{loss_name(runs)}"}
     quantities |= {metric: metric for run in runs for metric in run.table.metrics}
     colours = [
         of_run[path]
-        for run, of_run in zip(runs, _colours(len(runs), FULL), strict=True)
+        for run, of_run in zip(runs, _colours(len(runs), drawing), strict=True)
         for path in map(str, run.table.unique("path"))
     ]
     views = [
