@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
@@ -151,14 +150,9 @@ TYPES = [
     (torch.float32, torch.bfloat16),
     (torch.float64, torch.float32),
     (torch.bfloat16, torch.bfloat16),
-    *(
-        pytest.param(*types, marks=pytest.mark.stress)
-        for types in (
-            (torch.float32, torch.float32),
-            (torch.float64, torch.bfloat16),
-            (torch.bfloat16, torch.float32),
-        )
-    ),
+    (torch.float32, torch.float32),
+    (torch.float64, torch.bfloat16),
+    (torch.bfloat16, torch.float32),
 ]
 """Types of the forward pass, and of what is computed inside."""
 
@@ -172,14 +166,6 @@ SMOOTH: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 WRONG = {**STOPPED, "lying": lying}
-
-_SAMPLE = ["tanh", "offset", "partly detached", "straight-through rounding", "a tenth", "lying"]
-
-SAMPLES = [
-    _SAMPLE,
-    pytest.param([n for n in (*SMOOTH, *WRONG) if n not in _SAMPLE], marks=pytest.mark.stress),
-]
-"""Names of networks with right and with wrong derivatives: some, and all others."""
 
 
 def focal(outputs: Tensor, targets: Tensor) -> Tensor:

@@ -25,7 +25,6 @@ __all__ = [
     "Comparison",
     "Differences",
     "Outcome",
-    "are_verified",
     "finer",
     "noise_of",
     "rules",
@@ -236,10 +235,29 @@ class Differences:
         )
         if wrong >= NEEDED:
             return True
-        if math.isfinite(self.wrong) and wrong + left >= NEEDED:
+        if math.isfinite(self.wrong) and wrong + left >= self._objecting:
             return False
         finite = len(outcomes) - not_finite
         return right >= NEEDED or (finite >= NEEDED and right + left < NEEDED)
+
+    def verifies(self, comparisons: Iterable[Comparison]) -> bool:
+        """Whether differences confirm a derivative at two of the points where it is finite.
+
+        Args:
+            comparisons: Those of the points.
+
+        Returns:
+            Whether the derivative counts as right. Where f is rounded, it does not if a single
+            point contradicts it: others may agree by chance.
+        """
+        outcomes = [c.outcome for c in comparisons if c.outcome is not Outcome.NOT_FINITE]
+        wrong, right = (outcomes.count(o) for o in (Outcome.WRONG, Outcome.RIGHT))
+        return wrong < self._objecting and right >= min(NEEDED, len(outcomes))
+
+    @property
+    def _objecting(self) -> int:
+        """Points that must contradict a derivative for it to count as not verified."""
+        return NEEDED if self.precise else 1
 
     def _judge(self, contradicting: Sequence[_Difference]) -> Comparison:
         """Looks for consecutive differences that agree with each other."""
@@ -282,15 +300,12 @@ def noise_of(values: Sequence[Tensor]) -> float:
     return float(fourth.norm()) / math.sqrt(len(fourth) * sum(w * w for w in weights))
 
 
-def are_verified(comparisons: Iterable[Comparison]) -> bool:
-    """Whether differences confirm a derivative at two of the points where it is finite."""
-    outcomes = [c.outcome for c in comparisons if c.outcome is not Outcome.NOT_FINITE]
-    return outcomes.count(Outcome.RIGHT) >= min(NEEDED, len(outcomes))
-
-
 def unverified(what: str, of: str) -> str:
-    """Returns the note that derivatives could not be compared with differences of a function."""
-    return f"{what} not verified: rounding or jumps hide differences of the {of} on a few examples"
+    """Returns the note that differences of a function do not confirm its derivatives."""
+    return (
+        f"{what} not verified: on a few examples, rounding or jumps hide differences of the {of}, "
+        "or a single one of them disagrees"
+    )
 
 
 _FIRST = Differences(

@@ -51,8 +51,11 @@ def problem_of(folder: Path, build, data, **settings) -> tuple[Problem, list[dic
     return prepare(names, chosen, training="--by activations"), states
 
 
-def found(problem: Problem):
-    traces = Traces(problem.objective, problem.fresh().float().eval())
+def traces_of(problem: Problem) -> Traces:
+    return Traces(problem.objective, problem.fresh().float().eval())
+
+
+def found(problem: Problem, traces: Traces):
     weights = [problem.open(t).weights for t in range(2)]
     assert problem.training is not None
     return correlate(problem.objective, traces, *weights, problem.training.examples)
@@ -84,7 +87,7 @@ def test_correlations_are_those_of_numpy(build, kinds, shape, tmp_path: Path) ->
         layers = [m for m in model.modules() if isinstance(m, kinds)]
         both.append(taken(model, layers[1:], x))
     compared = 0
-    for own, a, b in zip(found(problem), *both, strict=False):
+    for own, a, b in zip(found(problem, traces_of(problem)), *both, strict=False):
         dead_a, dead_b = (values.std(1) == 0 for values in (a, b))
         assert own.dead_a.tolist() == dead_a.tolist()
         assert own.dead_b.tolist() == dead_b.tolist()
@@ -103,12 +106,13 @@ def test_batches_and_streams_give_the_same_correlations(
     monkeypatch.setattr("losscli.data.objects.host_budget", lambda: 64)
     monkeypatch.setattr("losscli.data.stream.host_budget", lambda: 1 << 30)
     whole, _ = problem_of(tmp_path, network, {"train": examples(6)})
-    expected = found(whole)
-    for data, size in (({"train": examples(6)}, 4), ({"train": Rows()}, 5)):
-        problem, _ = problem_of(tmp_path, network, data, batch_size=size)
+    traces = traces_of(whole)
+    expected = found(whole, traces)
+    for data in ({"train": examples(6)}, {"train": Rows()}):
+        problem, _ = problem_of(tmp_path, network, data, batch_size=5)
         assert problem.training is not None
         in_memory = isinstance(problem.training.examples, Split)
         assert in_memory == isinstance(data["train"], tuple)
-        for own, other in zip(found(problem), expected, strict=True):
+        for own, other in zip(found(problem, traces), expected, strict=True):
             torch.testing.assert_close(own.values, other.values, rtol=0, atol=1e-6)
             assert torch.equal(own.dead_a, other.dead_a)

@@ -43,7 +43,7 @@ _inputs = torch.rand(29, 6, generator=_generator)
 _tokens = torch.randint(11, (13, 5), generator=_generator)
 DATA = {
     mlp: {"train": (_inputs, torch.arange(29) % 3), "test": (_inputs[:11], torch.arange(11) % 3)},
-    cnn: {"train": (torch.rand(29, 1, 6, 6, generator=_generator), torch.arange(29) % 3)},
+    cnn: {"train": (torch.rand(17, 1, 6, 6, generator=_generator), torch.arange(17) % 3)},
     Words: {"train": (_tokens, _tokens)},
 }
 
@@ -69,7 +69,7 @@ _RUNS: dict[str, Run] = {
         cnn, losscli.connect, None, {"points": 3, "steps": 2, "bends": 2, "kind": "chain"},
     ),
     "interpolate, statistics": (
-        cnn, losscli.interpolate, None, {"points": 9, "buffers": "recalibrate"},
+        cnn, losscli.interpolate, None, {"points": 5, "buffers": "recalibrate"},
     ),
     "interpolate, weights of classes": (
         mlp, losscli.interpolate, None, {"points": 3, "loss": "cross_entropy,weight=0.2-1-5"},
@@ -139,7 +139,7 @@ def test_no_batch_and_no_point_waits_for_the_gpu(
     monkeypatch.setattr("losscli.evaluation.objective.graph_capture", lambda _: None)
     monkeypatch.setattr("losscli.evaluation.recalibration.BATCH", 10)
     waits = []
-    for points, batch in ((3, 8), (5, 4)):
+    for points, batch in ((2, 8), (4, 4)):
         own = {"points": points, "batch_size": batch, **options}
         with gpu_double() as found:
             result_of((build, losscli.interpolate, None, own), "cuda")

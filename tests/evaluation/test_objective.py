@@ -27,9 +27,9 @@ from losscli.weight_space.slices import Line, grid
 from tests import foreign, oracle
 from tests.cases import CASES, Case, sample
 
-ALPHAS = [-0.5, 0.0, 0.15, 0.5, 1.0, 1.3, 2.0]
+ALPHAS = [-0.5, 0.0, 0.15, 0.5, 1.0, 2.0]
 # Where the oracle takes one example at a time; elsewhere it takes all in one batch.
-ONE_BY_ONE = {0.15, 1.3}
+ONE_BY_ONE = 0.15
 
 
 @pytest.fixture(autouse=True)
@@ -93,7 +93,7 @@ def plain_losses(case: Case, alpha: float, state: oracle.State, dtype: torch.dty
         case.targets,
         case.per_example,
         dtype=dtype,
-        batch_size=1 if alpha in ONE_BY_ONE else len(case.targets),
+        batch_size=1 if alpha == ONE_BY_ONE else len(case.targets),
     )
 
 
@@ -108,7 +108,7 @@ def test_every_example_at_every_point_has_the_loss_of_a_plain_float64_loop(case:
         np.testing.assert_allclose(row, expected, rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("case", sample(CASES, 0, 2), ids=str)
+@pytest.mark.parametrize("case", sample(CASES, 0), ids=str)
 def test_float32_agrees_with_a_plain_float32_loop(case: Case) -> None:
     objective = objective_of(case, dtype=torch.float32)
     a, line = line_of(case)
@@ -124,20 +124,20 @@ def test_float32_agrees_with_a_plain_float32_loop(case: Case) -> None:
     np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 
-@pytest.mark.parametrize("case", sample(CASES, 1, 2), ids=str)
+@pytest.mark.parametrize("case", sample(CASES, 2), ids=str)
 def test_swapping_the_ends_mirrors_the_curve(case: Case) -> None:
     back = curve(case, [1 - x for x in reversed(ALPHAS)], seeds=(2, 1))
     torch.testing.assert_close(back.flip(0), whole(case), rtol=1e-12, atol=1e-14, equal_nan=True)
 
 
-@pytest.mark.parametrize("case", sample(CASES, 0), ids=str)
+@pytest.mark.parametrize("case", sample(CASES, 0, 5), ids=str)
 def test_any_chunk_and_batch_give_the_same_numbers(case: Case) -> None:
     for chunk in (1, 3):
         parts = curve(case, ALPHAS, batch_size=2 * chunk + 1, chunk=chunk)
         torch.testing.assert_close(parts, whole(case), rtol=1e-12, atol=1e-14, equal_nan=True)
 
 
-@pytest.mark.parametrize("case", sample(CASES, 1), ids=str)
+@pytest.mark.parametrize("case", sample(CASES, 1, 5), ids=str)
 def test_any_batch_gives_the_same_loss_in_float32_to_1e_6(case: Case) -> None:
     whole, *others = (
         curve(case, [-0.5, 0.5, 1.3], dtype=torch.float32, batch_size=size).double().mean(1)
@@ -217,7 +217,7 @@ REFUSED = {"attention-tied", "lstm", "folding", "differentiating", "threaded"}
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-@pytest.mark.parametrize("case", sample(CASES, 2), ids=str)
+@pytest.mark.parametrize("case", sample(CASES, 3, 5), ids=str)
 def test_all_points_at_once_give_the_numbers_of_points_in_turn(
     case: Case, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -384,8 +384,8 @@ def test_out_of_memory_halves_the_chunk_and_keeps_finished_points(
 ) -> None:
     objective, space = cramped(monkeypatch, points=2, batch=8)
     _, line = line_of(CASES[0])
-    found = sweep(objective, line, [(x,) for x in ALPHAS], chunk=7)["all"].losses
-    assert space.tried == [(7, 8), (3, 8), (1, 8), (1, 8), (1, 8), (1, 8), (1, 8), (1, 8), (1, 8)]
+    found = sweep(objective, line, [(x,) for x in ALPHAS], chunk=6)["all"].losses
+    assert space.tried == [(6, 8), (3, 8), (1, 8), (1, 8), (1, 8), (1, 8), (1, 8), (1, 8)]
     torch.testing.assert_close(found, whole(CASES[0]), rtol=1e-12, atol=0)
 
 

@@ -21,7 +21,7 @@ from losscli.evaluation.losses.metrics import accuracy
 from losscli.evaluation.objective import Objective
 from losscli.evaluation.strategies.base import Strategy
 from losscli.evaluation.task_checks import check_task
-from tests.cases import sample
+from tests.cases import in_turn, sample
 from tests.conftest import Losscli
 
 N = 13
@@ -123,8 +123,7 @@ def right(inputs: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> Tensor
         ])
 
 
-@pytest.mark.parametrize("paired", [False, True], ids=["one mapping", "a pair"])
-@pytest.mark.parametrize("name", sample(MODELS, 0, 2))
+@pytest.mark.parametrize(("name", "paired"), in_turn(MODELS, False, True))
 def test_a_mapping_goes_to_the_model_as_its_forward_takes_it(
     name: str, paired: bool, tmp_path: Path
 ) -> None:
@@ -404,8 +403,9 @@ def test_a_loss_may_leave_targets_out_that_are_not_finite(losscli: Losscli, code
     assert float(first["loss"]) == pytest.approx(errors.mean().item(), rel=1e-12)
 
 
-@pytest.mark.parametrize("limit", [[], ["--limit", 25]], ids=str)
-@pytest.mark.parametrize("form", ["rows", "coming"])
+@pytest.mark.parametrize(
+    ("form", "limit"), in_turn(["rows", "coming"], [], ["--limit", 25]), ids=str
+)
 def test_a_target_that_is_not_finite_is_found_in_a_stream(
     form: str, limit: list[object], losscli: Losscli, code: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -27,7 +28,7 @@ from losscli.evaluation.sweep import sweep
 from losscli.studies.export import export
 from losscli.weight_space.slices import Line
 from tests import oracle
-from tests.cases import sample
+from tests.cases import in_turn, sample
 from tests.conftest import Losscli
 
 Normalise = Callable[[nn.Module], nn.Module]
@@ -132,11 +133,13 @@ def save(
     return files, states, given
 
 
-@pytest.mark.parametrize(("build", "normalise"), sample(CASES, 0, 2), ids=IDS)
-@pytest.mark.parametrize("dtype", ["float64", "float32"])
+@pytest.mark.parametrize(
+    ("case", "dtype"), sample(itertools.product(range(len(CASES)), ["float64", "float32"]), 0)
+)
 def test_a_line_has_the_losses_of_weights_divided_by_their_norms(
-    build: Any, normalise: Any, dtype: str, tmp_path: Path
+    case: int, dtype: str, tmp_path: Path
 ) -> None:
+    build, normalise = CASES[case]
     files, (a, b), given = save(build, normalise, tmp_path, 1, 2)
     result = losscli.interpolate(*files, **given, points=6, range=(0, 1), dtype=dtype)
     for alpha, loss in zip(result.table.floats("alpha"), result.table.floats("loss"), strict=True):
@@ -225,10 +228,9 @@ def test_losses_with_the_stored_singular_vectors_are_reported_if_they_differ(
     (note,) = (n for n in line.summary["notes"] if "singular vectors of 2 spectral norms" in n)
     assert told in note
     for s, file in zip((a, b), files, strict=True):
-        model = given["model"]()
+        model = perceptron(lambda layer: hooked(layer, n_power_iterations=3000))
         model.load_state_dict(s)
-        for _ in range(3000):
-            model.train()(X)
+        model.train()(X)
         torch.save(model.state_dict(), file)
     line = losscli.interpolate(*files, **given, points=2)
     (note,) = (n for n in line.summary["notes"] if "singular vectors of 2 spectral norms" in n)
@@ -266,20 +268,23 @@ def test_an_exported_point_is_right_when_loaded_plainly(
 
 
 @pytest.mark.parametrize(
-    "normalise", sample([hooked, parametrizations.spectral_norm, chained], 0, 2)
+    ("study", "normalise"),
+    in_turn(["interpolate", "check"], hooked, chained, parametrizations.spectral_norm),
 )
-def test_derivatives_are_refused_where_the_weight_moves(normalise: Any, tmp_path: Path) -> None:
+def test_derivatives_are_refused_where_the_weight_moves(
+    study: str, normalise: Any, tmp_path: Path
+) -> None:
     files, _, given = save(perceptron, normalise, tmp_path, 1, 2)
-    for run in (
-        lambda **more: losscli.interpolate(*files, **given, **more, points=2, derivatives=True),
-        lambda **more: losscli.check(files[:1], **given, **more),
-    ):
-        with pytest.raises(
-            UsageError, match="takes the singular vectors of a spectral norm"
-        ) as caught:
-            run()
-        assert "\n" not in str(caught.value)
-        assert run(only=("6.*",)).table.rows
+
+    def run(**more: Any) -> losscli.Result:
+        if study == "check":
+            return losscli.check(files[:1], **given, **more)
+        return losscli.interpolate(*files, **given, **more, points=2, derivatives=True)
+
+    with pytest.raises(UsageError, match="takes the singular vectors of a spectral norm") as caught:
+        run()
+    assert "\n" not in str(caught.value)
+    assert run(only=("6.*",)).table.rows
 
 
 def test_the_refusal_is_one_line_and_nothing_is_written(folder: Path, losscli: Losscli) -> None:

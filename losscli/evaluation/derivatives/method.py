@@ -26,7 +26,6 @@ from losscli.evaluation.finite_differences import (
     Comparison,
     Differences,
     Outcome,
-    are_verified,
     rules,
     sample_size,
     unverified,
@@ -159,13 +158,13 @@ class _DifferenceTest:
             first, errors = self._compare(first_rule, self._losses, derivatives, 0)
             if len(errors) >= NEEDED:
                 return f"{DETACHED}: slope at {errors[0]} of the loss", ""
-            if not are_verified(first):
+            if not first_rule.verifies(first):
                 return "", unverified("slope and curvature", "loss")
             slope = partial(self._slope, method)
             second, errors = self._compare(second_rule, slope, derivatives, 1)
             if len(errors) >= NEEDED:
                 return f"the second derivative is wrong: curvature at {errors[0]} of the slope", ""
-            return "", "" if are_verified(second) else unverified("curvature", "slope")
+            return "", "" if second_rule.verifies(second) else unverified("curvature", "slope")
         finally:
             if self.restore:
                 self.line.objective.load(self.restore)

@@ -19,7 +19,6 @@ from losscli.evaluation.finite_differences import (
     POINTS,
     Comparison,
     Differences,
-    are_verified,
     finer,
     rules,
     sample_size,
@@ -89,7 +88,7 @@ def check_derivatives(
         slopes, wrong_slopes = _compare_slopes(first_rule, steps)
         products: list[Comparison] = []
         wrong_products = []
-        verified = are_verified(slopes)
+        verified = first_rule.verifies(slopes)
         # If the rule never calls a product wrong, unverified slopes make the comparison useless.
         useful = verified or second_rule.wrong < math.inf
         left = [name for name in steps.names if name not in wrong_slopes]
@@ -117,7 +116,7 @@ def check_derivatives(
         )
     if not verified:
         return unverified("gradient and Hessian" if twice else "gradient", "loss")
-    return "" if not twice or are_verified(products) else unverified("Hessian", "gradient")
+    return "" if not twice or second_rule.verifies(products) else unverified("Hessian", "gradient")
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import losscli
 from losscli.errors import LossError, ModelError
 from tests import oracle
+from tests.cases import in_turn
 
 X = torch.linspace(-1, 1, 24)[:, None]
 TARGETS = torch.zeros(24, 1)
@@ -91,8 +92,7 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("size", [5, 24])
+@pytest.mark.parametrize(("kind", "size"), in_turn(KINDS, 5, 24))
 def test_the_line(kind: str, size: int, files: list[str]) -> None:
     study = {**KINDS[kind], "data": {"t": (X, TARGETS)}, "batch_size": size}
     found = losscli.interpolate(*files, points=5, dtype="float64", **study)

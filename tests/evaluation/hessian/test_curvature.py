@@ -30,7 +30,7 @@ from losscli.evaluation.objective import Objective
 from losscli.evaluation.precision import in_float64
 from losscli.evaluation.task_checks import check_task
 from tests import oracle, stopped
-from tests.cases import CASES, Case, sample
+from tests.cases import CASES, Case, in_turn, sample
 from tests.evaluation.test_objective import objective_of
 
 # What autograd does not see of these, though their loss depends on it.
@@ -43,9 +43,9 @@ SEEN = [case for case in CASES if case.name not in DETACHED]
 # Large enough that eigenvalues are searched for, and small enough for an oracle.
 SEARCHED = [case for case in SEEN if 64 < sum(p.numel() for p in case.build().parameters()) <= 500]
 # The dense Hessian of attention takes longest.
-LARGER = [
-    pytest.param(case, marks=pytest.mark.stress) for case in SEEN if case.name == "attention-tied"
-]
+LARGER = next(case for case in SEEN if case.name == "attention-tied")
+# With squared error.
+LINEAR = next(case for case in SEEN if case.name == "mlp-linear-mse")
 CPU = torch.device("cpu")
 
 
@@ -153,7 +153,7 @@ def relative(found: Tensor, expected: Tensor) -> float:
 # Derivatives.
 
 
-@pytest.mark.parametrize("case", SEEN, ids=str)
+@pytest.mark.parametrize("case", sample(SEEN, 1, 2), ids=str)
 def test_loss_and_gradient_are_those_of_plain_float64_autograd(case: Case) -> None:
     oracle = Oracle(case)
     curvature = curvature_of(case, batch_size=8)
@@ -162,7 +162,7 @@ def test_loss_and_gradient_are_those_of_plain_float64_autograd(case: Case) -> No
     assert relative(curvature.gradient(), oracle.gradient()) < 1e-10
 
 
-@pytest.mark.parametrize("case", sample(SEEN, 0, 2), ids=str)
+@pytest.mark.parametrize("case", sample(SEEN, 1), ids=str)
 def test_a_product_is_that_of_the_dense_float64_hessian(case: Case) -> None:
     curvature = curvature_of(case, batch_size=8)
     v = random(curvature.size)
@@ -171,7 +171,7 @@ def test_a_product_is_that_of_the_dense_float64_hessian(case: Case) -> None:
     assert relative(found, times(case, v)) < 1e-10
 
 
-@pytest.mark.parametrize("case", sample(SEEN, 0, 2), ids=str)
+@pytest.mark.parametrize("case", sample(SEEN, 2), ids=str)
 def test_a_product_is_how_the_gradient_changes(case: Case) -> None:
     v, h = random(curvature_of(case).size), 1e-7
     product = curvature_of(case).product(v)
@@ -186,7 +186,7 @@ def test_a_product_is_how_the_gradient_changes(case: Case) -> None:
     assert relative((gradients[1] - gradients[0]) / (2 * h), product) < 1e-8
 
 
-@pytest.mark.parametrize("case", sample(SEEN, 1, 2), ids=str)
+@pytest.mark.parametrize("case", sample(SEEN, 1), ids=str)
 def test_float32_agrees_with_float64(case: Case) -> None:
     single, double = (curvature_of(case, dtype=t) for t in (torch.float32, torch.float64))
     v = random(single.size)
@@ -195,7 +195,7 @@ def test_float32_agrees_with_float64(case: Case) -> None:
     assert relative(single.product(v), double.product(v)) < 1e-6
 
 
-@pytest.mark.parametrize("case", sample(SEEN, 1, 2), ids=str)
+@pytest.mark.parametrize("case", sample(SEEN, 0), ids=str)
 @pytest.mark.parametrize("sizes", [[5, 36], pytest.param([1, 2, 8], marks=pytest.mark.stress)])
 def test_batches_and_the_ragged_last_one_do_not_matter(case: Case, sizes: list[int]) -> None:
     whole = curvature_of(case, batch_size=1000)
@@ -484,9 +484,7 @@ def test_the_ends_of_a_known_spectrum_are_found(spectrum: NDArray[np.float64], n
             assert float(residual.norm()) <= pair.error * (1 + 1e-12)
 
 
-@pytest.mark.parametrize(
-    "case", [*sample([c for c in SEEN if c.name != "attention-tied"], 1), *LARGER], ids=str
-)
+@pytest.mark.parametrize("case", sample(SEEN, 0, 7), ids=str)
 def test_the_whole_hessian_is_that_of_the_oracle(case: Case) -> None:
     curvature = curvature_of(case)
     if curvature.size > DENSE_LIMIT:
@@ -505,7 +503,7 @@ def test_the_whole_hessian_is_that_of_the_oracle(case: Case) -> None:
     np.testing.assert_allclose(rebuilt, dense.matrix, rtol=0, atol=1e-12 * scale)
 
 
-@pytest.mark.parametrize("case", sample([*SEARCHED, *LARGER], 1, 2), ids=str)
+@pytest.mark.parametrize("case", sample([*SEARCHED, LARGER], 0), ids=str)
 def test_searched_eigenvalues_are_the_ends_of_the_dense_spectrum(case: Case) -> None:
     found = curvature_of(case).extremes(2, tolerance=1e-6, seed=0)
     assert not found.exact
@@ -516,9 +514,9 @@ def test_searched_eigenvalues_are_the_ends_of_the_dense_spectrum(case: Case) -> 
     np.testing.assert_allclose(values, expected, rtol=1e-6, atol=1e-12 * np.abs(spectrum).max())
 
 
-@pytest.mark.parametrize("case", sample([*SEARCHED, *LARGER], 0, 3), ids=str)
+# `make test` takes every third case with one of the limits.
 @pytest.mark.parametrize(
-    "limit", [1, *(pytest.param(n, marks=pytest.mark.stress) for n in (3, 40)), 10, 70]
+    ("case", "limit"), sample(in_turn([*SEARCHED, LARGER], 70, 3, 40, 10, 1), 0, 15), ids=str
 )
 def test_an_eigenvalue_lies_within_the_error_even_where_the_search_was_cut_short(
     case: Case, limit: int
@@ -542,11 +540,11 @@ def test_an_eigenvalue_lies_within_the_error_even_where_the_search_was_cut_short
 def test_a_small_basis_is_restarted(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("losscli.evaluation.hessian.lanczos._BASIS", 1)
+    monkeypatch.setattr("losscli.evaluation.hessian.lanczos._BASIS", 16)
     spectrum = SPECTRA["even"]
     found = diagonal(spectrum.tolist()).extremes(2, tolerance=1e-8, seed=0)
-    # The basis has 16 vectors, so there were many restarts.
-    assert found.products > 100
+    # The basis has 16 vectors, so there were many restarts, and fewer products than the limit.
+    assert 100 < found.products < 1000
     values = [pair.value for pair in pairs_of(found)]
     expected = [spectrum[0], spectrum[1], spectrum[-1], spectrum[-2]]
     np.testing.assert_allclose(values, expected, rtol=1e-12)
@@ -586,7 +584,7 @@ def test_a_hessian_that_was_made_is_used() -> None:
     assert abs(found.smallest[0].value - spectrum[0]) <= found.smallest[0].error
 
 
-@pytest.mark.parametrize("n", [65, 84, 150, 244])
+@pytest.mark.parametrize("n", sample([65, 84, 150, 244], 0, 2))
 @pytest.mark.parametrize("seeds", [range(1), pytest.param(range(1, 3), marks=pytest.mark.stress)])
 def test_an_end_at_zero_is_not_missed(n: int, seeds: range) -> None:
     # A tolerance relative to λ alone would not be met at zero, but by the neighbour.
@@ -619,9 +617,14 @@ def test_all_eigenvalues_are_at_both_ends_where_there_are_few() -> None:
     assert [p.value for p in found.largest] == pytest.approx([3, 2, -1], rel=1e-14)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("name", ["even", "bulk and outliers", "small", "falling", "flat but one"])
-def test_the_error_covers_the_rounding_of_the_forward_type(dtype: torch.dtype, name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    in_turn(
+        ["even", "bulk and outliers", "small", "falling", "flat but one"],
+        *(torch.float32, torch.bfloat16, torch.float16),
+    ),
+)
+def test_the_error_covers_the_rounding_of_the_forward_type(name: str, dtype: torch.dtype) -> None:
     spectrum = SPECTRA[name]
     found = diagonal(spectrum.tolist(), at=0.3, dtype=dtype).extremes(1, tolerance=1e-6, seed=0)
     for pair, value in zip(pairs_of(found), [spectrum.min(), spectrum.max()], strict=True):
@@ -645,14 +648,15 @@ def test_eigenvalues_within_their_error_have_no_sign(
     assert diagonal(spectrum, dtype=dtype).dense().shares == shares
 
 
-def test_the_rounding_of_a_constant_loss_is_not_a_wrong_hessian() -> None:
+@pytest.mark.parametrize("seeds", [range(2), pytest.param(range(2, 8), marks=pytest.mark.stress)])
+def test_the_rounding_of_a_constant_loss_is_not_a_wrong_hessian(seeds: range) -> None:
     """Each score is the same, so that the loss is log 3 everywhere."""
 
     def constant(outputs: Tensor, targets: Tensor) -> Tensor:
         scores = outputs.square().sum(1, keepdim=True).expand(-1, 3)
         return F.cross_entropy(scores, targets, reduction="none")
 
-    for seed in range(8):
+    for seed in seeds:
         torch.manual_seed(seed)
         model = nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 3))
         targets = torch.arange(9) % 3
@@ -708,12 +712,7 @@ def compare(
     ("case", "dtype"),
     [
         *sample(itertools.product(SEEN, [torch.float64]), 1, 5),
-        *itertools.product(SEEN[::3], [torch.float32]),
-        *(
-            pytest.param(case, torch.float32, marks=pytest.mark.stress)
-            for case in SEEN
-            if case not in SEEN[::3]
-        ),
+        *sample(itertools.product(SEEN, [torch.float32]), 2, 5),
     ],
     ids=str,
 )
@@ -725,7 +724,7 @@ def test_right_derivatives_do_not_contradict_differences(case: Case, dtype: torc
     compare(objective, state, ends_of(case) if dtype == torch.float64 else None)
 
 
-@pytest.mark.parametrize("case", sample(SEEN, 2, 5), ids=str)
+@pytest.mark.parametrize("case", sample(SEEN, 4, 5), ids=str)
 def test_right_derivatives_do_not_contradict_differences_without_float64(
     case: Case, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -738,7 +737,7 @@ def test_right_derivatives_do_not_contradict_differences_without_float64(
     assert all(torch.equal(kept[n], t.to(kept[n].dtype)) for n, t in state.items())
 
 
-@pytest.mark.parametrize("name", sample(stopped.HONEST, 0, 2))
+@pytest.mark.parametrize("name", sample(stopped.HONEST, 0))
 @pytest.mark.parametrize("seeds", [[1], pytest.param([2, 3, 4], marks=pytest.mark.stress)])
 def test_kinks_and_jumps_do_not_contradict_differences(name: str, seeds: list[int]) -> None:
     case = stopped.case(stopped.HONEST[name])
@@ -750,27 +749,10 @@ def test_kinks_and_jumps_do_not_contradict_differences(name: str, seeds: list[in
         compare(objective, {n: torch.zeros_like(t) for n, t in state.items()})
 
 
-# The wide steps of float32 go over many roundings, of which the slope is that on average.
-@pytest.mark.parametrize(
-    ("name", "precise"),
-    sample(
-        [
-            (name, p)
-            for name in stopped.STOPPED
-            for p in (True, False)
-            if p or "rounding" not in name
-        ],
-        0,
-        2,
-    ),
-)
-def test_a_gradient_that_is_stopped_in_part_contradicts_differences(
-    name: str, precise: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("name", sample(stopped.STOPPED, 0, 2))
+def test_a_gradient_that_is_stopped_in_part_contradicts_differences(name: str) -> None:
     case = stopped.case(stopped.STOPPED[name])
     objective = objective_of(case, dtype=torch.float32)
-    if not precise:
-        monkeypatch.setattr(f"{__name__}.in_float64", lambda *_, **__: None)
     state = case.state(1)
     check_task(objective, state)
     with pytest.raises(
@@ -845,26 +827,24 @@ def two_at_each_end(case: Case, dtype: torch.dtype) -> Extremes:
     return curvature_of(case, dtype=dtype).extremes(2, tolerance=1e-4, seed=0)
 
 
-COVERED = [
-    *itertools.product([*SEARCHED, *CANCELLING], [torch.float32]),
-    *itertools.product([*SEARCHED[::4], *CANCELLING], [torch.bfloat16]),
-    *(
-        pytest.param(case, torch.bfloat16, marks=pytest.mark.stress)
-        for case in SEARCHED
-        if case not in SEARCHED[::4]
-    ),
-    *(
-        pytest.param(*larger.values, dtype, marks=pytest.mark.stress)
-        for larger in LARGER
-        for dtype in (torch.float32, torch.bfloat16)
-    ),
-]
+COVERED = [LARGER, *CANCELLING, *SEARCHED]
 
 
-@pytest.mark.parametrize(("case", "dtype"), sample(COVERED, 0, 3), ids=str)
-@pytest.mark.parametrize("number", [20, 60])
+# `make test` takes every third case with one of the types and numbers.
+@pytest.mark.parametrize(
+    ("case", "dtype", "number"),
+    sample(
+        in_turn(
+            COVERED,
+            *((torch.float32, 20), (torch.bfloat16, 60), (torch.float32, 60), (torch.bfloat16, 20)),
+        ),
+        4,
+        12,
+    ),
+    ids=str,
+)
 def test_errors_cover_the_distance_from_float64(
-    case: Case, number: int, dtype: torch.dtype
+    case: Case, dtype: torch.dtype, number: int
 ) -> None:
     objective, state = objective_of(case, dtype=dtype), case.state(1)
     check_task(objective, state)
@@ -883,7 +863,7 @@ def test_errors_cover_the_distance_from_float64(
         assert np.abs(truth - after.value).min() <= after.error
 
 
-@pytest.mark.parametrize("case", sample([*SEARCHED, *CANCELLING, *LARGER], 1, 2), ids=str)
+@pytest.mark.parametrize("case", sample(COVERED, 2, 5), ids=str)
 def test_errors_cover_the_distance_from_float64_without_float64(case: Case) -> None:
     objective, state = objective_of(case, dtype=torch.float32), case.state(1)
     check_task(objective, state)
@@ -895,8 +875,10 @@ def test_errors_cover_the_distance_from_float64_without_float64(case: Case) -> N
         assert np.abs(truth - after.value).min() <= after.error
 
 
-@pytest.mark.parametrize("inside", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", sample(stopped.SMOOTH, 0, 2))
+@pytest.mark.parametrize(
+    ("name", "inside"),
+    sample(itertools.product(stopped.SMOOTH, [torch.float32, torch.bfloat16]), 1, 5),
+)
 def test_right_derivatives_are_verified_with_casts_inside_the_model(
     name: str, inside: torch.dtype
 ) -> None:
@@ -906,14 +888,16 @@ def test_right_derivatives_are_verified_with_casts_inside_the_model(
     assert not compare(objective, state, ends_of(stopped.case(stopped.SMOOTH[name])))
 
 
-@pytest.mark.parametrize(("dtype", "inside"), stopped.TYPES)
 @pytest.mark.parametrize(
-    ("middle", "error"),
-    [
-        (stopped.STOPPED["partly detached"], "detached from autograd"),
-        (stopped.STOPPED["straight-through rounding"], "detached from autograd"),
-        (stopped.lying, "second derivatives? .* wrong"),
-    ],
+    ("middle", "error", "dtype", "inside"),
+    in_turn(
+        [
+            (stopped.STOPPED["partly detached"], "detached from autograd"),
+            (stopped.STOPPED["straight-through rounding"], "detached from autograd"),
+            (stopped.lying, "second derivatives? .* wrong"),
+        ],
+        *reversed(stopped.TYPES),
+    ),
 )
 def test_wrong_derivatives_are_refused_with_casts_inside_the_model(
     middle: Callable[[Tensor], Tensor], error: str, dtype: torch.dtype, inside: torch.dtype
@@ -926,33 +910,39 @@ def test_wrong_derivatives_are_refused_with_casts_inside_the_model(
 
 
 @pytest.mark.parametrize(
-    ("dtype", "inside"),
-    [
-        (torch.float32, torch.float32),
-        (torch.float32, torch.bfloat16),
-        (torch.bfloat16, torch.bfloat16),
-        pytest.param(torch.bfloat16, torch.float32, marks=pytest.mark.stress),
-    ],
+    ("name", "dtype", "inside", "ends"),
+    sample(
+        itertools.product(
+            stopped.SMOOTH | stopped.WRONG,
+            [torch.float32, torch.bfloat16],
+            [torch.float32, torch.bfloat16],
+            [True, False],
+        ),
+        0,
+        17,
+    ),
 )
-@pytest.mark.parametrize("names", stopped.SAMPLES)
 def test_without_float64_derivatives_are_right_or_refused_or_noted(
-    dtype: torch.dtype, inside: torch.dtype, names: list[str], monkeypatch: pytest.MonkeyPatch
+    name: str,
+    dtype: torch.dtype,
+    inside: torch.dtype,
+    ends: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """No right derivative is refused, and no wrong one passes in silence."""
     monkeypatch.setattr(f"{__name__}.in_float64", lambda *_, **__: None)
     wrong = stopped.WRONG
-    for name in names:
-        middle = (stopped.SMOOTH | wrong)[name]
-        case = stopped.case(stopped.cast(middle, inside))
-        objective, state = objective_of(case, dtype=dtype), case.state(1)
-        check_task(objective, state)
-        refused, noted = False, ""
-        try:
-            noted = compare(objective, state)
-        except ModelError:
-            refused = True
-        assert not refused or name in wrong
-        assert refused or noted or name not in wrong
+    middle = (stopped.SMOOTH | wrong)[name]
+    case = stopped.case(stopped.cast(middle, inside))
+    objective, state = objective_of(case, dtype=dtype), case.state(1)
+    check_task(objective, state)
+    refused, noted = False, ""
+    try:
+        noted = compare(objective, state, ends_of(case) if ends else None)
+    except ModelError:
+        refused = True
+    assert not refused or name in wrong
+    assert refused or noted or name not in wrong
 
 
 @pytest.mark.parametrize("case", CANCELLING, ids=str)
@@ -980,7 +970,7 @@ def judged(curvature: Curvature, *, tolerance: float = 1e-3, limit: int = 1000) 
 
 
 def test_a_linear_model_with_squared_error_has_the_covariance_of_its_inputs_for_hessian() -> None:
-    case = next(c for c in CASES if c.name == "mlp-linear-mse")
+    case = LINEAR
     extended = torch.cat([case.inputs.double(), torch.ones(len(case.inputs), 1)], 1)
     covariance = extended.T @ extended / len(extended)
     found = curvature_of(case, batch_size=8)
@@ -1048,19 +1038,21 @@ def test_the_valley_of_two_linear_layers_is_undecided() -> None:
     assert curvature.dense().shares == (0.5, 0, 0.5)
 
 
-@pytest.mark.parametrize("n", [1, 5, 100])
 @pytest.mark.parametrize(
-    ("low", "high", "expected"),
-    [
-        (1.0, 2.0, "minimum"),
-        (-2.0, -1.0, "maximum"),
-        (-1.0, 2.0, "saddle"),
-        (0.0, 2.0, "undecided"),
-        (-2.0, 0.0, "saddle"),
-    ],
+    ("low", "high", "expected", "n"),
+    in_turn(
+        [
+            (1.0, 2.0, "minimum"),
+            (-2.0, -1.0, "maximum"),
+            (-1.0, 2.0, "saddle"),
+            (0.0, 2.0, "undecided"),
+            (-2.0, 0.0, "saddle"),
+        ],
+        *(100, 1, 5),
+    ),
 )
 def test_quadratic_losses_have_their_known_spectra_and_verdicts(
-    n: int, low: float, high: float, expected: str
+    low: float, high: float, expected: str, n: int
 ) -> None:
     spectrum = np.linspace(low, high, n).tolist() if n > 1 else [low]
     if n == 1:
@@ -1141,10 +1133,12 @@ class Cramped:
         return wrapped
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError, MemoryError])
-@pytest.mark.parametrize("place", ["forward", "first", "second"])
+@pytest.mark.parametrize(
+    ("place", "error"),
+    in_turn(["forward", "first", "second"], torch.OutOfMemoryError, MemoryError),
+)
 def test_out_of_memory_the_batch_is_halved(
-    monkeypatch: pytest.MonkeyPatch, error: type[Exception], place: str
+    monkeypatch: pytest.MonkeyPatch, place: str, error: type[Exception]
 ) -> None:
     case = CASES[0]
     expected = curvature_of(case, batch_size=8)
@@ -1207,7 +1201,7 @@ def test_one_example_that_does_not_fit_is_an_error(monkeypatch: pytest.MonkeyPat
 
 def test_progress_is_reported_per_batch_and_adds_up_to_the_products() -> None:
     told: list[float] = []
-    curvature = curvature_of(CASES[0], batch_size=8, progress=told.append)
+    curvature = curvature_of(LINEAR, batch_size=8, progress=told.append)
     curvature.gradient()
     assert told == pytest.approx([8 / 37] * 4 + [5 / 37])
     curvature.gradient()
@@ -1226,7 +1220,7 @@ def test_progress_is_reported_per_batch_and_adds_up_to_the_products() -> None:
 # Order.
 
 
-@pytest.mark.parametrize("case", sample(CASES, 1, 2), ids=str)
+@pytest.mark.parametrize("case", sample(CASES, 1), ids=str)
 def test_model_and_data_are_not_changed(case: Case) -> None:
     objective = objective_of(case, batch_size=8)
     state = case.state(1)

@@ -52,7 +52,7 @@ def kept(case: Case, *, budget: int | None = None, batch_size: int = 8) -> Curva
     return curvature
 
 
-@pytest.mark.parametrize("case", sample(SEEN, 1, 2), ids=str)
+@pytest.mark.parametrize("case", sample(SEEN, 0), ids=str)
 def test_a_product_from_kept_graphs_is_that_of_the_dense_hessian(
     case: Case, monkeypatch: pytest.MonkeyPatch
 ) -> None:

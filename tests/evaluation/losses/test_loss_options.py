@@ -29,6 +29,7 @@ from losscli.evaluation.losses.built_in import (
 from losscli.evaluation.losses.metrics import accuracy
 from losscli.evaluation.losses.torch_losses import from_torch
 from losscli.evaluation.objective import Objective
+from tests.cases import in_turn
 from tests.conftest import Losscli
 
 N, C = 24, 3
@@ -115,8 +116,7 @@ MEANS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", MEANS)
-@pytest.mark.parametrize("form", ["spec", "not reduced", "object"])
+@pytest.mark.parametrize(("name", "form"), in_turn(MEANS, "spec", "not reduced", "object"))
 @pytest.mark.filterwarnings("ignore:reduction")
 def test_a_loss_of_torch_has_the_mean_of_torch(name: str, form: str) -> None:
     spec, loss, targets = MEANS[name]

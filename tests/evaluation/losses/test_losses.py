@@ -29,6 +29,7 @@ from losscli.evaluation.losses.built_in import (
 )
 from losscli.evaluation.losses.example_weights import weights_of
 from losscli.evaluation.losses.metrics import METRICS, accuracy, of_mean, perplexity
+from tests.cases import in_turn
 
 Array = np.ndarray
 
@@ -417,10 +418,11 @@ def test_causal_lm_maps_over_weights() -> None:
     torch.testing.assert_close(mapped, torch.stack([causal_lm(s, targets) for s in scores]))
 
 
-@pytest.mark.parametrize("loss", [causal_lm, token_cross_entropy])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(
+    ("loss", "dtype"), in_turn([causal_lm, token_cross_entropy], torch.bfloat16, torch.float32)
+)
 def test_the_loss_of_a_vocabulary_makes_no_second_copy_of_its_scores(
-    dtype: torch.dtype, loss: Any
+    loss: Any, dtype: torch.dtype
 ) -> None:
     scores, targets = torch.zeros(4, 128, 1 << 15, dtype=dtype), classes(1 << 15, 4, 128)
     largest = 0

@@ -32,6 +32,7 @@ from losscli.evaluation.strategy_choice import choose_strategy
 from losscli.evaluation.sweep import check
 from losscli.models import CNN, MLP
 from losscli.weight_space.slices import Line
+from tests.cases import in_turn
 
 POINTS = [(-0.5,), (0.0,), (0.3,), (1.0,), (1.2,)]
 
@@ -148,8 +149,7 @@ def evaluated(
     return objective.at(line, POINTS), objective, line
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(("name", "dtype"), in_turn(CASES, torch.float32, torch.float64))
 def test_graphs_have_the_bits_of_batches_without(
     name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:

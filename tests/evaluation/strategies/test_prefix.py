@@ -19,7 +19,7 @@ from losscli.evaluation.strategies.base import Strategy
 from losscli.evaluation.sweep import sweep
 from losscli.models import CNN, MLP
 from losscli.weight_space.slices import Line
-from tests.cases import sample
+from tests.cases import in_turn
 
 # In `twice`.
 TIED = {"2.weight": "0.weight", "2.bias": "0.bias"}
@@ -184,8 +184,9 @@ def test_a_first_layer_of_single_examples_is_that_of_a_plain_loop(block: str) ->
     torch.testing.assert_close(swept(*given).double(), in_a_plain_loop(*given), rtol=2e-6, atol=0)
 
 
-@pytest.mark.parametrize("block", BLOCKS)
-@pytest.mark.parametrize("between", sample(USERS, 0, 2), ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    ("between", "block"), in_turn(USERS, *BLOCKS), ids=lambda v: getattr(v, "__name__", v)
+)
 def test_a_users_code_has_the_losses_of_a_plain_loop(
     between: Callable[[Layers, Tensor, Tensor], Tensor], block: str
 ) -> None:
@@ -214,9 +215,9 @@ BUILT_IN: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], Sequence[str
 }
 
 
-@pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize(
-    ("name", "block"), [(name, block) for name, case in BUILT_IN.items() for block in case[2]]
+    ("name", "block", "threads"),
+    in_turn([(name, block) for name, case in BUILT_IN.items() for block in case[2]], 1, 2),
 )
 def test_every_block_of_a_model_of_torch_gives_the_losses_of_a_plain_loop(
     name: str, block: str, threads: int
