@@ -183,9 +183,8 @@ class Around(Study):
         require_distinct(names)
         _check_directions(directions, along, settings)
         _check_basin(basin, basin_loss)
-        if along:
-            check_point_count("--points", points, 3 * points * len(names))
-        else:
+        check_point_count("--points", points, (3 if along else 1) * points * len(names))
+        if not along:
             check_point_count("--directions", directions, directions * points * len(names))
         coefficients = _coefficients(points, range_ or _RANGES[along])
         problem = prepare(names, settings, ranks=ranks, independent=True)
