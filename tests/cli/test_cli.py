@@ -381,7 +381,7 @@ def test_the_device_may_come_from_the_environment(
 ) -> None:
     monkeypatch.setenv("LOSSCLI_DEVICE", "abacus")
     done = losscli("interpolate", "a.pt", "b.pt")
-    assert done.status == 1
+    assert done.status == 2
     assert "'abacus'" in done.stderr
 
 
