@@ -694,7 +694,7 @@ def test_help_shows_the_arguments_of_each_function() -> None:
         assert "Args:" in (function.__doc__ or "")
         parameters = inspect.signature(function).parameters
         assert "arguments" not in parameters
-        taken = [] if name in {"inspect", "export"} else SETTINGS
+        taken = [] if name == "inspect" else SETTINGS
         assert [option for option in parameters if option in SETTINGS] == taken
         assert "settings" not in parameters
 
