@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -105,7 +105,7 @@ class Command:
         report: The function that formats a `Result` as text.
         drawing: The function that draws runs: a sequence of them, or one where several cannot be
             overlaid.
-        views: The function that returns the views of an interactive page, with the runs as for
+        views: The function that returns the views of an interactive page, with the arguments of
             ``drawing``; empty for curves of the columns of the table.
         animation: The function that animates runs, with the arguments of ``drawing``; empty for
             none.
@@ -165,11 +165,12 @@ class Command:
         load("losscli.plotting.style:make_displayable")(figure, drawing)
         return figure
 
-    def page_views(self, runs: Sequence[Any]) -> Sequence[Any]:
+    def page_views(self, runs: Sequence[Any], drawing: Drawing) -> Sequence[Any]:
         """Returns the views of one run or several on an interactive page.
 
         Args:
             runs: Each a `losscli.results.result.Run`.
+            drawing: How. A page has no size of its own.
 
         Returns:
             Each a `losscli.plotting.html.View`.
@@ -177,11 +178,11 @@ class Command:
         Raises:
             UsageError: The runs cannot be drawn together, or the run has no figure.
         """
-        what = self._overlaid(runs)
+        what, full = self._overlaid(runs), replace(drawing, size="full")
         views: Sequence[Any] = (
-            load(self.views)(what)
+            load(self.views)(what, full)
             if self.views
-            else load("losscli.plotting.html:table_views")(runs)
+            else load("losscli.plotting.html:table_views")(runs, full)
         )
         return views
 
@@ -485,6 +486,7 @@ COMMANDS: Mapping[str, Command] = {
             cli="losscli.cli.connect:connect",
             report="losscli.cli.connect:report",
             drawing="losscli.plotting.connect:draw_connect",
+            views="losscli.plotting.connect:connect_views",
             summary="losscli.results.summaries:ConnectSummary",
             table=TableFormat(
                 ("path", "t", *_LOSS),
@@ -503,7 +505,6 @@ COMMANDS: Mapping[str, Command] = {
                 ),
             },
             panels="metrics",
-            not_overlaid=("paths cannot be overlaid", "Give one CSV of connect"),
         ),
         Command(
             name="soup",

@@ -17,7 +17,7 @@ from losscli.cli.imports import import_plotting
 from losscli.cli.options import argument, with_console, with_drawing
 from losscli.errors import UsageError
 from losscli.registry import COMMANDS, command_of
-from losscli.results.figures import check_animated, has_panels
+from losscli.results.figures import check_animated, has_panels, notes_on_pages
 from losscli.results.result import (
     Output,
     Run,
@@ -105,6 +105,8 @@ def plot(
     refuse_overwriting(output.figures, [*map(Path, csvs), *filter(None, [style])])
     if any(map(has_panels, output.figures)):
         check_panels(csvs, runs)
+    for note in notes_on_pages(output.figures, options):
+        console.note(note)
     import_plotting()
     page = partial(report, csvs) if runs[1:] else render_html
     files = output.write_pictures(output.render(runs, draw, options, page))

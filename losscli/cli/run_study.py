@@ -14,8 +14,8 @@ from losscli.cli.console import Console, stdin
 from losscli.cli.imports import import_plotting, importing
 from losscli.cli.options import Write
 from losscli.errors import ChangedError, UsageError
-from losscli.registry import COMMANDS, load
-from losscli.results.figures import check_panel_count, has_panels
+from losscli.registry import COMMANDS, Command, load
+from losscli.results.figures import check_panel_count, has_panels, notes_on_pages
 from losscli.results.result import (
     Output,
     check_labels,
@@ -74,17 +74,10 @@ def run_study(
         study = plan()
     _note_on_speed(study, console)
     check_labels(write.drawing.label, len(study.problem.names))
-    for path in output.figures if output is not None else ():
-        suffix = path.suffix.lower()
-        command.check_format(suffix, has_path=study.has_path, has_surface=study.has_surface)
-    if output is not None and any(map(has_panels, output.figures)):
-        objective = study.problem.objective
-        check_panel_count(
-            command.panels_with(["blocks"] if study.options.get("layerwise") else []),
-            len(objective.splits),
-            len(objective.metrics),
-            "Choose fewer by --split and --metric, or give --no-figure",
-        )
+    if output is not None:
+        _check_figures(output.figures, command, study)
+        for note in notes_on_pages(output.figures, write.drawing):
+            console.note(note)
     if write.dry_run:
         from losscli.studies import dry_run
 
@@ -161,6 +154,21 @@ def _check_files(
         cure = f"Run losscli.{study.command} in Python, and save its checkpoints as .pt files"
         require_storable(study.problem, made[0], cure)
     return made
+
+
+def _check_figures(figures: Sequence[Path], command: Command, study: Study) -> None:
+    """Checks that a study has figures of these formats, and no more panels than they can show."""
+    for path in figures:
+        suffix = path.suffix.lower()
+        command.check_format(suffix, has_path=study.has_path, has_surface=study.has_surface)
+    if any(map(has_panels, figures)):
+        objective = study.problem.objective
+        check_panel_count(
+            command.panels_with(["blocks"] if study.options.get("layerwise") else []),
+            len(objective.splits),
+            len(objective.metrics),
+            "Choose fewer by --split and --metric, or give --no-figure",
+        )
 
 
 def _note_on_speed(study: Study, console: Console) -> None:

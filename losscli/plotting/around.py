@@ -336,10 +336,10 @@ def _scale_distance(
 # --- As a page -----------------------------------------------------------------------------------
 
 
-def around_views(runs: Sequence[Run[AroundSummary]]) -> list[View]:
+def around_views(runs: Sequence[Run[AroundSummary]], drawing: Drawing = FULL) -> list[View]:
     """Returns the views of an interactive page: the loss along directions from checkpoints."""
     splits = split_names(runs)
-    groups, notes = _read(runs, FULL)
+    groups, notes = _read(runs, drawing)
     quantities = {"loss": f"loss{loss_name(runs)}"}
     quantities |= {metric: metric for run in runs for metric in run.table.metrics}
     items = [

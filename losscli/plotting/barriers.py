@@ -12,7 +12,7 @@ import numpy as np
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import ListedColormap, LogNorm, Normalize
+from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, PathPatch
 from matplotlib.path import Path
@@ -49,7 +49,7 @@ from losscli.plotting.style import (
     text_width,
     title_panel,
 )
-from losscli.plotting.surface import WIDE, colour_stops
+from losscli.plotting.surface import LOSS_COLOURS, WIDE, colour_stops
 from losscli.registry import pair_position
 from losscli.results.drawing import FULL, Drawing
 from losscli.results.result import Run
@@ -60,10 +60,7 @@ __all__ = ["barriers_views", "draw_barriers"]
 
 Floats = NDArray[np.float64]
 
-# Reversed, so that high barriers are dark and low ones are close to the white of no barrier, with
-# some white, so that numbers are legible on every colour.
-_COLOURS = ListedColormap(0.25 + 0.75 * mpl.colormaps["viridis_r"](np.linspace(0, 1, 256))[:, :3])
-_NONE = "#ffffff"
+_NONE = "#270b36"  # darker than the lowest barrier
 _UNKNOWN = "#d4d4d4"
 _DIAGONAL = "#ebebeb"
 _EDGE = "#dedede"
@@ -87,7 +84,8 @@ class _Square:
 def draw_barriers(run: Run[BarriersSummary], drawing: Drawing = FULL) -> Figure:
     """Draws the barriers between all pairs of checkpoints as a symmetric matrix for each split.
 
-    All splits have the same scale. A barrier of 0 is white on any scale. A barrier that is unknown,
+    All splits have the same scale. Low barriers are dark, as low losses
+    on a surface, and a barrier of 0 is the darkest on any scale. A barrier that is unknown,
     since a loss on its line is not finite, is hatched.
 
     Returns:
@@ -217,7 +215,7 @@ def _draw(axes: Axes, heights: Floats, norm: Normalize, room: float) -> None:
     colours = np.ones((number, number, 4))
     colours[..., :] = mpl.colors.to_rgba(_NONE)
     coloured, unknown = _coloured(heights), _unknown(heights)
-    colours[coloured] = _COLOURS(np.asarray(norm(heights[coloured])))
+    colours[coloured] = LOSS_COLOURS(np.asarray(norm(heights[coloured])))
     colours[unknown] = mpl.colors.to_rgba(_UNKNOWN)
     colours[np.arange(number), np.arange(number)] = mpl.colors.to_rgba(_DIAGONAL)
     axes.imshow(colours, interpolation="nearest", aspect="equal")
@@ -295,7 +293,7 @@ def _add_colour_bar(
 ) -> None:
     label += ", log scale" * (log and not drawing.compact)
     bar = figure.colorbar(
-        ScalarMappable(norm, _COLOURS),
+        ScalarMappable(norm, LOSS_COLOURS),
         ax=list(panels),
         label=shorten(figure, label, narrow(figure, 220), text_size()),
         fraction=0.05,
@@ -324,9 +322,9 @@ def _legend(
     for square in squares:
         pairs = ~np.eye(len(square.heights), dtype=bool)
         if (pairs & ~_coloured(square.heights) & ~_unknown(square.heights)).any():
-            white = Patch(fc=_NONE, ec=PALE, lw=0.5)
+            darkest = Patch(fc=_NONE, lw=0)
             text = "0: never above the straight line between the two losses"
-            entries.append((white, drawing.words(text, "0")))
+            entries.append((darkest, drawing.words(text, "0")))
             break
     if any(_unknown(square.heights).any() for square in squares):
         grey = Patch(fc=_UNKNOWN, ec=PALE, hatch="////", lw=0)
@@ -350,12 +348,12 @@ def _notes(run: Run[BarriersSummary], squares: Sequence[_Square], shared: str) -
     return notes
 
 
-def barriers_views(run: Run[BarriersSummary]) -> list[View]:
+def barriers_views(run: Run[BarriersSummary], drawing: Drawing = FULL) -> list[View]:
     """Returns the views of an interactive page: the matrix of all pairs of checkpoints."""
     if pair_position(run.table.columns):
-        return pairs_views(run)
+        return pairs_views(run, drawing)
     names = [str(name) for name in run.table.unique("a", "b")]
-    labels, shared = distinct_checkpoints(run, names, FULL)
+    labels, shared = distinct_checkpoints(run, names, drawing)
     quantities = {
         "barrier": f"barrier{loss_name([run])}",
         "distance": "distance ‖B − A‖",
@@ -403,8 +401,9 @@ def barriers_views(run: Run[BarriersSummary]) -> list[View]:
         quantities,
         scale="colour",
         logarithmic=[*quantities],
+        limited=("barrier",),
         single=("quantity", "split"),
-        colours=colour_stops(_COLOURS),
+        colours=colour_stops(),
         from_zero=True,
         notes=[*([f"Checkpoints {shared}"] if shared else ()), *repair_notes([run])],
     )

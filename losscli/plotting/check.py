@@ -963,7 +963,7 @@ def _draw_escape(
 # --- As a page -----------------------------------------------------------------------------------
 
 
-def check_views(run: Run[CheckSummary]) -> list[View]:
+def check_views(run: Run[CheckSummary], drawing: Drawing = FULL) -> list[View]:
     """Renders the numbers of each checkpoint, its eigenvalues and the escape as a page."""
     loss = f"loss{loss_name([run])}"
     quantities = {
@@ -981,7 +981,7 @@ def check_views(run: Run[CheckSummary]) -> list[View]:
     views = [
         table_view(
             "checkpoints", [("", run.table)], "checkpoint", quantities, logarithmic=positive,
-            notes=[_criteria_note(run, None, bars=True)],
+            notes=[_criteria_note(run, None, bars=True)], drawing=drawing,
         )
     ]  # fmt: skip
     if "spectrum" in run.more:
@@ -989,7 +989,7 @@ def check_views(run: Run[CheckSummary]) -> list[View]:
         views.append(
             table_view(
                 "eigenvalues", [("", run.more["spectrum"])], "", values, logarithmic=[*values],
-                x_label="rank of the computed eigenvalue",
+                x_label="rank of the computed eigenvalue", drawing=drawing,
             )
         )  # fmt: skip
     if "density" in run.more:
@@ -998,16 +998,20 @@ def check_views(run: Run[CheckSummary]) -> list[View]:
         views.append(
             table_view(
                 "spectral density", [("", run.more["density"])], "lambda", density, x_label=label,
-                logarithmic=[*density], decades=_DECADES,
+                logarithmic=[*density], decades=_DECADES, drawing=drawing,
             )
         )  # fmt: skip
     if "curvature" in run.more:
         names = ("lambda_max", "trace", "gradient_norm")
         of_blocks = {name: quantities[name] for name in names}
         blocks = [("", run.more["curvature"])]
-        views.append(table_view("blocks", blocks, "block", of_blocks, logarithmic=names))
+        views.append(
+            table_view("blocks", blocks, "block", of_blocks, logarithmic=names, drawing=drawing)
+        )
     if "escape" in run.more:
         escape = [("", run.more["escape"])]
         label = "distance along the most negative curvature"
-        views.append(table_view("escape", escape, "distance", {"loss": loss}, x_label=label))
+        views.append(
+            table_view("escape", escape, "distance", {"loss": loss}, x_label=label, drawing=drawing)
+        )
     return views

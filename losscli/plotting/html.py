@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from importlib.resources import files
 from typing import Any, Literal
 
@@ -23,9 +24,9 @@ from losscli.plotting.style import (
     run_colours,
     run_names,
 )
-from losscli.plotting.surface import PATH, Grid, colour_stops
+from losscli.plotting.surface import PATH, Grid, colour_stops, limit_notes
 from losscli.registry import COLUMN_TYPES, command_of
-from losscli.results.drawing import Drawing
+from losscli.results.drawing import FULL, Drawing
 from losscli.results.result import Run, to_json
 from losscli.results.summaries import Summary
 from losscli.table import Cell, Table
@@ -54,7 +55,7 @@ DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
 """The line styles of `losscli.plotting.style.DASHES` in the words of Plotly."""
 
 # Columns of names that distinguish curves.
-_NAMED = frozenset({"a", "b", "block", "checkpoint", "direction", "rho", "split"})
+_NAMED = frozenset({"a", "b", "block", "checkpoint", "direction", "path", "rho", "split"})
 
 _HOVER_COLUMNS = ("checkpoint", "block", "verdict")
 _WORDS = {"block": "{} alone", "rho": "ρ = {}"}
@@ -107,6 +108,7 @@ class View:
         quantities: The names of the quantities, and their labels.
         scale: The axis or the colours that show the quantity.
         logarithmic: The quantities that can have a logarithmic scale.
+        limited: The quantities of which the scale has the limits of the drawing.
         single: The switches that choose one value at a time.
         slider: The names of the checkpoints; empty for no slider.
         notes: Sentences below the figure.
@@ -121,6 +123,7 @@ class View:
     quantities: Mapping[str, str]
     scale: Literal["y", "z", "colour"] = "y"
     logarithmic: Sequence[str] = ("loss",)
+    limited: Sequence[str] = ("loss",)
     single: Sequence[str] = ("quantity",)
     slider: Sequence[str] = ()
     notes: Sequence[str] = ()
@@ -154,7 +157,7 @@ def render_page(views: Sequence[View], drawing: Drawing) -> str:
 
     Args:
         views: The views; the first one is shown at first.
-        drawing: The title, and whether the scale is logarithmic at first.
+        drawing: The title, the limits, and whether the scale is logarithmic at first.
 
     Returns:
         HTML with all data and scripts in it. Equal views give equal text.
@@ -167,7 +170,7 @@ def render_report(sections: Sequence[Section], drawing: Drawing) -> str:
 
     Args:
         sections: The sections.
-        drawing: The title, and whether the scales are logarithmic at first.
+        drawing: The title, the limits, and whether the scales are logarithmic at first.
 
     Returns:
         HTML with all data and scripts in it. Equal sections give equal text.
@@ -184,7 +187,8 @@ def render_report(sections: Sequence[Section], drawing: Drawing) -> str:
 
 
 def _page(views: Sequence[View], drawing: Drawing) -> dict[str, Any]:
-    return {"log": drawing.log, "views": [_as_json(view) for view in views]}
+    shown = [_as_json(view, drawing) for view in views]
+    return {"log": drawing.log, "ylim": drawing.ylim, "views": shown}
 
 
 def _fill(page: Mapping[str, Any], sections: int) -> str:
@@ -202,13 +206,19 @@ def _fill(page: Mapping[str, Any], sections: int) -> str:
     return f"{before}{''.join(parts)}{start}{data}{between}{get_plotlyjs()}{after}"
 
 
-def _as_json(view: View) -> dict[str, Any]:
+def _as_json(view: View, drawing: Drawing) -> dict[str, Any]:
+    notes = list(view.notes)
+    if view.scale != "y" and len({item.tags.get("split") for item in view.items}) > 1:
+        notes.append("All splits have the same colours.")
+    if view.scale != "y":
+        notes += limit_notes(drawing)
     text = {
         "name": plain(view.name),
-        "notes": list(map(plain, view.notes)),
+        "notes": list(map(plain, notes)),
         "slider": list(map(plain, view.slider)),
         "quantities": {plain(name): escape(label) for name, label in view.quantities.items()},
         "logarithmic": list(map(plain, view.logarithmic)),
+        "limited": list(map(plain, view.limited)),
     }
     items = [
         asdict(item) | {"tags": {tag: plain(value) for tag, value in item.tags.items()}}
@@ -310,7 +320,8 @@ def table_view(
     *,
     x_label: str = "",
     short: str = "",
-    colours: Callable[[int], list[str]] = run_colours,
+    drawing: Drawing = FULL,
+    colours: Callable[[int], list[str]] | None = None,
     marks: Mapping[float, str] | None = None,
     notes: Sequence[str] = (),
     **view: Any,
@@ -328,7 +339,8 @@ def table_view(
         quantities: The columns of the quantities, and their labels.
         x_label: The label of the positions; by default their column, or as `number_checkpoints`.
         short: The same in a word.
-        colours: Returns a number of colours.
+        drawing: How it is drawn.
+        colours: Returns a number of colours; by default those of the drawing.
         marks: Positions with a vertical line, and the text above it.
         notes: Sentences below the figure.
         **view: Further attributes of the view.
@@ -346,7 +358,8 @@ def table_view(
         groups += [(shared | tags, rows) for tags, rows in _group(table, by)]
     splits = list(dict.fromkeys(tags.get("split", "") for tags, _ in groups))
     others = list(dict.fromkeys(_without_split(tags) for tags, _ in groups))
-    colour = dict(zip(others, colours(len(others)), strict=True))
+    chosen = colours or partial(run_colours, drawing=drawing)
+    colour = dict(zip(others, chosen(len(others)), strict=True))
     slider = _Slider.of([table for _, table in tables], x)
     axis = x_label or slider.label or x.replace("_", " ") or "rank of the value"
     items = []
@@ -654,7 +667,7 @@ def path_items(
 # --- Any table -----------------------------------------------------------------------------------
 
 
-def table_views(runs: Sequence[Run[Summary]]) -> list[View]:
+def table_views(runs: Sequence[Run[Summary]], drawing: Drawing = FULL) -> list[View]:
     """Returns the tables of a command as curves: the views of a command without its own.
 
     Each table is a view over its positions, its checkpoints or else its first column of floats,
@@ -680,6 +693,14 @@ def table_views(runs: Sequence[Run[Summary]]) -> list[View]:
         x = expected.position or ("checkpoint" if "checkpoint" in expected.columns else first)
         quantities = {c: c.replace("_", " ") for c in floats if c != x}
         views.append(
-            table_view(name or command.name, tables, x, quantities, logarithmic=[*quantities])
+            table_view(
+                name or command.name,
+                tables,
+                x,
+                quantities,
+                drawing=drawing,
+                logarithmic=[*quantities],
+                limited=("loss", "score"),
+            )
         )
     return views

@@ -289,7 +289,7 @@ def _write_names(axes: Axes, names: Sequence[str]) -> Text:
     return axes.set_title("      ".join(texts), loc="left", fontsize=small_size(), pad=8)
 
 
-def inspection_views(run: Run[InspectionSummary]) -> list[View]:
+def inspection_views(run: Run[InspectionSummary], drawing: Drawing = FULL) -> list[View]:
     """Returns the views of an interactive page: the numbers of each tensor.
 
     Raises:
@@ -323,6 +323,6 @@ def inspection_views(run: Run[InspectionSummary]) -> list[View]:
     layout = layout_2d("")
     layout["xaxis"] |= {"type": "category"}
     positive = [column for column in quantities if column != "cosine"]
-    checkpoints = " and ".join(checkpoint_names(run))
+    checkpoints = " and ".join(checkpoint_names(run, drawing))
     view = View("tensors", items, layout, quantities, logarithmic=positive, notes=[checkpoints])
     return [view]

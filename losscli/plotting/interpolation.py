@@ -148,7 +148,7 @@ def draw_interpolation(runs: Sequence[Run[LineSummary]], drawing: Drawing = FULL
     return figure
 
 
-def interpolation_views(runs: Sequence[Run[LineSummary]]) -> list[View]:
+def interpolation_views(runs: Sequence[Run[LineSummary]], drawing: Drawing = FULL) -> list[View]:
     """Returns the views of an interactive page: losses and metrics over the line."""
     quantities = {"loss": f"loss{loss_name(runs)}"}
     quantities |= {name: f"{name} {label}" for name, label in _DERIVATIVES.items()}
@@ -159,7 +159,7 @@ def interpolation_views(runs: Sequence[Run[LineSummary]]) -> list[View]:
     }
 
     def view(name: str, tables: Sequence[tuple[str, Table]], **options: Any) -> View:
-        options = {"x_label": _ALPHA, "short": "α", "marks": ends, **options}
+        options = {"x_label": _ALPHA, "short": "α", "marks": ends, "drawing": drawing, **options}
         positive = [q for q in quantities if q not in _DERIVATIVES]
         return table_view(name, tables, "alpha", quantities, logarithmic=positive, **options)
 

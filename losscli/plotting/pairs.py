@@ -8,27 +8,27 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from losscli.plotting.html import View, curve, escape, layout_2d
 from losscli.plotting.layout import finish_layout
 from losscli.plotting.lines import repair_notes
 from losscli.plotting.style import (
-    PALETTE,
-    STEPS,
     count_points,
     drawable,
     house_style,
+    linear_ticks,
     loss_name,
     name_split,
     narrow,
     plain,
+    run_colours,
     scale_y,
     shorten,
     split_names,
     stacked_panels,
     text_size,
+    whole_numbers,
 )
 from losscli.registry import pair_position
 from losscli.results.drawing import FULL, Drawing
@@ -72,13 +72,13 @@ def draw_pairs(run: Run[BarriersSummary], drawing: Drawing = FULL) -> Figure:
             text = shorten(figure, label, narrow(figure, 150), text_size())
             panel.set_ylabel(f"{text}\nlog scale" if log and not drawing.compact else text)
         panels[-1].set_xlabel(shorten(figure, plain(column), narrow(figure, 250), text_size()))
-        panels[-1].xaxis.set_major_locator(MaxNLocator("auto", steps=STEPS))
+        _set_ticks(panels[-1], np.array(run.table.floats(column)))
         marks = [
             (
                 Line2D([], [], color=colour, marker="o", ms=5, lw=1.4),
                 shorten(figure, name_split([run], split, drawing), narrow(figure, 250)),
             )
-            for split, colour in zip(splits, _colours(splits), strict=True)
+            for split, colour in zip(splits, run_colours(len(splits), drawing), strict=True)
         ]
         first = run.table.where("split", splits[0]) if splits else run.table
         notes = ["Bars: one standard error over examples."]
@@ -92,8 +92,12 @@ def draw_pairs(run: Run[BarriersSummary], drawing: Drawing = FULL) -> Figure:
     return figure
 
 
-def _colours(splits: list[str]) -> list[str]:
-    return [PALETTE[k % len(PALETTE)] for k, _ in enumerate(splits)]
+def _set_ticks(axes: Axes, x: Floats) -> None:
+    """Sets the ticks of the positions, at whole numbers if all positions are whole."""
+    linear_ticks(axes.xaxis)
+    places = x[drawable(x, log=False)]
+    if np.all(places == places.round()):
+        axes.xaxis.set_major_locator(whole_numbers())
 
 
 def _draw_quantity(
@@ -108,7 +112,7 @@ def _draw_quantity(
     """Draws a column on a panel; returns the number of points of each split that are not drawn."""
     column = pair_position(run.table.columns)
     missing, reach = [], list[Floats]()
-    for split, colour in zip(splits, _colours(splits), strict=True):
+    for split, colour in zip(splits, run_colours(len(splits), drawing), strict=True):
         rows = run.table.where("split", split)
         x, y = np.array(rows.floats(column)), np.array(rows.floats(quantity))
         shown = drawable(y, log=log) & drawable(x, log=False)
@@ -145,12 +149,12 @@ def _means(x: Floats, y: Floats, errors: Floats) -> tuple[Floats, Floats, Floats
     return places, np.array([group.mean() for group, _ in groups]), np.nan_to_num(found)
 
 
-def pairs_views(run: Run[BarriersSummary]) -> list[View]:
+def pairs_views(run: Run[BarriersSummary], drawing: Drawing = FULL) -> list[View]:
     """Returns the view of an interactive page: each quantity over the position."""
     column, quantities = pair_position(run.table.columns), _quantities(run)
     splits = split_names([run])
     items = []
-    for split, colour in zip(splits, _colours(splits), strict=True):
+    for split, colour in zip(splits, run_colours(len(splits), drawing), strict=True):
         rows = run.table.where("split", split)
         pairs = zip(rows["a"], rows["b"], strict=True)
         names = [f"{escape(str(a))} and {escape(str(b))}" for a, b in pairs]
@@ -184,4 +188,14 @@ def pairs_views(run: Run[BarriersSummary]) -> list[View]:
             ]
     layout = layout_2d(column)
     notes = repair_notes([run])
-    return [View("barriers", items, layout, quantities, logarithmic=[*quantities], notes=notes)]
+    return [
+        View(
+            "barriers",
+            items,
+            layout,
+            quantities,
+            logarithmic=[*quantities],
+            limited=("barrier",),
+            notes=notes,
+        )
+    ]

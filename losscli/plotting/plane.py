@@ -608,12 +608,12 @@ def animate_plane(run: Run[PlaneSummary], drawing: Drawing = FULL) -> Animation:
         )
 
 
-def plane_views(run: Run[PlaneSummary]) -> list[View]:
+def plane_views(run: Run[PlaneSummary], drawing: Drawing = FULL) -> list[View]:
     """Returns the views of an interactive page: the loss on a plane, with its checkpoints."""
-    groups = _Checkpoints.read_all(run, FULL)
+    groups = _Checkpoints.read_all(run, drawing)
     kind = run.summary.get("plane", "")
     grids = _read_all(run)
-    labels, short = _labels(run, kind, FULL)
+    labels, short = _labels(run, kind, drawing)
     items: dict[str, list[Item]] = {"surface": [], "contours": []}
     names: list[str] = []
     for group in groups:

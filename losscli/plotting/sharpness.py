@@ -362,7 +362,7 @@ def _legend(
 # --- As a page -----------------------------------------------------------------------------------
 
 
-def sharpness_views(run: Run[SharpnessSummary]) -> list[View]:
+def sharpness_views(run: Run[SharpnessSummary], drawing: Drawing = FULL) -> list[View]:
     """Returns the views of an interactive page: sharpness over ρ and over checkpoints."""
     names = [str(name) for name in run.table.unique("checkpoint")]
     labels = {name: plain(run.label_of(name) or name) for name in names}
@@ -382,8 +382,9 @@ def sharpness_views(run: Run[SharpnessSummary]) -> list[View]:
 
     def view(name: str, x: str, x_label: str = "") -> View:
         return table_view(
-            name, [("", table)], x, measures, x_label=x_label, notes=notes, logarithmic=[*measures]
-        )
+            name, [("", table)], x, measures, x_label=x_label, notes=notes, drawing=drawing,
+            logarithmic=[*measures], limited=[*measures],
+        )  # fmt: skip
 
     return [
         view("over ρ", "rho", "radius ρ"),
@@ -393,6 +394,7 @@ def sharpness_views(run: Run[SharpnessSummary]) -> list[View]:
             [("", critical)],
             "checkpoint",
             _CRITICAL,
+            drawing=drawing,
             logarithmic=[*_CRITICAL],
         ),
     ]

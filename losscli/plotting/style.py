@@ -577,7 +577,8 @@ def scale_y(
     if log and limits is not None and limits[0] <= 0:
         low, high = extent(values) if values.size else (0.1, 1.0)
         limits = (low, limits[1]) if limits[1] > low else None
-    low, high = limits or extent(values)
+    # Most quantities are never negative, so an axis of zeros has no negative numbers.
+    low, high = limits or (extent(values) if values.any() else (0.0, 1.0))
     margin = 0.06 if limits is None else 0.0
     if values.size and (values.max() < low or values.min() > high):
         side = "lower" if values.max() < low else "higher"

@@ -48,6 +48,7 @@ from losscli.results.summaries import Summary
 
 __all__ = [
     "HIDDEN",
+    "LOSS_COLOURS",
     "PALER",
     "PATH",
     "WIDE",
@@ -90,13 +91,16 @@ _LIGHT = np.array([-0.35, -0.45, 0.82])
 
 # Viridis is perceptually uniform, also in greyscale and for colour-blind readers. A little white
 # keeps lines and dots visible on its darkest end.
-_COLOURS = ListedColormap(0.12 + 0.88 * mpl.colormaps["viridis"](np.linspace(0.05, 1, 256))[:, :3])
+LOSS_COLOURS = ListedColormap(
+    0.12 + 0.88 * mpl.colormaps["viridis"](np.linspace(0.05, 1, 256))[:, :3]
+)
+"""The colours of losses, and of barriers and other differences, in all figures: low is dark."""
 
 
-def colour_stops(colours: ListedColormap = _COLOURS) -> list[tuple[float, str]]:
-    """Returns colours from the lowest to the highest, by default of losses, at places in [0, 1]."""
+def colour_stops() -> list[tuple[float, str]]:
+    """Returns the colours from the lowest to the highest loss at places in [0, 1]."""
     places = np.linspace(0, 1, 33)
-    return [(float(p), to_hex(c)) for p, c in zip(places, colours(places), strict=True)]
+    return [(float(p), to_hex(c)) for p, c in zip(places, LOSS_COLOURS(places), strict=True)]
 
 
 @dataclass(frozen=True)
@@ -148,7 +152,7 @@ class Scale:
     def colours(self, losses: Floats) -> Floats:
         """Returns the colours of losses; white where a loss cannot be drawn."""
         scaled = self(losses)
-        colours = _COLOURS(np.nan_to_num(scaled))
+        colours = LOSS_COLOURS(np.nan_to_num(scaled))
         colours[np.isnan(scaled)] = 1.0
         return np.asarray(colours)
 
@@ -254,7 +258,7 @@ def draw_contours(axes: Axes, grid: Grid, scale: Scale) -> Contours:
     else:
         shown = np.ma.masked_invalid(heights)
         bands = _bands(levels[inner])
-        axes.contourf(grid.x, grid.y, shown, bands, cmap=_COLOURS, norm=Normalize(0, 1))
+        axes.contourf(grid.x, grid.y, shown, bands, cmap=LOSS_COLOURS, norm=Normalize(0, 1))
         if inner.any():
             colours = _line_colours(levels[inner])
             lines = axes.contour(
@@ -326,7 +330,7 @@ def _bands(lines: Floats) -> Floats:
 
 def _line_colours(levels: Floats) -> list[tuple[float, float, float, float]]:
     """Returns dark lines for light fill colours and light lines for dark ones."""
-    light = is_light(_COLOURS(levels)[:, :3])
+    light = is_light(LOSS_COLOURS(levels)[:, :3])
     return [(0.1, 0.1, 0.1, 0.75) if dark else (1.0, 1.0, 1.0, 0.85) for dark in light]
 
 
@@ -340,7 +344,7 @@ def add_colour_bar(
     """Adds a colour bar to the right of panels, with the name of the loss."""
     label = label_loss(figure, runs, drawing, log=scale.log).replace("\n", ", ")
     bar = figure.colorbar(
-        ScalarMappable(Normalize(0, 1), _COLOURS),
+        ScalarMappable(Normalize(0, 1), LOSS_COLOURS),
         ax=list(panels),
         ticks=scale(scale.lines),
         label=label,
@@ -416,7 +420,7 @@ def draw_surface(axes: Axes3D, scale: Scale, contours: Contours, drawing: Drawin
     normals = np.divide(normals, lengths, out=np.zeros_like(normals), where=lengths > 0)
     # The sign of a normal depends on the order of the grid; the upper side is always lit.
     bright = np.abs(normals @ _LIGHT) / np.linalg.norm(_LIGHT)
-    colours = _COLOURS(facets[:, :, 2].mean(1))
+    colours = LOSS_COLOURS(facets[:, :, 2].mean(1))
     colours[:, :3] *= (0.74 + 0.26 * bright)[:, None]
 
     towards_eye = 0.04 * _towards_eye(axes)

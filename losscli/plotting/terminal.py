@@ -71,6 +71,9 @@ def draw(
 
     x_range = _extent([x for x, _ in points], 0.05)
     y_range = _extent([y for _, y in points], 0.05)
+    if not log and not any(y for _, y in points):
+        # A loss is rarely negative, so an axis of zeros has no negative numbers.
+        y_range = (0.0, 1.0)
     rows = max(height - 3 - len(footer), _LEAST_ROWS)
     y_ticks = _log_ticks(*y_range, rows // 2) if log else _ticks(*y_range, rows // 3)
     gutter = max(len(pen.alpha), len("loss"), *(len(label) for _, label in y_ticks))

@@ -546,15 +546,17 @@ def _step_labels(run: Run[TrajectorySummary], path: _Path, drawing: Drawing) -> 
 # --- As a page -----------------------------------------------------------------------------------
 
 
-def trajectory_views(runs: Sequence[Run[TrajectorySummary]]) -> list[View]:
+def trajectory_views(runs: Sequence[Run[TrajectorySummary]], drawing: Drawing = FULL) -> list[View]:
     """Returns the views of an interactive page: the paths, and the surface of a single run."""
     paths = [_Path.read(run.table) for run in runs]
     loss = f"loss{loss_name(runs)}"
     quantities = {"loss": loss, **{m: m for run in runs for m in run.table.metrics}}
     tables = list(zip(run_names(runs), (run.table for run in runs), strict=True))
-    losses = table_view("loss", tables, "step", quantities, logarithmic=[*quantities])
+    losses = table_view(
+        "loss", tables, "step", quantities, drawing=drawing, logarithmic=[*quantities]
+    )
     views = [*_surface_views(runs, paths[0], loss, losses.slider)]
-    views += [_residual_view(runs, paths, losses.slider), losses]
+    views += [_residual_view(runs, paths, losses.slider, drawing), losses]
     return views
 
 
@@ -591,7 +593,10 @@ def _surface_views(
 
 
 def _residual_view(
-    runs: Sequence[Run[TrajectorySummary]], paths: Sequence[_Path], slider: Sequence[str]
+    runs: Sequence[Run[TrajectorySummary]],
+    paths: Sequence[_Path],
+    slider: Sequence[str],
+    drawing: Drawing,
 ) -> View:
     """Returns the view of the residuals over the projection."""
     labels = "projection p", "residual r"
@@ -612,7 +617,7 @@ def _residual_view(
             # One entry in the legend, which shows and hides all.
             shared = {"legendgroup": "walks", "showlegend": not items}
             items.append(replace(walk, trace={**walk.trace, **shared}))
-    colours = run_colours(len(runs)) if len(runs) > 1 else [PATH]
+    colours = run_colours(len(runs), drawing) if len(runs) > 1 else [PATH]
     for run, path, name, colour in zip(runs, paths, names, colours, strict=True):
         item = curve(
             path.projection.tolist(),

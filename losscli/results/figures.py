@@ -7,8 +7,15 @@ from pathlib import Path
 
 from losscli.errors import UsageError
 from losscli.registry import ANIMATIONS, MESH, Panels
+from losscli.results.drawing import Drawing
 
-__all__ = ["check_animated", "check_curve_count", "check_panel_count", "has_panels"]
+__all__ = [
+    "check_animated",
+    "check_curve_count",
+    "check_panel_count",
+    "has_panels",
+    "notes_on_pages",
+]
 
 # Laying out more panels takes minutes; more curves are indistinguishable.
 _MOST_PANELS = 24
@@ -49,6 +56,21 @@ def check_animated(figures: Sequence[Path]) -> None:
             f"--fps has no effect without a {' or '.join(ANIMATIONS)}",
             "Leave it out, or give --figure x.gif",
         )
+
+
+def notes_on_pages(figures: Sequence[Path], drawing: Drawing) -> list[str]:
+    """Returns notes on the options of a drawing that have no effect on an interactive page."""
+    pages = [path for path in figures if path.suffix.lower() == ".html"]
+    if not pages:
+        return []
+    notes = []
+    without = ["--size"] * drawing.compact + ["--no-markers"] * drawing.no_markers
+    if without:
+        verb = "has" if len(without) == 1 else "have"
+        notes.append(f"{' and '.join(without)} {verb} no effect on the interactive page {pages[0]}")
+    if set(drawing.style) - {"axes.prop_cycle"}:
+        notes.append(f"of --style only axes.prop_cycle has an effect on the page {pages[0]}")
+    return notes
 
 
 def check_curve_count(curves: int, cure: str) -> None:

@@ -354,7 +354,7 @@ def render_html(runs: Sequence[Run[Any]], drawing: Drawing = FULL) -> str:
             installed.
     """
     check_plotly()
-    views = _shared_command(runs).page_views(runs)
+    views = _shared_command(runs).page_views(runs, drawing)
     page: str = load("losscli.plotting.html:render_page")(views, drawing)
     return page
 

@@ -146,7 +146,7 @@ def report(names: Sequence[str], runs: Sequence[Run[Any]], drawing: Drawing) -> 
     for members in together.values():
         command = members[0][1].command
         shown = ", ".join(run.label or name for name, run in members)
-        views = command.page_views([run for _, run in members])
+        views = command.page_views([run for _, run in members], drawing)
         origin = [(run.label or name, _origin(run)) for name, run in members]
         sections.append(section(f"{command.name}: {shown}", views, origin))
     page: str = load_function("losscli.plotting.html:render_report")(sections, drawing)

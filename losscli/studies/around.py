@@ -235,11 +235,6 @@ class Around(Study):
         return len(self.norms) + self.swept
 
     @property
-    def steps(self) -> int:
-        """The total of the progress: points, and checkpoints with derivatives."""
-        return self.evaluations + self._differentiated
-
-    @property
     def lengths(self) -> tuple[float, ...]:
         """The length of the directions of each checkpoint."""
         return (1.0,) * len(self.norms) if self.along else self.norms
@@ -247,11 +242,6 @@ class Around(Study):
     @property
     def _apart(self) -> tuple[float, ...]:
         return tuple(c for c in self.coefficients if c)
-
-    @property
-    def _differentiated(self) -> int:
-        """How many checkpoints are differentiated."""
-        return len(self.norms) if self.along else 0
 
     @cached_property
     def _derivatives(self) -> DerivativeDirections | None:
@@ -298,9 +288,7 @@ class Around(Study):
                 *spectral_notes(self),
             ]
             del last
-            found = self.evaluate(
-                partial(self._evaluate, derived), execution.after(self._differentiated)
-            )
+            found = self.evaluate(partial(self._evaluate, derived), execution)
             seconds = self.seconds(swept)
         examples = {name: estimate.examples for name, estimate in found.items()}
         splits: dict[str, AroundSplit] = {

@@ -16,7 +16,7 @@ from losscli.checkpoint import CheckpointLike, name_checkpoint
 from losscli.data import Examples
 from losscli.errors import UsageError
 from losscli.evaluation.cost import Clock, Timings, timed
-from losscli.evaluation.derivatives.sweep import prepare_first_batch
+from losscli.evaluation.derivatives.sweep import MethodChoice, prepare_first_batch
 from losscli.evaluation.device import float32_precision
 from losscli.evaluation.memory import halving, points_at_once
 from losscli.evaluation.objective import Evaluation
@@ -336,7 +336,8 @@ class Interpolation(Study):
             split_curves = self.evaluate(partial(self._evaluate, line), execution)
             curves = {name: parts.whole for name, parts in split_curves.items()}
             beyond = execution.after(self.evaluations)
-            refiner = Refiner(self.problem, self.start, line, self.derivatives, beyond)
+            method = MethodChoice(self.alphas) if self.derivatives else None
+            refiner = Refiner(self.problem, self.start, line, method, beyond)
             refined, exhausted = (
                 RefinedCurve(self.alphas, curves, refiner.slopes(self.alphas)),
                 False,

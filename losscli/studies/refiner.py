@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from losscli.evaluation.derivatives.sweep import slopes
+from losscli.evaluation.derivatives.sweep import MethodChoice, slopes
 from losscli.evaluation.memory import halving
 from losscli.evaluation.objective import Objective
 from losscli.evaluation.precision import in_float64
@@ -32,18 +32,18 @@ class Refiner:
         problem: What is evaluated.
         start: All tensors at α = 0.
         line: The line, its ends on the device.
-        derivatives: Whether slopes and curvatures are computed.
+        method: The method of slopes and curvatures, the same for all points; None to compute none.
         execution: How further points are executed. Progress counts those beyond what is done.
     """
 
     problem: Problem
     start: Weights
     line: Line
-    derivatives: bool
+    method: MethodChoice | None
     execution: Execution
 
     def slopes(self, alphas: Sequence[float]) -> dict[str, Derivatives]:
-        """Computes slopes and curvatures, if ``derivatives``.
+        """Computes slopes and curvatures, if there is a ``method``.
 
         Args:
             alphas: The P points.
@@ -51,12 +51,12 @@ class Refiner:
         Returns:
             For each split its slopes and curvatures; empty if they are not computed.
         """
-        if not self.derivatives:
+        if self.method is None:
             return {}
-        objective = self.problem.objective
+        objective, method = self.problem.objective, self.method
         found = halving(
             objective,
-            lambda: slopes(objective, self.line, alphas, execution=self.execution),
+            lambda: slopes(objective, self.line, alphas, execution=self.execution, choice=method),
         )
         self.execution = self.execution.after(len(alphas))
         return {name: (s.slope.numpy(), s.curvature.numpy()) for name, s in found.items()}

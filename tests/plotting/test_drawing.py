@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 from losscli.errors import UsageError
 from losscli.plotting.style import render
 from losscli.plotting.style_sheet import read
+from losscli.plotting.terminal import draw as draw_in_terminal
 from losscli.registry import COMMANDS
 from losscli.results.drawing import Drawing
 from losscli.results.result import Result, Run, draw, label_runs
@@ -222,6 +223,34 @@ def test_limits_that_show_no_curve_say_so(name: str, size: str) -> None:
         assert said.endswith(f": all are {side}")
     shown = draw([run], Drawing(size=size, ylim=(-1.0, 1e150)))
     assert not any(empty in text for text in texts(shown))
+
+
+def zeros(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> Run[Any]:
+    return Run(Table.build(columns, rows), {})
+
+
+LINE = ("alpha", "split", "loss", "loss_stderr", "accuracy")
+PAIRS = ("a", "b", "step", *test_barriers.COLUMNS[2:])
+ZEROS = {
+    "a line": zeros(LINE, [(k / 4, "train", 0.0, 0.0, 0.0) for k in range(5)]),
+    "pairs": zeros(PAIRS, [("a", "b", k, "train", 1.0, 0.0, 0.0, 0.5, 0, 0) for k in range(3)]),
+}
+
+
+@pytest.mark.parametrize("name", ZEROS)
+def test_an_axis_of_zeros_has_no_negative_numbers(name: str) -> None:
+    figure = draw([ZEROS[name]])
+    for axes in figure.axes:
+        low, high = axes.get_ylim()
+        shown = [tick for tick in axes.get_yticks() if low <= tick <= high]
+        assert low < 0 < high
+        assert 0 in shown
+        assert min(shown) == 0
+    if name == "pairs":
+        assert [label.get_text() for label in figure.axes[0].get_xticklabels()][1:-1] == list("012")
+    else:
+        drawn = draw_in_terminal([("", ZEROS[name].table)], width=60, height=20, colour=False)
+        assert not any(row.lstrip().startswith(("−", "-")) for row in drawn.splitlines())
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ import pytest
 
 import losscli as library
 from losscli.plotting.html import render_page, table_views
+from losscli.plotting.style import PALETTE
 from losscli.registry import COLUMN_TYPES, COMMANDS
 from losscli.results.drawing import Drawing
 from losscli.results.result import Result, Run, render_html
@@ -25,7 +26,13 @@ from losscli.results.runs import report
 from losscli.table import Cell, Table
 from tests.cases import sample
 from tests.conftest import Losscli
-from tests.plotting import test_barriers, test_check, test_plane, test_trajectory
+from tests.plotting import (
+    test_barriers,
+    test_check,
+    test_connect,
+    test_plane,
+    test_trajectory,
+)
 from tests.plotting.test_interpolation import stored
 from tests.studies.test_registry import LINE, PATH, RUNS
 
@@ -475,6 +482,84 @@ def test_only_losses_have_a_logarithmic_axis(folder: Path) -> None:
     # A slope may be negative.
     assert slope["yaxis"]["type"] == "linear"
     assert [trace["name"] for trace in traces] == ["test"]
+
+
+LIMITED: dict[str, Callable[[], Run]] = {
+    "line": lambda: stored("three-relu"),
+    "plane": test_plane.run,
+    "barriers": lambda: test_barriers.run(test_barriers.seeds(3)),
+}
+
+
+@needs_node
+@pytest.mark.parametrize("name", LIMITED)
+def test_limits_are_those_of_the_loss(name: str) -> None:
+    limits = [0.25, 0.5]
+    run = LIMITED[name]()
+    (traces, layout), (_, log) = drive(render_html([run], Drawing(ylim=limits)), "log scale")
+    logarithms = [math.log10(limit) for limit in limits]
+    if name == "line":
+        assert (layout["yaxis"]["range"], log["yaxis"]["range"]) == (limits, logarithms)
+        (_, of_accuracy) = drive(render_html([run], Drawing(ylim=limits)), "accuracy")[1]
+        assert "range" not in of_accuracy["yaxis"]
+        return
+    for drawn, expected in ((layout, limits), (log, logarithms)):
+        assert [drawn["coloraxis"][end] for end in ("cmin", "cmax")] == expected
+        if name == "plane":
+            assert drawn["scene"]["zaxis"]["range"] == expected
+    if name == "plane":
+        # The surface is flat beyond the limits, as in the picture.
+        surface = next(trace for trace in traces if trace["type"] == "surface")
+        shown = set(numbers(surface["z"]))
+        assert shown <= {min(max(loss, 0.25), 0.5) for loss in run.table.floats("loss")}
+        views = read(render_html([run], Drawing(ylim=limits)))["views"]
+        assert all("Losses below 0.25 or above 0.5" in each["notes"][-1] for each in views)
+
+
+@needs_node
+def test_a_limit_without_a_logarithm_holds_only_on_a_linear_axis() -> None:
+    run = stored("three-relu")
+    (_, linear), (_, log) = drive(render_html([run], Drawing(ylim=(-1.0, 4.0))), "log scale")
+    assert linear["yaxis"]["range"] == [-1, 4]
+    assert log["yaxis"]["range"] == [None, math.log10(4)]
+
+
+def test_the_colours_of_a_style_sheet_are_those_of_the_curves() -> None:
+    style = {"axes.prop_cycle": "cycler('color', ['112233', '445566', '778899'])"}
+    own = ["#112233", "#445566", "#778899"]
+    line = stored("three-relu")
+    labelled = [replace(line, label=label) for label in "xyz"]
+    pairs = Table.build(
+        ("a", "b", "step", *test_barriers.COLUMNS[2:]),
+        [("a", "b", 1, split, 1.0, 0.3, 0.1, 0.5, 0.1, 0.1) for split in ("train", "test")],
+    )
+    for runs, number in ((labelled, 3), ([Run(pairs, {})], 2), ([test_connect.run()] * 3, 3)):
+        page = read(render_html(runs, Drawing(style=style, size="paper")))
+        colours = {item["trace"]["line"]["color"] for item in items(page)}
+        assert {*own[:number]} <= colours
+        assert not {*PALETTE} & {*colours}
+
+
+def test_a_page_says_that_splits_have_the_same_colours() -> None:
+    for splits in (("train",), ("train", "test")):
+        for run in (test_plane.run(splits=splits), test_barriers.run(["a", "b"], splits=splits)):
+            for each in read(render_html([run]))["views"]:
+                assert ("All splits have the same colours." in each["notes"]) == (len(splits) > 1)
+
+
+def test_options_without_effect_on_a_page_are_named(losscli: Losscli, folder: Path) -> None:
+    Path("x.mplstyle").write_text("axes.prop_cycle: cycler('color', ['r'])\nfont.size: 12\n")
+    losscli("interpolate", "a.pt", "b.pt", "--points", 3, "-o", "line", "--no-figure")
+    given = ("--size", "paper", "--no-markers", "--style", "x.mplstyle", "--figure", "x.html")
+    said = [
+        "note: --size and --no-markers have no effect on the interactive page x.html",
+        "note: of --style only axes.prop_cycle has an effect on the page x.html",
+    ]
+    assert losscli("plot", "line.csv", *given).stderr.splitlines() == said
+    study = ("interpolate", "a.pt", "b.pt", "--points", 3, "-o", "x")
+    assert losscli(*study, *given).stderr.splitlines()[:2] == said
+    assert losscli("plot", "line.csv", "--size", "paper", "-o", "x.png").stderr == ""
+    assert losscli("plot", "line.csv", "--ylim", 0, 1, "--figure", "y.html").stderr == ""
 
 
 # --- Reports -------------------------------------------------------------------------------------

@@ -597,6 +597,23 @@ def test_progress_counts_up_to_the_end_of_every_study(
     assert shown[-1][0] == shown[-1][1] == str(round(done[-1]))
 
 
+def test_eigenvectors_of_a_plane_are_not_progress() -> None:
+    done: list[float] = []
+    call("plane", [state(1)], axes="hessian", points=3, progress=done.append)
+    # The clock of the remaining time starts when they are known.
+    assert (done[0], done[-1]) == (0, 3 * 3 + 1)
+
+
+def test_progress_of_a_check_is_that_of_examples_and_goes_on_in_each_search() -> None:
+    done: list[float] = []
+    call("check", [state(1)], split=["train", "test"], progress=done.append)
+    shares = np.array([len(targets) for _, targets in DATA.values()]) / (len(INPUTS) + 9)
+    assert done[0] == 0
+    assert done[-1] == pytest.approx(1)
+    assert any(at == pytest.approx(shares[0]) for at in done)
+    assert len({at for at in done if at < 0.9 * shares[0]}) > 3
+
+
 def test_without_progress_nothing_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
     states = [state(seed) for seed in (1, 2)]
     assert numbers(call("interpolate", states, progress=False)) == numbers(

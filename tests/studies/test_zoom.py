@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 import losscli
 from losscli.errors import UsageError
+from losscli.evaluation.derivatives import sweep
 from tests import oracle
 from tests.cases import CASES, sample
 from tests.conftest import Losscli
@@ -93,6 +95,27 @@ def test_slopes_and_curvatures_are_those_of_the_closed_form(tmp_path: Path) -> N
     at_b = result.summary["splits"]["all"]["slope_at_b"]
     assert at_b["slope"] == pytest.approx(2 * (2 + 1.8 * np.cos(12)), rel=1e-10)
     assert result.table.columns == ("alpha", "split", "loss", "loss_stderr", "slope", "curvature")
+
+
+def test_the_method_is_chosen_once_on_the_given_points_for_all_refined_ones(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    chosen = []
+
+    def choose(along: object, alphas: list[float], split: object) -> object:
+        chosen.append(list(alphas))
+        return choose_method(along, alphas, split)
+
+    choose_method: Callable[..., object] = sweep.choose_method
+    monkeypatch.setattr(sweep, "choose_method", choose)
+    given = {**GIVEN, "derivatives": True, "dtype": "float64"}
+    result = losscli.interpolate(*line(tmp_path), **given, points=5, refine=0.05)
+    alphas = result.table.floats("alpha")
+    assert len(alphas) > 12
+    assert chosen == [[-0.5, 0.0, 0.125, 0.75, 1.0, 1.375, 2.0]]
+    w = 2 * np.array(alphas) - 1
+    slope = 2 * (2 * w + 1.8 * np.cos(12 * w))
+    np.testing.assert_allclose(result.table.floats("slope"), slope, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize(

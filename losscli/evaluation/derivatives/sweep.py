@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,7 @@ from losscli.evaluation.records import record_key
 from losscli.evaluation.tasks import ALONE, Execution, Task
 from losscli.weight_space.slices import Line
 
-__all__ = ["Slopes", "prepare_first_batch", "slopes"]
+__all__ = ["MethodChoice", "Slopes", "prepare_first_batch", "slopes"]
 
 
 @dataclass(frozen=True)
@@ -39,12 +39,31 @@ class Slopes:
     curvature: Tensor
 
 
+class MethodChoice:
+    """The method for a line, chosen at the first point that is evaluated and not recalled.
+
+    Args:
+        alphas: Points of the line, between which the method is tested.
+    """
+
+    def __init__(self, alphas: Sequence[float]) -> None:
+        self._alphas = alphas
+        self._chosen: tuple[Method, str] | None = None
+
+    def __call__(self, derivatives: LineDerivatives, split: Examples) -> tuple[Method, str]:
+        """Returns the method and a note, see `choose_method`."""
+        if self._chosen is None:
+            self._chosen = choose_method(derivatives, self._alphas, split)
+        return self._chosen
+
+
 def slopes(
     objective: Objective,
     line: Line,
     alphas: Sequence[float],
     splits: Mapping[str, Examples] | None = None,
     execution: Execution = ALONE,
+    choice: MethodChoice | None = None,
 ) -> dict[str, Slopes]:
     """Computes the first and second derivative of the mean loss along a line, exactly.
 
@@ -66,6 +85,8 @@ def slopes(
         alphas: The P points.
         splits: The examples; all by default.
         execution: How points are executed. Progress counts points.
+        choice: The method, which further points of the line share; chosen on these points by
+            default.
 
     Returns:
         For each split its derivatives at the P points.
@@ -81,13 +102,10 @@ def slopes(
     derivatives = LineDerivatives(objective, line)
     total = sum(map(len, splits.values()))
 
-    # Chosen at the first point that is evaluated and not recalled.
-    @cache
-    def method_and_note() -> tuple[Method, str]:
-        return choose_method(derivatives, alphas, next(iter(splits.values())))
+    choose = choice or MethodChoice(alphas)
 
     def differentiate(alpha: float, report: Callable[[float], None]) -> Arrays:
-        method, note = method_and_note()
+        method, note = choose(derivatives, next(iter(splits.values())))
         weights, done = derivatives.at(alpha), 0
         arrays: dict[str, NDArray[Any]] = {}
         for k, split in enumerate(splits.values()):
