@@ -265,6 +265,11 @@ class Connect(Study):
         )
 
     @property
+    def has_surface(self) -> bool:
+        """Whether the plane is evaluated."""
+        return self.plane
+
+    @property
     def inputs(self) -> Sequence[str]:
         """A and B as they are in their files, also if B was aligned."""
         return self.given
