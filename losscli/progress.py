@@ -173,8 +173,9 @@ class _NotebookBar:
 class WorkCounter:
     """Counts the work done and estimates the remaining time.
 
-    Work from a journal takes no time and does not count for the rate. Work that is repeated after
-    a failure is not progress.
+    Work from a journal takes no time and does not count for the rate, and neither does the time
+    before any work is done, such as that of eigenvectors. Work that is repeated after a failure is
+    not progress.
 
     Args:
         total: The amount of work; there may turn out to be more.
@@ -200,6 +201,8 @@ class WorkCounter:
         self._computed += max(0.0, done - self.done - (skipped - self._last_skipped))
         self._last_skipped = skipped
         self.done = max(self.done, done)
+        if not self.done:
+            self._start = time.monotonic()
 
     @property
     def rate(self) -> float:

@@ -487,6 +487,8 @@ COMMANDS: Mapping[str, Command] = {
             report="losscli.cli.connect:report",
             drawing="losscli.plotting.connect:draw_connect",
             views="losscli.plotting.connect:connect_views",
+            mesh="losscli.plotting.connect:mesh_connect",
+            surface_cure="Give one bend, without --no-plane",
             summary="losscli.results.summaries:ConnectSummary",
             table=TableFormat(
                 ("path", "t", *_LOSS),

@@ -325,7 +325,7 @@ def _several(option: str, value: Any, hint: Any) -> tuple[Any, ...]:
 
 
 def _pair(option: str, value: Any) -> tuple[float, float]:
-    what = "two numbers, the lowest and the highest value"
+    what = "two numbers"
     values = None if isinstance(value, Mapping) else as_list(value)
     if values is None:
         raise _refusal(option, what, value)

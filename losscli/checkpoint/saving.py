@@ -104,15 +104,7 @@ def check_storable(
     """
     if path.suffix in _TORCH_SUFFIXES:
         return
-    what = ""
-    if lost := lost_by_safetensors(weights, versions, extra):
-        what = f"safetensors does not store {lost}, which the model may need to load the file"
-    for dtype in dict.fromkeys(tensor.dtype for tensor in weights.values()):
-        try:
-            safetensors.torch.save({"": torch.empty(0, dtype=dtype)})
-        except KeyError:  # of the table of types
-            what = what or f"safetensors {safetensors.__version__} does not store {dtype}"
-    if what:
+    if what := lost_by_safetensors(weights, versions, extra):
         raise OutputError(
             f"{path} cannot be written: {what}", cure or f"Write {path.with_suffix('.pt')}"
         )
@@ -121,10 +113,15 @@ def check_storable(
 def lost_by_safetensors(
     weights: Weights, versions: Versions, extra: Mapping[str, Any]
 ) -> str | None:
-    """Returns what a safetensors file cannot store and a model may need to load it, if anything.
+    """Returns a clause on what a safetensors file cannot store of a checkpoint; None if nothing.
 
-    It is the name of extra state, or a version of a module.
+    It is extra state or a version of a module, or a type of the tensors.
     """
+    for dtype in dict.fromkeys(tensor.dtype for tensor in weights.values()):
+        try:
+            safetensors.torch.save({"": torch.empty(0, dtype=dtype)})
+        except KeyError:  # of the table of types
+            return f"safetensors {safetensors.__version__} does not store {dtype}"
     lost = next(iter(extra), None)
     for module, values in versions.items():
         version = values.get("version")
@@ -136,7 +133,9 @@ def lost_by_safetensors(
         )
         if version not in {None, 1, *([_NORMALISATION_VERSION] if is_normalisation else [])}:
             lost = lost or f"version {version} of {module or 'the model'}"
-    return lost
+    if lost is None:
+        return None
+    return f"safetensors does not store {lost}, which the model may need to load the file"
 
 
 def _sort_metadata(path: Path) -> None:

@@ -206,7 +206,6 @@ def export(
         from losscli.studies.export import export as study
         from losscli.studies.export import lowest, parse_weights
         from losscli.studies.inputs import protect_inputs
-        from losscli.studies.plane_point import point_of_plane
 
     names = checkpoints or _checkpoints_of(plane)
     protect_inputs([out], names, None if plane is None else settings)
@@ -214,7 +213,7 @@ def export(
     summary = None
     if plane is not None and at is not None:
         with console.guard_stdout():
-            checkpoint = point_of_plane(plane, at, **asdict(settings))
+            checkpoint = study(plane=plane, at=at, **asdict(settings))
     elif weights is not None:
         checkpoint = study(checkpoints, weights=parse_weights(weights, len(checkpoints)))
     elif t is not None:

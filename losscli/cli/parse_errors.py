@@ -63,7 +63,7 @@ def _describe_kind(kind: Any, number: int) -> str:
     if choices := _choices(kind):
         return " or ".join(filter(None, [", ".join(choices[:-1]), choices[-1]]))
     noun = "whole number" if kind is int else "number"
-    return f"a {noun}" if number == 1 else f"{number} {noun}s"
+    return f"a {noun}" if number == 1 else f"two {noun}s"
 
 
 def _choices(kind: Any) -> tuple[str, ...]:

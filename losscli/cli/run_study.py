@@ -139,13 +139,14 @@ def _check_files(
 
     tables = COMMANDS[study.command].further_tables
     made = [Path(f"{output.stem}{suffix}") for suffix in study.checkpoint_suffixes]
-    written = [*output.paths(tables), *made, *filter(None, [checkpoint])]
+    journal = Path(f"{output.stem}.journal")
+    written = [*output.paths(tables), *made, *filter(None, [checkpoint]), journal]
     refuse_overwriting(written, [*inputs, *filter(None, [write.style])])
     protect_inputs(written, study.inputs, study.problem.settings)
     output.guard(study.identity, tables)
     for path in made if checkpoint is None else [checkpoint]:
         # An earlier run of the same command may have written it, and may have been killed then.
-        again = output.is_of(study.identity) or Path(f"{output.stem}.journal").exists()
+        again = output.is_of(study.identity) or journal.exists()
         check_writable(path, force=write.force or again)
     if checkpoint is not None:
         require_storable(study.problem, checkpoint)

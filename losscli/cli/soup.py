@@ -54,7 +54,7 @@ def soup(
     model and data only for options that use them, such as --buffers recalibrate. With --greedy it
     also writes X.csv with the steps of the search, X.json and a figure.
     """
-    if write.out is None:
+    if write.out is None or write.to_stdout:
         raise UsageError("soup needs a file to write", "Give -o X.safetensors")
     out = Path(write.out)
     check_writable(out, force=True)

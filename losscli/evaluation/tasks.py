@@ -77,6 +77,13 @@ class Execution:
             return self
         return replace(self, progress=lambda x: report(done + min(x, most)))
 
+    def scaled(self, size: float) -> Execution:
+        """Returns the execution for a task of a size that reports its progress as a share of it."""
+        report = self.progress
+        if report is None:
+            return self
+        return replace(self, progress=lambda share: report(size * share))
+
     def report(self, done: float) -> None:
         """Reports the amount done so far."""
         if self.progress is not None:

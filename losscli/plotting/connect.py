@@ -16,11 +16,12 @@ from matplotlib.gridspec import SubplotSpec
 from matplotlib.lines import Line2D
 from matplotlib.patheffects import Normal, Stroke
 
+from losscli.errors import UsageError
 from losscli.plotting.html import Item, View, contours_and_surface, path_items, table_view
 from losscli.plotting.layout import finish_layout
 from losscli.plotting.line_axis import read_curve, scale_alpha
 from losscli.plotting.lines import Series, draw_panel, split_entries
-from losscli.plotting.plane import read_grids
+from losscli.plotting.plane import read_columns, read_grids
 from losscli.plotting.style import (
     DASHES,
     INCH,
@@ -57,11 +58,13 @@ from losscli.plotting.surface import (
     limit_notes,
     scale_losses,
 )
+from losscli.plotting.vtk import PathPoints, write_mesh
+from losscli.registry import COMMANDS, MESH
 from losscli.results.drawing import FULL, Drawing
 from losscli.results.result import Run
 from losscli.results.summaries import ConnectPlane, ConnectSummary
 
-__all__ = ["connect_views", "draw_connect"]
+__all__ = ["connect_views", "draw_connect", "mesh_connect"]
 
 _COLOURS = {"curve": PATH, "line": PALE}
 # Sizes in inches of a full figure.
@@ -389,3 +392,31 @@ def _plane_views(
         equal=True,
         notes=["The plane goes through A, the trained bend C and B."],
     )
+
+
+def mesh_connect(runs: Sequence[Run[ConnectSummary]], drawing: Drawing = FULL) -> dict[str, str]:
+    """Writes the plane through A, the bend and B, and the trained path at its own losses.
+
+    Returns:
+        The content of x.vtp and of x.path.vtp, by the end of the name.
+
+    Raises:
+        UsageError: There are several runs, or the run has no plane.
+    """
+    if len(runs) > 1:
+        raise UsageError("a .vtp file has the surface of one run of connect", "Give one CSV")
+    (run,) = runs
+    plane = run.summary.get("plane")
+    if not plane or "plane" not in run.more:
+        COMMANDS["connect"].check_format(MESH, has_surface=False)
+    assert plane
+    columns = read_columns(run.more["plane"])
+    curve = run.table.where("path", "curve")
+    rows = {grid.split: curve.where("split", grid.split) for grid in columns["loss"]}
+    values = {
+        column: {split: np.array(own.floats(column)) for split, own in rows.items()}
+        for column in columns
+    }
+    x, y = np.array(plane["curve"]).T
+    path = PathPoints(x, y, values, {"t": np.array(sorted({*curve.floats("t")}))})
+    return write_mesh(columns, [path], drawing)

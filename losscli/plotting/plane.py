@@ -75,7 +75,14 @@ from losscli.results.result import Run
 from losscli.results.summaries import PlaneAxis, PlaneSummary
 from losscli.table import Table
 
-__all__ = ["animate_plane", "draw_plane", "mesh_plane", "plane_views", "read_grids"]
+__all__ = [
+    "animate_plane",
+    "draw_plane",
+    "mesh_plane",
+    "plane_views",
+    "read_columns",
+    "read_grids",
+]
 
 Floats = NDArray[np.float64]
 
@@ -294,10 +301,10 @@ def read_grids(table: Table, values: str = "loss") -> list[Grid]:
     return grids
 
 
-def _read_all(run: Run[PlaneSummary]) -> dict[str, list[Grid]]:
-    """Returns the grids of the loss, its standard error and each metric."""
-    columns = [c for c in ("loss", "loss_stderr", *run.table.metrics) if c in run.table.columns]
-    return {column: read_grids(run.table, column) for column in columns}
+def read_columns(table: Table) -> dict[str, list[Grid]]:
+    """Returns the grids of the loss, its standard error and each metric, for each split."""
+    columns = [c for c in ("loss", "loss_stderr", *table.metrics) if c in table.columns]
+    return {column: read_grids(table, column) for column in columns}
 
 
 def _ranges(grids: Sequence[Grid]) -> tuple[tuple[float, float], tuple[float, float]]:
@@ -612,7 +619,7 @@ def plane_views(run: Run[PlaneSummary], drawing: Drawing = FULL) -> list[View]:
     """Returns the views of an interactive page: the loss on a plane, with its checkpoints."""
     groups = _Checkpoints.read_all(run, drawing)
     kind = run.summary.get("plane", "")
-    grids = _read_all(run)
+    grids = read_columns(run.table)
     labels, short = _labels(run, kind, drawing)
     items: dict[str, list[Item]] = {"surface": [], "contours": []}
     names: list[str] = []
@@ -658,4 +665,4 @@ def mesh_plane(run: Run[PlaneSummary], drawing: Drawing = FULL) -> dict[str, str
         )
         for number, group in enumerate(_Checkpoints.read_all(run, drawing))
     ]
-    return write_mesh(_read_all(run), paths, drawing)
+    return write_mesh(read_columns(run.table), paths, drawing)

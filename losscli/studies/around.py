@@ -183,9 +183,8 @@ class Around(Study):
         require_distinct(names)
         _check_directions(directions, along, settings)
         _check_basin(basin, basin_loss)
-        if along:
-            check_point_count("--points", points, 3 * points * len(names))
-        else:
+        check_point_count("--points", points, (3 if along else 1) * points * len(names))
+        if not along:
             check_point_count("--directions", directions, directions * points * len(names))
         coefficients = _coefficients(points, range_ or _RANGES[along])
         problem = prepare(names, settings, ranks=ranks, independent=True)
@@ -236,11 +235,6 @@ class Around(Study):
         return len(self.norms) + self.swept
 
     @property
-    def steps(self) -> int:
-        """The total of the progress: points, and checkpoints with derivatives."""
-        return self.evaluations + self._differentiated
-
-    @property
     def lengths(self) -> tuple[float, ...]:
         """The length of the directions of each checkpoint."""
         return (1.0,) * len(self.norms) if self.along else self.norms
@@ -248,11 +242,6 @@ class Around(Study):
     @property
     def _apart(self) -> tuple[float, ...]:
         return tuple(c for c in self.coefficients if c)
-
-    @property
-    def _differentiated(self) -> int:
-        """How many checkpoints are differentiated."""
-        return len(self.norms) if self.along else 0
 
     @cached_property
     def _derivatives(self) -> DerivativeDirections | None:
@@ -299,9 +288,7 @@ class Around(Study):
                 *spectral_notes(self),
             ]
             del last
-            found = self.evaluate(
-                partial(self._evaluate, derived), execution.after(self._differentiated)
-            )
+            found = self.evaluate(partial(self._evaluate, derived), execution)
             seconds = self.seconds(swept)
         examples = {name: estimate.examples for name, estimate in found.items()}
         splits: dict[str, AroundSplit] = {

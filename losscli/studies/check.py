@@ -16,6 +16,7 @@ from losscli.evaluation.cost import Clock, Timings
 from losscli.evaluation.device import float32_precision
 from losscli.evaluation.hessian.critical_points import (
     CONTRADICTION_STEPS,
+    EXPECTED_PRODUCTS,
     CriticalPointTest,
     PointAnalysis,
     batch_size_of,
@@ -56,9 +57,6 @@ __all__ = ["Check", "check"]
 
 # Largest number of eigenvectors of a small network that fit into memory.
 _MAX_EIGENVALUES = 10_000
-
-# Approximate number of Hessian-vector products for the analysis of a point, for the progress.
-_PRODUCTS = 100
 
 _PRECONDITIONED = ("preconditioned_lambda_max", "preconditioned_lambda_max_error")
 
@@ -472,10 +470,12 @@ class Check(Study):
         objective, spectra, adam = self.problem.objective, self._spectra, self.adam
         names, splits = self.problem.names, objective.splits
         parts: list[Part | None] = [None, *([ADAM] if adam else []), *spectra.parts]
-        lengths = [_PRODUCTS if part in {None, ADAM} else spectra.length(part) for part in parts]
+        lengths = [
+            EXPECTED_PRODUCTS if part in {None, ADAM} else spectra.length(part) for part in parts
+        ]
         # The last checkpoint comes first: of saddles, the escape from the last one is shown.
         pieces = [
-            (t, split, part, length / sum(lengths) / len(splits))
+            (t, split, part, float(length * len(splits[split])))
             for t in range(len(names))[::-1]
             for split in splits
             for part, length in zip(parts, lengths, strict=True)
@@ -483,7 +483,10 @@ class Check(Study):
         ]
         if execution.size > 1:
             # The longest first, so that no rank ends with one of these while the others wait.
-            pieces.sort(key=lambda piece: -len(splits[piece[1]]) * piece[3])
+            pieces.sort(key=lambda piece: -piece[3])
+        # Progress counts checkpoints.
+        unit = sum(length for *_, length in pieces) / len(names)
+        pieces = [(t, split, part, length / unit) for t, split, part, length in pieces]
         placed = lru_cache(maxsize=1)(self.problem.placed)
         records: dict[tuple[int, str], Arrays] = {}
         probed: dict[tuple[int, str], dict[Part, Arrays]] = {}
@@ -507,7 +510,7 @@ class Check(Study):
             if part is not None:
                 return spectra.evaluate(part, placed(t), split, size, own)
             kept = self._verdicts_to_escape(t, split, records)
-            records[t, split] = self._test.analyse(placed(t), split, kept, own)
+            records[t, split] = self._test.analyse(placed(t), split, kept, own.scaled(size))
             return records[t, split]
 
         def task(t: int, split: str, part: Part | None, size: float) -> Task:
@@ -515,6 +518,8 @@ class Check(Study):
             return Task(size, partial(evaluate, t, split, part, size), own, "")
 
         tasks = starmap(task, pieces)
+        # The clock of the remaining time starts here.
+        execution.report(0.0)
         for (t, split, part, _), arrays in zip(pieces, execution.run(tasks), strict=True):
             restore(objective, batch_size_of(arrays), arrays["idle"].tolist())
             if part is None:

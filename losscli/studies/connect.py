@@ -64,6 +64,9 @@ _PLANE_POINTS = 31
 
 _MOST_BENDS = 100
 
+# The loss of every step is kept.
+_MOST_STEPS = 100_000_000
+
 # A larger step leaves the range of float32.
 _LARGEST_RATE = 1e30
 
@@ -214,8 +217,9 @@ class Connect(Study):
         begun = time.perf_counter()
         if kind not in get_args(PathKind):
             raise UsageError(f"--kind {kind} is not known", "Give bezier or chain")
-        if bends > _MOST_BENDS:
-            raise UsageError(f"--bends {bends} is above {_MOST_BENDS}", "Give fewer")
+        for option, value, most in (("bends", bends, _MOST_BENDS), ("steps", steps, _MOST_STEPS)):
+            if value > most:
+                raise UsageError(f"--{option} {value} is above {most:,}", "Give fewer")
         for option, value in (("bends", bends), ("steps", steps), ("minibatch", minibatch)):
             if value < 1:
                 raise UsageError(f"--{option} {value} trains nothing", "Give 1 or more")
@@ -259,6 +263,11 @@ class Connect(Study):
             aligned,
             given,
         )
+
+    @property
+    def has_surface(self) -> bool:
+        """Whether the plane is evaluated."""
+        return self.plane
 
     @property
     def inputs(self) -> Sequence[str]:

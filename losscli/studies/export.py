@@ -27,9 +27,10 @@ from losscli.errors import MismatchError, TableError, UsageError
 from losscli.evaluation.spectral import normalise_stored
 from losscli.registry import COMMANDS, command_of
 from losscli.results.result import read_summary
-from losscli.settings import checked
+from losscli.settings import PathLike, Settings, checked
 from losscli.studies.checkpoints import changed
 from losscli.studies.opening import open_pair
+from losscli.studies.plane_point import point_of_plane
 from losscli.table import Table
 from losscli.weight_space.averages import average
 from losscli.weight_space.digest import digest
@@ -130,9 +131,11 @@ def export(
 def export(a: Iterable[CheckpointLike], *, weights: tuple[float, ...]) -> Checkpoint: ...
 @overload
 def export(a: Iterable[CheckpointLike], *, t: float, kind: PathKind = "bezier") -> Checkpoint: ...
-@checked()
+@overload
+def export(*, plane: PathLike, at: tuple[float, float], **settings: Any) -> Checkpoint: ...
+@checked(Settings)
 def export(
-    a: CheckpointLike | Iterable[CheckpointLike],
+    a: CheckpointLike | Iterable[CheckpointLike] | None = None,
     b: CheckpointLike | None = None,
     alpha: float | None = None,
     *,
@@ -140,8 +143,13 @@ def export(
     t: float | None = None,
     kind: PathKind = "bezier",
     summary: Mapping[str, Any] | None = None,
+    plane: PathLike | None = None,
+    at: tuple[float, float] | None = None,
+    **settings: Any,
 ) -> Checkpoint:
-    """Makes the checkpoint at a point of a line, θ(α) = A + α (B − A), of a path, or an average.
+    """Makes the checkpoint at a point of a line, a path or a plane, or an average.
+
+    A point of a line is θ(α) = A + α (B − A).
 
     Floating-point tensors move, in float32 or wider, and have the wider of the types that the two
     store them in; integer tensors and the extra state of modules are A's. A
@@ -159,6 +167,11 @@ def export(
         kind: The kind of the path.
         summary: The summary of an interpolation: tensors that stayed there by ``--buffers``,
             ``--only`` or ``--except`` stay here too.
+        plane: The table of a plane, STEM.csv, with STEM.json next to it. The plane is spanned again
+            from the checkpoints in it, with their choice of tensors, buffers and seed.
+        at: x and y on the plane, which may be outside the range of the table.
+        **settings: For a plane: the ``model`` and ``data`` of the run, unless metadata or
+            ``losscli.toml`` name them.
 
     Returns:
         The checkpoint, with A's metadata.
@@ -170,6 +183,20 @@ def export(
         UsageError: α is not finite, the point cannot be made from the two alone, or the weights
             are not one number per checkpoint with sum 1.
     """
+    if plane is not None or at is not None:
+        if (
+            plane is None
+            or at is None
+            or any(value is not None for value in (a, b, alpha, weights, t, summary))
+        ):
+            raise UsageError(
+                "a point of a plane needs plane and at, and no other checkpoints, alpha, weights, "
+                "t or summary",
+                "Give plane and at",
+            )
+        return point_of_plane(plane, at, **settings)
+    if settings:
+        raise UsageError(f"{next(iter(settings))} has no effect without plane", "Leave it out")
     if weights is not None:
         if not (b is None and alpha is None and summary is None):
             raise UsageError(
@@ -196,7 +223,7 @@ def export(
         return _point_of_path(names, t, kind)
     if b is None or alpha is None:
         raise UsageError(
-            "export needs two checkpoints and alpha, or a list of them and weights or t"
+            "export needs two checkpoints and alpha, a list and weights or t, or plane and at"
         )
     return _point_of_line(name_checkpoint(a, "A"), name_checkpoint(b, "B"), alpha, summary)
 

@@ -244,11 +244,6 @@ class Plane(Study):
         """How many points a run evaluates: the grid and the checkpoints."""
         return self.points**2 + len(self.problem.names)
 
-    @property
-    def steps(self) -> int:
-        """The total of the progress: points, and the eigenvectors as one."""
-        return self.evaluations + (self._derivatives is not None)
-
     @cached_property
     def _derivatives(self) -> DerivativeDirections | None:
         """The eigenvectors, if the axes are along them."""
@@ -304,10 +299,7 @@ class Plane(Study):
                     f"at ({middle[0]:.4g}, {middle[1]:.4g})",
                 ),
             ]
-            found = self.evaluate(
-                partial(self._evaluate, here, points),
-                execution.after(self.steps - self.evaluations),
-            )
+            found = self.evaluate(partial(self._evaluate, here, points), execution)
             seconds = self.seconds(swept)
         table = self._table(points, found)
         path = self._path_table(layout, found)

@@ -25,7 +25,7 @@ WRONG = {
     "plane a.pt --axes x": "--axes must be hessian, not 'x'",
     "list models-and-data": "kind must be models, data, losses or metrics, not 'models-and-data'",
     "interpolate a.pt b.pt --points 1e3": "--points must be a whole number, not '1e3'",
-    "interpolate a.pt b.pt --range 0 x": "--range must be 2 numbers, not 'x'",
+    "interpolate a.pt b.pt --range 0 x": "--range must be two numbers, not 'x'",
     "plane a.pt --points 3,4": "--points must be a whole number, not '3,4'",
     "sharpness a.pt --rho 0.1 --rho x": "--rho must be a number, not 'x'",
     "interpolate a.pt b.pt --points": "Option '--points' requires an argument",
@@ -60,7 +60,7 @@ def test_every_option_says_in_its_own_words_what_it_takes(losscli: Losscli) -> N
             done = losscli(name, *needed, option, *["foo"] * parameter.nargs)
             what = {
                 "int": "a whole number",
-                "float": "(a number|2 numbers)",
+                "float": "(a number|two numbers)",
                 "Literal[": r"[\w, ]+",
             }
             words = (

@@ -381,7 +381,7 @@ def test_the_device_may_come_from_the_environment(
 ) -> None:
     monkeypatch.setenv("LOSSCLI_DEVICE", "abacus")
     done = losscli("interpolate", "a.pt", "b.pt")
-    assert done.status == 1
+    assert done.status == 2
     assert "'abacus'" in done.stderr
 
 
@@ -886,6 +886,8 @@ def test_a_shell_receives_completions(folder: Path) -> None:
         ("barriers a.pt b.pt init:0 --points 5000000", "10000000 points"),
         ("trajectory a.pt init:0 b.pt --residuals 5000000", "10000000 points"),
         ("around a.pt --directions 5000000", "--directions 5000000 gives more than 10000000"),
+        ("around a.pt --points 99999999", "--points 99999999 gives more than 10000000"),
+        (f"connect a.pt b.pt --steps 1{'0' * 30}", "is above 100,000,000. Give fewer"),
         ("around a.pt --along hessian --points 5000000", "--points 5000000 gives more than"),
         ("check a.pt --eigenvalues 99999999999999999999", "10000 or fewer"),
         ("sharpness a.pt --samples 99999999", "--samples 99999999 gives more than 10000000"),

@@ -34,7 +34,7 @@ COMMANDS = {
     "plane-sample": ("plane a.pt --points 4 --sampling-error 0.01", 17, "points"),
     "barriers": ("barriers a.pt b.pt c.pt --points 5", 3 + 3 * 3, "points"),
     "around": ("around a.pt b.pt --directions 3 --points 4", 2 + 2 * 3 * 3, "points"),
-    "along": ("around a.pt b.pt --along gradient --points 3", 2 + 2 + 2 * 2, "points"),
+    "along": ("around a.pt b.pt --along gradient --points 3", 2 + 2 * 2, "points"),
     "sharpness": (
         "sharpness a.pt b.pt --samples 3 --rho 0.1 --rho 0.2",
         2 + 2 * 3 * 2 + 2 * (2 + 33 + 6) + 2 * 2 * 63,
@@ -254,6 +254,15 @@ def test_points_recalled_in_between_do_not_count_in_the_rate(
         "20/100 points, 0:00:40 left",
         "90/100 points, 0:00:05 left",
         "96/100 points, 0:00:03 left",
+    ]
+
+
+def test_time_before_any_work_does_not_count_in_the_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    # A minute for what does not count, such as eigenvectors; then one point a second.
+    events = [(0.0, 0.0, 0.0), (60.0, 0.0, 0.0), (70.0, 10.0, 0.0), (80.0, 20.0, 0.0)]
+    assert lines(events, 100, monkeypatch) == [
+        "10/100 points, 0:01:30 left",
+        "20/100 points, 0:01:20 left",
     ]
 
 

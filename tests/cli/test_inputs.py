@@ -48,6 +48,10 @@ OVERWRITING = {
     ),
     "the pairs": ("barriers --pairs pairs.csv --x step -o pairs", "pairs.csv"),
     "the data": ("interpolate a.pt b.pt -d text:words.json,context=6 -o words", "words.json"),
+    "data with the name of a journal": (
+        "interpolate a.pt b.pt -d text:words.journal,context=6 -o words",
+        "words.journal",
+    ),
     "the data by a TOML file": ("interpolate a.pt b.pt -d data.toml -o words", "words.json"),
     "an image of the data": (
         (
@@ -76,7 +80,8 @@ def test_no_command_overwrites_a_file_that_it_reads(losscli: Losscli, folder: Pa
         library.export("a.pt", "b.pt", 0.25).save(name)
     shutil.copy("a.pt", "a.svg")
     Path("pairs.csv").write_text("a,b,step\na.pt,b.pt,0\n")
-    Path("words.json").write_text("abcdefghijkl" * 8)
+    for text in ("words.json", "words.journal"):
+        Path(text).write_text("abcdefghijkl" * 8)
     Path("data.toml").write_text('name = "text:words.json"\ncontext = 6\n')
     for k in range(4):
         image = Path("images", "xy"[k % 2], f"{k // 2}.png")

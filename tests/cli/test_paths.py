@@ -70,9 +70,9 @@ def test_trajectory_writes_path_surface_and_walk(
     assert len(summary["checkpoints"]) == 6
     assert summary["path"]["walked"] > summary["path"]["length"] > 0
     far = summary["path"]["farthest"]["step"]
-    assert f"‖d‖, at checkpoint {far} of 5 ({path[far]}), where p = " in done.stdout
+    assert f"‖d‖, at checkpoint {far + 1} of 6 ({path[far]}), where p = " in done.stdout
     low = summary["splits"]["train"]["lowest"]["step"]
-    assert re.search(rf"lowest seen .* at checkpoint {low} of 5 \({path[low]}\)\n", done.stdout)
+    assert re.search(rf"lowest seen .* at checkpoint {low + 1} of 6 \({path[low]}\)\n", done.stdout)
 
 
 def test_names_come_from_stdin_in_their_order(folder: Path, path: list[str], at_hand: Path) -> None:

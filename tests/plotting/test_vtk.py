@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree as ET
@@ -12,13 +13,14 @@ import numpy as np
 import pytest
 
 from losscli.errors import UsageError
+from losscli.plotting.connect import mesh_connect
 from losscli.plotting.plane import mesh_plane
 from losscli.plotting.trajectory import mesh_trajectory
 from losscli.registry import COMMANDS
 from losscli.results.drawing import Drawing
 from losscli.results.result import Run
 from losscli.table import Table
-from tests.plotting import test_plane, test_trajectory
+from tests.plotting import test_connect, test_plane, test_trajectory
 
 NAN, INF = math.nan, math.inf
 SPLITS = ("train", "test")
@@ -116,6 +118,24 @@ def test_a_trajectory_is_a_ribbon_with_its_path() -> None:
     assert cells == {"Verts": [], "Lines": [list(range(21))]}
 
 
+def test_a_trained_path_lies_on_its_plane() -> None:
+    run = test_connect.run(SPLITS)
+    mesh = mesh_connect([run])
+    points, arrays, cells = read(mesh[".vtp"])
+    check_rows(run.more["plane"], ("x", "y"), points, arrays)
+    assert len(cells["Polys"]) == 5 * 4
+    points, arrays, cells = read(mesh[".path.vtp"])
+    assert points[:, :2].tolist() == run.summary["plane"]["curve"]
+    curve = run.table.where("path", "curve")
+    for split in SPLITS:
+        own = curve.where("split", split)
+        assert arrays["t"] == own["t"]
+        for column in ("loss", "loss_stderr"):
+            assert arrays[f"{column}_{split}"] == own[column]
+    assert points[:, 2].tolist() == arrays["loss_train"]
+    assert cells == {"Verts": [], "Lines": [list(range(7))]}
+
+
 @pytest.mark.parametrize("log", [False, True])
 def test_odd_losses_are_kept_and_have_no_cell(log: bool) -> None:
     run = test_plane.run(loss=odd, size=(5, 3), box=(-3, 13, -3, 11))
@@ -145,6 +165,13 @@ def test_a_run_without_a_surface_is_refused() -> None:
     ):
         with pytest.raises(UsageError, match=message):
             mesh_trajectory(runs)
+    path = test_connect.run()
+    for paths, message in (
+        ([replace(path, more={})], "this connect has none. Give one bend, without --no-plane"),
+        ([path] * 2, "a .vtp file has the surface of one run of connect"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            mesh_connect(paths)
     for name, command in COMMANDS.items():
         if not command.mesh:
             with pytest.raises(UsageError, match=f"a .vtp holds a surface, and {name} has none"):

@@ -414,6 +414,13 @@ WRAPPERS: dict[str, Callable[[nn.Module], nn.Module]] = {
 }
 
 
+def test_a_type_that_safetensors_cannot_store_is_saved_by_torch(folder: Path) -> None:
+    model = nn.Linear(2, 2, dtype=torch.complex128)
+    losscli.Recorder(model, "run", steps=1).close()
+    found = torch.load("run/step-00000.pt")["state_dict"]
+    assert torch.equal(found["weight"], model.weight)
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", WRAPPERS)
 def test_wrapped_models_are_saved_under_the_names_of_the_plain_one(name: str, group: None) -> None:

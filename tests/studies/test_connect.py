@@ -322,6 +322,8 @@ def test_a_kill_at_any_record_resumes_to_the_same_bytes(
             "--sampling-error is not available with connect",
         ),
         (["a.pt", "b.pt", "--points", "0"], "--points 0"),
+        (["a.pt", "b.pt", "--bends", "2", "--figure", "x.vtp"], "and this connect has none"),
+        (["a.pt", "b.pt", "--no-plane", "--figure", "x.vtp"], "and this connect has none"),
     ],
 )
 def test_what_connect_cannot_do_is_refused_in_one_line(

@@ -509,7 +509,7 @@ def test_every_misuse_of_an_argument_is_refused_in_one_line(function: str, share
         ({"points": "51"}, "points must be a whole number, not '51'"),
         ({"points": 51.0}, "points must be a whole number, not 51.0"),
         ({"points": True}, "points must be a whole number, not True"),
-        ({"range": 1.0}, "range must be two numbers, the lowest and the highest value, not 1.0"),
+        ({"range": 1.0}, "range must be two numbers, not 1.0"),
         ({"range": (0, 1, 2)}, "range must be two numbers.*, not 3 numbers"),
         ({"range": (0, "1")}, "range must be a number, not '1'"),
         ({"refine": "fine"}, "refine must be a number, not 'fine'"),
@@ -595,6 +595,23 @@ def test_progress_counts_up_to_the_end_of_every_study(
     assert numbers(call(function, states, progress=True)) == numbers(result)
     shown = re.findall(r"(?m)^(\d+)/(\d+) (?:points|checkpoints)", capsys.readouterr().err)
     assert shown[-1][0] == shown[-1][1] == str(round(done[-1]))
+
+
+def test_eigenvectors_of_a_plane_are_not_progress() -> None:
+    done: list[float] = []
+    call("plane", [state(1)], axes="hessian", points=3, progress=done.append)
+    # The clock of the remaining time starts when they are known.
+    assert (done[0], done[-1]) == (0, 3 * 3 + 1)
+
+
+def test_progress_of_a_check_is_that_of_examples_and_goes_on_in_each_search() -> None:
+    done: list[float] = []
+    call("check", [state(1)], split=["train", "test"], progress=done.append)
+    shares = np.array([len(targets) for _, targets in DATA.values()]) / (len(INPUTS) + 9)
+    assert done[0] == 0
+    assert done[-1] == pytest.approx(1)
+    assert any(at == pytest.approx(shares[0]) for at in done)
+    assert len({at for at in done if at < 0.9 * shares[0]}) > 3
 
 
 def test_without_progress_nothing_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
@@ -694,7 +711,7 @@ def test_help_shows_the_arguments_of_each_function() -> None:
         assert "Args:" in (function.__doc__ or "")
         parameters = inspect.signature(function).parameters
         assert "arguments" not in parameters
-        taken = [] if name in {"inspect", "export"} else SETTINGS
+        taken = [] if name == "inspect" else SETTINGS
         assert [option for option in parameters if option in SETTINGS] == taken
         assert "settings" not in parameters
 

@@ -23,7 +23,6 @@ from losscli.errors import ChangedError, OutputError, UsageError
 from losscli.models import CNN, MLP
 from losscli.results.result import Output, to_json
 from losscli.studies.export import parse_weights
-from losscli.studies.plane_point import point_of_plane
 from losscli.table import Table
 from tests.benchmarks.__main__ import peak
 from tests.cases import sample
@@ -260,6 +259,13 @@ def test_misuse_of_export_in_python_is_refused(three: list[str]) -> None:
         (three, {"weights": "1-0-0"}),
         (three, {}),
         ("a.pt", {"alpha": 0.5}),
+        (None, {}),
+        (None, {"plane": "p.csv"}),
+        (None, {"at": (0, 0)}),
+        (three, {"plane": "p.csv", "at": (0, 0)}),
+        (None, {"plane": "p.csv", "at": (0, 0), "t": 0.5}),
+        (None, {"plane": "p.csv", "at": 0}),
+        (three, {"weights": [1, 0, 0], "model": "mlp:6-5-3"}),
     ):
         with pytest.raises(UsageError):
             library.export(arguments, **options)  # type: ignore[call-overload]
@@ -517,7 +523,8 @@ def test_a_checkpoint_without_a_finite_score_is_not_kept(
 
 def test_a_file_to_write_is_needed(losscli: Losscli, folder: Path, three: list[str]) -> None:
     message = "soup needs a file to write. Give -o X.safetensors"
-    is_refused(losscli, folder, ["soup", *three], 2, message)
+    for out in ([], ["-o", "-"], ["-o", "-", "--greedy", "test"]):
+        is_refused(losscli, folder, ["soup", *three, *out], 2, message)
 
 
 @pytest.mark.usefixtures("unlaid")
@@ -571,7 +578,7 @@ def test_all_names_of_a_tied_tensor_are_written(which: str, buffers: str, tmp_pa
     options: dict[str, Any] = {"model": Shared(), "data": data, "buffers": buffers}
     if which == "plane":
         library.plane(names, points=2, **options).save(tmp_path / "p", no_figure=True)
-        point = point_of_plane(tmp_path / "p.csv", (0.5, 0.5), model=Shared(), data=data)
+        point = library.export(plane=tmp_path / "p.csv", at=(0.5, 0.5), model=Shared(), data=data)
     elif which == "greedy":
         point = library.soup([*names, state(names[0])], greedy="train", **options).checkpoint
     else:

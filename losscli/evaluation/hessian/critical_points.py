@@ -40,6 +40,7 @@ from losscli.weight_space.vectors import Weights, unflatten
 
 __all__ = [
     "CONTRADICTION_STEPS",
+    "EXPECTED_PRODUCTS",
     "CriticalPointTest",
     "Evidence",
     "PointAnalysis",
@@ -49,6 +50,12 @@ __all__ = [
 
 # Largest residual norm of a converged eigenpair, as a share of |λ|.
 _TOLERANCE = 1e-4
+
+EXPECTED_PRODUCTS = 100
+"""Approximate number of Hessian-vector products that the analysis of a point takes."""
+
+# The largest share of the progress of an analysis before its search for eigenvalues has ended.
+_MOST_SEARCHED = 0.9
 
 # A predicted change of the loss beyond this many times its accuracy is significant.
 _FAR = 10
@@ -350,7 +357,7 @@ class CriticalPointTest:
             point: The point: all tensors of the model, the parameters as they are stored.
             split: The name of the split.
             kept: The verdicts for which the eigenvector of a negative λ_min is kept.
-            execution: Evaluates losses; its progress is not counted.
+            execution: Evaluates losses. Its progress goes from 0 to 1.
 
         Returns:
             The record, see `PointAnalysis.from_arrays`.
@@ -523,11 +530,26 @@ class CriticalPointTest:
     ) -> tuple[Tensor, Extremes, DenseHessian | None]:
         """Computes the gradient and the ends of the spectrum at a point.
 
+        Args:
+            weights: The point.
+            every: The examples.
+            execution: Its progress goes from 0 to 1, by the number of products that are expected.
+
         Returns:
             The gradient, ``[n]``; the ends of the spectrum, with measured rounding in their errors;
             and the whole Hessian of a small model.
         """
-        with self.curvature(weights, every, execution) as curvature:
+        done = 0.0
+
+        def attend(share: float) -> None:
+            nonlocal done
+            execution.poll()
+            # The gradient that the first product needs counts as one more.
+            done += share / (products + 1)
+            execution.report(min(done, _MOST_SEARCHED))
+
+        with self.curvature(weights, every, execution, attend=attend) as curvature:
+            products = curvature.size if curvature.size <= DENSE_LIMIT else EXPECTED_PRODUCTS
             gradient = curvature.gradient()
             dense = curvature.dense() if curvature.size <= DENSE_LIMIT else None
             extremes = curvature.extremes(self.eigenvalues, tolerance=_TOLERANCE, seed=self.seed)
@@ -570,14 +592,13 @@ class CriticalPointTest:
         execution: Execution,
         names: Sequence[str] | None = None,
         operator: Callable[..., Curvature] = Curvature,
+        attend: Callable[[float], None] | None = None,
     ) -> Curvature:
         """Makes the operator of second derivatives at a point, in float64 for a small model."""
-
-        def poll(_: float) -> None:
-            # The progress of a search is unknown, but another rank may have failed meanwhile.
-            execution.poll()
-
-        return operator(self.differentiated(weights), weights, names or self.names, every, poll)
+        differentiated = self.differentiated(weights)
+        # Another rank may fail meanwhile.
+        watch = attend or (lambda _: execution.poll())
+        return operator(differentiated, weights, names or self.names, every, watch)
 
     def _with_rounding(
         self,

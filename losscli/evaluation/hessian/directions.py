@@ -138,7 +138,7 @@ class DerivativeDirections:
         Args:
             points: All tensors of the model at each point; the first is loaded in the end.
             checkpoints: The names of the points, for errors.
-            execution: How tasks are executed. Progress counts points.
+            execution: How tasks are executed. They do not count as progress.
 
         Returns:
             A record of each point, for the other methods.
@@ -159,7 +159,7 @@ class DerivativeDirections:
             return self._find(point(t), f"of the loss of {self.split} at {checkpoints[t]}", own)
 
         tasks = (
-            Task(1, partial(find, t), execution.key(partial(key, t)), "")
+            Task(0, partial(find, t), execution.key(partial(key, t)), "")
             for t, _ in enumerate(checkpoints)
         )
         found = list(execution.run(tasks))
@@ -230,7 +230,7 @@ class DerivativeDirections:
                 vectors, numbers = [gradient.div_(size).to("cpu", wide)], [[size]]
                 del gradient
             else:
-                _, extremes, _ = self._test.differentiate(weights, every, execution)
+                _, extremes, _ = self._test.differentiate(weights, every, execution.quiet)
                 pairs = dict(zip(("v1", "v2"), extremes.largest, strict=False))
                 pairs["vn"] = extremes.smallest[0]
                 found = [pairs[label] for label in self.labels]
