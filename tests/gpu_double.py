@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from types import FrameType
@@ -21,7 +21,6 @@ from unittest import mock
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 __all__ = ["GPU", "gpu_double"]
 
@@ -92,26 +91,47 @@ class Double(Tensor):
     def __torch_dispatch__(
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        leaves = tree_leaves((args, kwargs))
-        doubles = {id(t.own): t for t in leaves if isinstance(t, Double)}
-        others = [t for t in leaves if isinstance(t, Tensor) and not isinstance(t, Double)]
+        doubles: dict[int, Double] = {}
+        others: list[Tensor] = []
+
+        def own(value: Tensor) -> Tensor:
+            if not isinstance(value, Double):
+                others.append(value)
+                return value
+            doubles[id(value.own)] = value
+            return value.own
+
+        own_args, own_kwargs = _map_tensors(own, args), _map_tensors(own, kwargs or {})
         packet = func.overloadpacket
         if packet in _READING or (packet in _MIXED and others) or _selects(packet, args):
             _count()
         # PyTorch's own code makes zeros where it is told that the tensors are: on the CPU.
         if packet not in _MIXED and any(t.ndim and bool(t.any()) for t in others):
             raise RuntimeError(f"expected all tensors to be on the same device: {func}")
-        args, kwargs = tree_map_only(Double, lambda t: t.own, (args, kwargs or {}))
-        result = func(*args, **kwargs)
+        result = func(*own_args, **own_kwargs)
 
-        def wrapped(value: Any) -> Any:
-            if not isinstance(value, Tensor) or value.device.type != "cpu":
+        def wrapped(value: Tensor) -> Tensor:
+            if value.device.type != "cpu":
                 return value
             return doubles[id(value)] if id(value) in doubles else Double(value)
 
         # A copy to the CPU writes to a tensor that is given.
         stays = packet is _aten.copy_ and not doubles.keys() & {id(result)}
-        return result if stays else tree_map(wrapped, result)
+        return result if stays else _map_tensors(wrapped, result)
+
+
+def _map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
+    """Applies a function to the tensors among the arguments or the results of an operator.
+
+    Faster than PyTorch's own function, which knows more containers.
+    """
+    if isinstance(value, Tensor):
+        return function(value)
+    if isinstance(value, list | tuple):
+        return type(value)([_map_tensors(function, part) for part in value])
+    if isinstance(value, dict):
+        return {key: _map_tensors(function, part) for key, part in value.items()}
+    return value
 
 
 def _selects(packet: Any, args: tuple[Any, ...]) -> bool:
@@ -153,6 +173,8 @@ class _Redirect(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
+        if not kwargs and func is not Tensor.to:
+            return func(*args)
         kwargs = dict(kwargs or {})
         kwargs.pop("pin_memory", None)
         if func is Tensor.to:

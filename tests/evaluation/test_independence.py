@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,7 @@ from losscli.errors import LosscliError, LossError, NondeterministicModelError
 from losscli.evaluation.objective import Objective
 from losscli.evaluation.task_checks import check_task
 from losscli.models import MLP
+from tests.cases import sample
 from tests.conftest import Losscli
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
@@ -113,9 +115,11 @@ DEPENDENT: dict[str, Callable[[], tuple[nn.Module, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", DEPENDENT)
-@pytest.mark.parametrize("number", [2, 12, 300])
+@pytest.mark.parametrize(
+    ("name", "number", "dtype"),
+    sample(itertools.product(DEPENDENT, [2, 12, 300], DTYPES), 0, 2),
+    ids=str,
+)
 def test_a_loss_that_depends_on_the_batch_is_refused(
     name: str, number: int, dtype: torch.dtype
 ) -> None:
@@ -167,10 +171,11 @@ class Deep(nn.Module):
         return self.head(x) * self.scale
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("normalise", [False, True])
-@pytest.mark.parametrize("scale", [1.0, 1e3])
-@pytest.mark.parametrize("number", [2, 37, 300])
+@pytest.mark.parametrize(
+    ("number", "scale", "normalise", "dtype"),
+    sample(itertools.product([2, 37, 300], [1.0, 1e3], [False, True], DTYPES), 0, 5),
+    ids=str,
+)
 def test_rounding_is_not_a_dependence(
     number: int, scale: float, normalise: bool, dtype: torch.dtype
 ) -> None:
@@ -279,8 +284,11 @@ def mine(folder: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("arguments", STUDIES, ids=lambda a: a[0])
-@pytest.mark.parametrize("dry", [(), ("--dry-run",)], ids=["run", "dry-run"])
+@pytest.mark.parametrize(
+    ("arguments", "dry"),
+    sample(itertools.product(STUDIES, [(), ("--dry-run",)]), 0),
+    ids=lambda words: words[0] if words else "run",
+)
 def test_every_study_refuses_in_one_line_and_writes_nothing(
     arguments: tuple[object, ...], dry: tuple[str, ...], mine: Path, losscli: Losscli
 ) -> None:

@@ -491,7 +491,7 @@ def test_a_line_has_them_at_its_ends_too(case: Case, tmp_path: Path) -> None:
 def test_in_float32_and_refined_the_line_is_the_same(tmp_path: Path) -> None:
     case = PLAIN["residual"]
     result = study(
-        "interpolate", case, tmp_path, points=5, range=(0, 1), dtype="float32", refine=0.2
+        "interpolate", case, tmp_path, points=5, range=(0, 1), dtype="float32", refine=0.05
     )
     states = case.state(1), case.state(2)
     for alpha, loss in zip(result.table.floats("alpha"), result.table.floats("loss"), strict=True):
