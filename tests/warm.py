@@ -62,7 +62,6 @@ def serving(folder: Path) -> Iterator[Path]:
 
 def _serve(place: str) -> None:
     # What any command may need, but nothing that begins a thread.
-    import torch._dynamo  # by optimisers and align
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
