@@ -120,13 +120,14 @@ Losscli = Callable[..., Outcome]
 @pytest.fixture
 def losscli() -> Losscli:
     """Runs a command in this process."""
-
-    def invoke(*arguments: object) -> Outcome:
-        console = Console(io.StringIO(), io.StringIO())
-        status = run([str(a) for a in arguments], console)
-        return Outcome(status, console.stdout.getvalue(), console.stderr.getvalue())  # type: ignore[attr-defined]
-
     return invoke
+
+
+def invoke(*arguments: object) -> Outcome:
+    """Runs a command in this process."""
+    console = Console(io.StringIO(), io.StringIO())
+    status = run([str(a) for a in arguments], console)
+    return Outcome(status, console.stdout.getvalue(), console.stderr.getvalue())  # type: ignore[attr-defined]
 
 
 @pytest.fixture(scope="session")
@@ -190,11 +191,18 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
     The command line runs inside it.
     """
+    fill(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def fill(folder: Path) -> None:
+    """Writes what the fixture `folder` has."""
     for seed, name in enumerate(("a", "b")):
         torch.manual_seed(seed)
         torch.save(
             {"state_dict": MLP("6-5-3").state_dict(), "losscli.model": "mlp:6-5-3"},
-            tmp_path / f"{name}.pt",
+            folder / f"{name}.pt",
         )
     generator = torch.Generator().manual_seed(2)
     arrays = {
@@ -205,7 +213,5 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     }
     import numpy as np
 
-    np.savez(tmp_path / "data.npz", **arrays)  # type: ignore[arg-type]
-    (tmp_path / "losscli.toml").write_text('data = "npz:data.npz"\n')
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
+    np.savez(folder / "data.npz", **arrays)  # type: ignore[arg-type]
+    (folder / "losscli.toml").write_text('data = "npz:data.npz"\n')

@@ -31,7 +31,7 @@ _ALL_POINTS = re.compile(r"^losscli (interpolate|plane|around|barriers|connect)(
 _STUDY = re.compile(r"^losscli (interpolate|trajectory|plane|around|barriers|check|sharpness)")
 _TRAINING = re.compile(r"^losscli connect")
 _LESS = {
-    "points": "5",
+    "points": "3",
     "refine": "0.1",
     "samples": "1",
     "probes": "1",
@@ -79,19 +79,17 @@ def commands(text: str) -> list[str]:
 
 
 def sample(commands: list[str]) -> list[str]:
-    """Commands that show each command and option of losscli, and those that write what they read.
+    """The first line with each command of losscli, and those that write what they read.
 
     Every line that does not run losscli is among them. They do less: studies take few examples,
     points, samples and probes, a curve is trained for few steps, and of a path only its end is
     checked.
     """
-    shown = {c: set(re.findall(r"losscli \w+|(?<= )--?[a-z][\w-]*", c)) or {c} for c in commands}
-    left = set().union(*shown.values())
-    kept: set[str] = set()
-    while left:
-        most = max(commands, key=lambda command: len(shown[command] & left))
-        kept.add(most)
-        left -= shown[most]
+    first: dict[str, str] = {}
+    for line in commands:
+        for shown in re.findall(r"losscli \w+", line) or [line]:
+            first.setdefault(shown, line)
+    kept = {*first.values()}
     read: set[str] = set()
     for command in reversed(commands):
         if command in kept or set(re.findall(r" -o ([\w-]+)", command)) & read:
@@ -101,7 +99,7 @@ def sample(commands: list[str]) -> list[str]:
 
 
 def _smaller(command: str) -> str:
-    command = _ALL_POINTS.sub(r"\g<0> --points 5", command)
+    command = _ALL_POINTS.sub(r"\g<0> --points 3", command)
     for option, value in _LESS.items():
         command = re.sub(rf"--{option} [\d.]+", f"--{option} {value}", command)
     command = _WHOLE_PATH.sub(_with_end, command)

@@ -312,7 +312,7 @@ def strict(text: str) -> Any:
 
 
 @pytest.mark.usefixtures("infinite")
-@pytest.mark.parametrize("name", sample(JSON, 2))
+@pytest.mark.parametrize("name", sample(JSON, 2, 4))
 def test_json_is_one_line_that_any_parser_reads(name: str, losscli: Losscli) -> None:
     runs = [JSON[name]]
     if name in COMMANDS:

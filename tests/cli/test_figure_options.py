@@ -24,7 +24,7 @@ STUDIES: dict[str, tuple[object, ...]] = {
 
 
 @pytest.mark.usefixtures("unlaid")
-@pytest.mark.parametrize("name", sample(STUDIES, 0, 2))
+@pytest.mark.parametrize("name", sample(STUDIES, 0, 4))
 def test_plot_draws_the_same_bytes_with_the_stored_options(
     name: str, losscli: Losscli, folder: Path
 ) -> None:

@@ -110,7 +110,7 @@ def assert_drawn_again(
 
 
 @pytest.mark.usefixtures("path")
-@pytest.mark.parametrize(("arguments", "further"), sample(DRAWN, 0, 2))
+@pytest.mark.parametrize(("arguments", "further"), sample(DRAWN, 0, 4))
 def test_plot_draws_the_same_bytes_again(
     arguments: list[str], further: set[str], losscli: Losscli
 ) -> None:

@@ -112,7 +112,7 @@ def log(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("kills", [1, pytest.param(8, marks=pytest.mark.stress)])
-@pytest.mark.parametrize("name", sample(COMMANDS, 0))
+@pytest.mark.parametrize("name", sample(COMMANDS, 0, 5))
 def test_kill_9_at_any_instant_and_the_same_bytes(
     name: str, kills: int, folder: Path, log: Path, losscli: Losscli
 ) -> None:
@@ -223,7 +223,7 @@ def changed(what: str, folder: Path) -> list[str]:
     [
         ("checkpoint", "the checkpoint b.pt changed"),
         pytest.param("option", "--limit was not given and is 9", marks=pytest.mark.stress),
-        ("data", "the examples of test changed"),
+        pytest.param("data", "the examples of test changed", marks=pytest.mark.stress),
         pytest.param("code", "code_of_mine.py changed", marks=pytest.mark.stress),
         ("imported late", "helper_of_mine.py changed"),
         ("metric", '--metric was ["code_of_mine.py:most,k=1"] and is ["code_of_mine.py:most,k=2"]'),

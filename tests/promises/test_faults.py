@@ -269,7 +269,7 @@ def _without_privilege() -> None:
 
 @forking
 @pytest.mark.skipif(sys.platform != "linux", reason="capabilities are of Linux")
-@pytest.mark.parametrize("name", WRITING)
+@pytest.mark.parametrize("name", sample(WRITING, 0, 2))
 def test_a_folder_without_write_permission_is_an_error(
     name: str, folder: Path, log: Path, losscli: Losscli
 ) -> None:
@@ -402,7 +402,7 @@ FIT = ((3, 64), (2, 7), (1, 64), (1, 2), (1, 1))
 
 @pytest.mark.parametrize("fit", [FIT[1::3], pytest.param(FIT, marks=pytest.mark.stress)])
 @pytest.mark.parametrize(
-    "name", sample(["interpolate", "trajectory", "plane", "barriers", "around"], 0, 2)
+    "name", sample(["interpolate", "trajectory", "plane", "barriers", "around"], 0)
 )
 def test_out_of_memory_at_any_size_gives_the_same_numbers(
     name: str,
@@ -497,9 +497,9 @@ def test_a_locale_without_utf_8_a_foreign_path_and_a_missing_backend(
     assert {"out.csv", "out.json", "out.png"} <= {p.name for p in place.iterdir()}
 
 
-def few_files() -> None:
+def few_files(most: int = 64) -> None:
     os.closerange(3, 4096)  # what the process that runs the tests has open
-    resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 @forking
@@ -512,8 +512,12 @@ def test_many_points_and_few_open_files(points: int, folder: Path, log: Path) ->
 
 
 @forking
-@pytest.mark.parametrize("number", [140, pytest.param(2000, marks=pytest.mark.stress)])
-def test_many_checkpoints_under_few_open_files(number: int, folder: Path, log: Path) -> None:
+@pytest.mark.parametrize(
+    ("number", "files"), [(70, 32), pytest.param(2000, 64, marks=pytest.mark.stress)]
+)
+def test_many_checkpoints_under_few_open_files(
+    number: int, files: int, folder: Path, log: Path
+) -> None:
     """Of either kind more than the files that may be open."""
     many = folder / "many"
     many.mkdir()
@@ -526,7 +530,7 @@ def test_many_checkpoints_under_few_open_files(number: int, folder: Path, log: P
         else:
             torch.save({"state_dict": moved, "losscli.model": "mlp:6-5-3"}, many / f"{step}.pt")
     line = ["trajectory", "many", "-o", "path", "--no-surface", "--no-figure", "--split", "test"]
-    assert ended(child(line, log, few_files)) == 0, log.read_text()
+    assert ended(child(line, log, lambda: few_files(files))) == 0, log.read_text()
     assert len(Path("path.csv").read_text().splitlines()) == 1 + number
 
 
@@ -540,14 +544,6 @@ def in_a_shell(line: str, *arguments: str) -> subprocess.CompletedProcess[str]:
         text=True,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
-
-
-def test_a_broken_pipe_in_a_shell_is_reported_in_one_line(folder: Path, at_hand: Path) -> None:
-    line = f"{shlex.join([str(at_hand / 'losscli'), *RUN[:3]])} -o - --points 1200 | head -1"
-    done = in_a_shell(line)
-    assert done.returncode == 0  # that of head
-    assert done.stdout.startswith("alpha,split,loss")
-    assert done.stderr == "losscli: stdout was closed before the result was written to it\n"
 
 
 def test_a_removed_current_folder_is_one_line(folder: Path) -> None:

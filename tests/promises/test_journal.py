@@ -248,9 +248,15 @@ def test_the_file_is_as_its_description_says(stem: Path, path: Path) -> None:
 # -- what is broken is cut off ----------------------------------------------------------------
 
 
-def test_a_truncated_journal_keeps_its_whole_records(stem: Path, path: Path) -> None:
+STEPS = pytest.mark.parametrize("step", [4, pytest.param(1, marks=pytest.mark.stress)])
+"""Of how many bytes one is changed, or of how many lengths one is tried."""
+
+
+@STEPS
+def test_a_truncated_journal_keeps_its_whole_records(step: int, stem: Path, path: Path) -> None:
     content, ends = three(stem)
-    for cut in range(len(content)):
+    around = {end + more for end in ends[:-1] for more in (-1, 0, 1)}
+    for cut in sorted({*range(0, len(content), step), *around, len(content) - 1}):
         path.write_bytes(content[:cut])
         whole = sum(end <= cut for end in ends)
         with begin(stem) as journal:
@@ -269,11 +275,12 @@ def test_a_truncated_journal_keeps_its_whole_records(stem: Path, path: Path) -> 
         assert files(path.parent) == []
 
 
-def test_no_byte_can_be_changed_into_a_wrong_array(stem: Path, path: Path) -> None:
+@STEPS
+def test_no_byte_can_be_changed_into_a_wrong_array(step: int, stem: Path, path: Path) -> None:
     content, ends = three(stem)
     draw = random.Random(0)
     head = len(by_hand())
-    for at in range(len(content)):
+    for at in range(0, len(content), step):
         for change in (0xFF, 1 << draw.randrange(8)):
             broken = bytearray(content)
             broken[at] ^= change

@@ -22,6 +22,7 @@ from losscli import files as regular
 from losscli.checkpoint import read
 from losscli.errors import TableError
 from losscli.table import Table
+from tests.cases import in_turn
 from tests.conftest import Losscli
 from tests.forks import ended
 
@@ -173,8 +174,10 @@ def test_results_that_are_not_regular_files_are_of_another_run(
     refused(losscli, folder, "out.png is another figure", "plot", "x.csv", "-o", "out")
 
 
-@pytest.mark.parametrize("name", ["x.png", "x.csv", "out.json", "half.safetensors"])
-@pytest.mark.parametrize("planted", ["link", "file"])
+@pytest.mark.parametrize(
+    ("name", "planted"),
+    in_turn(["x.png", "x.csv", "out.json", "half.safetensors"], "link", "file"),
+)
 def test_no_file_is_written_through_a_planted_link(
     name: str, planted: str, losscli: Losscli, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -13,16 +13,16 @@ import re
 import shutil
 import signal
 import socket
-import subprocess
 import sys
 import threading
 import time
+import warnings
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -30,6 +30,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.distributed import HashStore, TCPStore
+from torch.distributed import run as elastic
 
 from losscli.cli import run
 from losscli.cli.console import Console
@@ -42,7 +43,7 @@ from losscli.evaluation.ranks import Arrays, Ranks, RanksError
 from losscli.evaluation.rendezvous import is_distributed
 from losscli.evaluation.strategies.base import Strategy
 from losscli.evaluation.sweep import _divide, _synchronise
-from tests.conftest import ROOT, Losscli, Outcome
+from tests.conftest import ROOT, Losscli, Outcome, fill, invoke
 from tests.forks import PATIENCE, child, ended
 from tests.moments import save_trained
 
@@ -50,14 +51,42 @@ forks = pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
 # Of a fork beside threads: the child has one thread, and uses no other.
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded")
 
-# Runs a command in each process that torchrun starts, a point at a time.
-DRIVER = """
-import sys
-from losscli.evaluation import memory
-from losscli.cli import main
+# Where another rank than 0 writes a file in the current folder, it makes a folder that says so.
+HEARING = """
+import os, sys
+from pathlib import Path
 
-memory._CPU_STACK = 1
-main(sys.argv[1:])
+def hear(event, args):
+    if event == "open" and isinstance(args[0], str) and args[2] & (os.O_WRONLY | os.O_RDWR):
+        path = Path(args[0]).absolute()
+        if path.parent == Path.cwd() and not path.name.startswith("evaluated."):
+            path.with_name(f"{path.name} of another rank").mkdir()
+
+if rank:
+    sys.addaudithook(hear)
+"""
+
+# Runs commands one after the other in each process that torchrun starts, and writes their outcomes
+# down.
+DRIVER = f"""
+import io, json, os
+from losscli.cli import run
+from losscli.cli.console import Console
+from losscli.data import objects
+from losscli.evaluation import memory
+
+rank = int(os.environ["RANK"])
+objects.host_budget = lambda: 10
+heard = open(f"heard/{{rank}}", "w")
+{HEARING}
+for line in sys.argv[1:]:
+    if "own.py:loss" in line:
+        memory._CPU_STACK = 1  # a point at a time
+    console = Console(io.StringIO(), io.StringIO())
+    status = run(line.split(), console)
+    outcome = status, console.stdout.getvalue(), console.stderr.getvalue()
+    print(json.dumps(outcome), file=heard, flush=True)
+sys.exit(status)
 """
 
 # A loss that writes down what it found, and after so many evaluations kills or holds its process.
@@ -106,27 +135,46 @@ def streamed():
 """
 
 
-START = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
+def torchrun(
+    lines: Sequence[str],
+    restarts: int = 0,
+    meanwhile: Callable[[int], None] = lambda _: None,
+    **environment: str,
+) -> list[list[Outcome]]:
+    """Runs commands one after the other in two processes that torchrun starts.
 
+    torchrun itself is a fork of this process: nothing is imported again.
 
-def torchrun(command: str, restarts: int = 0, **environment: str) -> subprocess.Popen[str]:
-    """Starts a command in two processes."""
-    Path("driver.py").write_text(DRIVER)
-    return subprocess.Popen(
-        [*START, f"--max-restarts={restarts}", "driver.py", *command.split()],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment},
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    Args:
+        lines: The commands.
+        restarts: How often it may start both processes again.
+        meanwhile: Called here with the id of torchrun's process.
+        environment: Variables for the processes.
 
-
-def said(process: subprocess.Popen[str]) -> list[str]:
-    """Waits for torchrun; returns what losscli said."""
-    own = re.compile("losscli: |note: ")
-    _, stderr = process.communicate(timeout=PATIENCE)
-    return [line for line in stderr.splitlines() if own.match(line)]
+    Returns:
+        For each process the outcome of each command, of the last start.
+    """
+    Path("heard").mkdir()
+    Path("heard/driver.py").write_text(DRIVER)
+    sys.stdout.flush()
+    pid = os.fork()
+    if not pid:
+        try:
+            os.environ.update(PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1", **environment)
+            warnings.simplefilter("ignore")
+            for own, name in enumerate((os.devnull, os.devnull, "heard/log")):
+                os.dup2(os.open(name, os.O_RDWR | os.O_CREAT), own)
+            elastic.main(["--standalone", "--nproc-per-node=2", f"--max-restarts={restarts}",
+                          "heard/driver.py", *lines])  # fmt: skip
+        finally:
+            os._exit(0)
+    meanwhile(pid)
+    ended(pid)
+    texts = [Path(f"heard/{rank}").read_text().splitlines() for rank in (0, 1)]
+    log = Path("heard/log").read_text()
+    shutil.rmtree("heard")
+    assert [len(text) for text in texts] == [len(lines)] * 2, log
+    return [[Outcome(*json.loads(line)) for line in text] for text in texts]
 
 
 def ports(number: int) -> list[int]:
@@ -193,12 +241,12 @@ def forked(
     return told
 
 
-def alone(commands: Sequence[str], losscli: Losscli) -> list[Outcome]:
+def alone(commands: Sequence[str]) -> list[Outcome]:
     """Runs commands in this process, with the one thread that a fork has."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        return [losscli(*line.split()) for line in commands]
+        return [invoke(*line.split()) for line in commands]
     finally:
         torch.set_num_threads(threads)
 
@@ -240,11 +288,16 @@ def summary(stem: str) -> dict[str, Any]:
 @pytest.fixture
 def more(folder: Path) -> Path:
     """A folder with four checkpoints and code."""
+    fill_more(folder)
+    return folder
+
+
+def fill_more(folder: Path) -> None:
+    """Writes what the fixture `more` has besides that of `folder`."""
     for seed in (2, 3):
-        save_trained(f"{'abcd'[seed]}.pt", seed=seed)
+        save_trained(folder / f"{'abcd'[seed]}.pt", seed=seed)
     (folder / "own.py").write_text(LOSS)
     (folder / "own_data.py").write_text(DATA)
-    return folder
 
 
 THREE = "a.pt b.pt c.pt -m mlp:6-5-3"
@@ -256,16 +309,20 @@ FOUR = "a.pt b.pt c.pt d.pt -m mlp:6-5-3"
 SAME_BITS = {
     "refine": "interpolate a.pt b.pt --points 11 --refine 0.02",
     "trajectory": f"trajectory {THREE} --residuals 3",
-    "check": "check c.pt d.pt -m mlp:6-5-3 --split test --optimizer adam --density --blocks "
-    "--probes 2 --lanczos 4",
-    "sharpness": "sharpness a.pt b.pt --rho 0.1 --rho 0.2 --samples 2 --split test",
     "eigenvectors": "plane a.pt --axes hessian --path b.pt --path c.pt --points 3 -m mlp:6-5-3",
 }
 SAME_NUMBERS = {
     "derivatives": "interpolate a.pt b.pt --points 3 --derivatives --split test",
     "sampling": f"barriers {THREE} --points 9 --sampling-error 0.5 --disagreement --cka",
-    "connect": "connect a.pt b.pt --steps 3 --points 9 --no-plane",
 }
+# For forks, since a new process imports much for these.
+FORKED_SAME_BITS = {
+    "sharpness": "sharpness a.pt b.pt --rho 0.1 --samples 2 --split test",
+    "check": "check c.pt d.pt -m mlp:6-5-3 --split test --optimizer adam --density --blocks "
+    "--probes 2 --lanczos 4",
+}
+FORKED_SAME_NUMBERS = {"connect": "connect a.pt b.pt --steps 3 --points 9 --no-plane"}
+FORKED_TABLES = {"check.density", "check.curvature", "check.escape"}
 MORE_SAME_BITS = {
     "barriers": f"barriers {THREE} --points 5",
     "around": "around a.pt b.pt --directions 3 --points 5",
@@ -275,55 +332,104 @@ MORE_SAME_NUMBERS = {
     "line": "interpolate a.pt b.pt --points 9 --sampling-error 0.5",
     "plane": f"plane {THREE} --points 5",
 }
-TABLES = {"check.density", "check.curvature", "check.escape", "trajectory.surface"}
+
+LAZY = "-q --no-figure --data own_data.py:streamed"
+STREAMED = [
+    f"interpolate a.pt b.pt --points 5 {LAZY} -o @line",
+    f"barriers {FOUR} --points 5 {LAZY} -o @pairs",
+]
+FAILING = [
+    "interpolate a.pt b.pt --points 5 --loss own.py:fails -o failed",
+    "interpolate a.pt b.pt --points 5 --data own_data.py:data -o failed",
+    f"check {FOUR} --loss own.py:fails -o failed",
+    f"barriers {FOUR} --data own_data.py:data -o failed",
+    "barriers a.pt -o failed",
+    "interpolate a.pt b.pt --points none",
+]
 
 
-@forks
-@pytest.mark.parametrize(
-    ("same_bits", "same_numbers", "tables"),
-    [
-        (SAME_BITS, SAME_NUMBERS, TABLES),
-        pytest.param(
-            MORE_SAME_BITS, MORE_SAME_NUMBERS, {"barriers.curves"}, marks=pytest.mark.stress
-        ),
-    ],
-    ids=["", "more"],
-)
-def test_two_processes_give_the_results_of_one(
-    same_bits: dict[str, str],
-    same_numbers: dict[str, str],
-    tables: set[str],
-    more: Path,
-    losscli: Losscli,
-) -> None:
-    commands = {**same_bits, **same_numbers}
+class Ran(NamedTuple):
+    """Outcomes of commands in this process and in two, and the names of files there."""
+
+    alone: list[Outcome]
+    first: list[Outcome]
+    other: list[Outcome]
+    before: set[str]
+    new: set[str]
+
+
+def run_both(
+    lines: Sequence[str],
+    more: Sequence[str] = (),
+    start: Callable[[Sequence[str]], list[list[Outcome]]] | None = None,
+) -> Ran:
+    """Runs commands here, with one for each @ in them, and in two processes, with two for it.
+
+    Args:
+        lines: The commands.
+        more: Commands for the two processes alone.
+        start: Runs commands in two processes; by default in forks.
+    """
+    expected = alone([line.replace("@", "one") for line in lines])
+    before = {path.name for path in Path().iterdir()}
+    start = start or partial(forked, size=2, before=lambda rank: exec(HEARING, {"rank": rank}))
+    first, other = start([*(line.replace("@", "two") for line in lines), *more])
+    new = {path.name for path in Path().iterdir()} - before
+    return Ran(expected, first, other, before, new)
+
+
+def to_compare(commands: dict[str, str]) -> list[str]:
+    """Commands with their files, and some that write none."""
     lines = [f"{line} -q --no-figure -o @{name}" for name, line in commands.items()]
     lines += ["interpolate a.pt b.pt --points 3 --dry-run", "list losses"]
-    lines += ["interpolate a.pt b.pt --points 5 -o - -q"]
-    expected = alone([line.replace("@", "one") for line in lines], losscli)
-    assert [outcome.status for outcome in expected] == [0] * len(lines), expected
-    before = {path.name for path in more.iterdir()}
+    return [*lines, "interpolate a.pt b.pt --points 5 -o - -q"]
 
-    def hear(rank: int) -> None:
-        def hear(event: str, args: Any) -> None:
-            if event == "open" and isinstance(args[0], str) and args[2] & (os.O_WRONLY | os.O_RDWR):
-                path = Path(args[0]).absolute()
-                if path.parent == more:
-                    path.with_name(f"{path.name} of another rank").mkdir()
 
-        if rank:
-            sys.addaudithook(hear)
+COMPARED = to_compare({**SAME_BITS, **SAME_NUMBERS})
 
-    first, other = forked([line.replace("@", "two") for line in lines], 2, hear)
-    assert [outcome.status for outcome in (*first, *other)] == [0] * len(lines) * 2, first
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ran]:
+    """The current folder with what a torchrun left, which SIGTERM ended in its last command."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("ran"))
+        fill(Path())
+        fill_more(Path())
+        with pytest.MonkeyPatch.context() as single:
+            line = in_single_points(single)
+            assert invoke(*line("whole").split()).status == 0
+            last = line("broken")
+        most = points("whole", [0])[1] + 6
+
+        def interrupt(pid: int) -> None:
+            wait_for_both("broken", most)
+            os.kill(pid, signal.SIGTERM)
+
+        patch.setattr("losscli.data.objects.host_budget", lambda: 10)
+        start = partial(
+            torchrun,
+            meanwhile=interrupt,
+            RUN="broken",
+            KILL="",
+            HOLD=f"broken.0.0.{most} broken.0.1.{most}",
+        )
+        yield run_both([*COMPARED, *STREAMED], [*FAILING, last], start)
+
+
+def assert_results_of_one(
+    ran: Ran, same_bits: dict[str, str], same_numbers: dict[str, str], tables: set[str]
+) -> None:
+    number = len(to_compare({**same_bits, **same_numbers}))
+    expected, first, other = (of[:number] for of in (ran.alone, ran.first, ran.other))
+    assert [outcome.status for outcome in (*expected, *first, *other)] == [0] * number * 3, first
     # No other rank than 0 writes or talks, and what rank 0 writes are the files of one process.
     assert {outcome.stdout + outcome.stderr for outcome in other} == {""}
-    new = {path.name for path in more.iterdir()} - before
-    assert new == {x.replace("one", "two") for x in before if x.startswith("one")}
-    for name in before:
-        if name.startswith("one") and name.endswith(".csv"):
-            assert_same(name, name.replace("one", "two"))
-    assert {f"one{table}.csv" for table in tables} <= before
+    new = {name for name in ran.new if not name.startswith(("broken", "evaluated."))}
+    assert new == {x.replace("one", "two") for x in ran.before if x.startswith("one")}
+    for name in same_bits | same_numbers:
+        for file in Path().glob(f"one{name}*.csv"):
+            assert_same(file.name, file.name.replace("one", "two"))
+    assert {f"one{table}.csv" for table in tables} <= ran.before
     for name in same_bits:
         assert summary(f"two{name}") == summary(f"one{name}")
         assert json.loads(Path(f"two{name}.json").read_text())["processes"] == 2
@@ -336,18 +442,32 @@ def test_two_processes_give_the_results_of_one(
 
 
 @forks
-def test_a_failure_or_difference_on_one_rank_is_one_line(more: Path) -> None:
-    first, other = forked(
-        [
-            "interpolate a.pt b.pt --points 5 --loss own.py:fails -o failed",
-            "interpolate a.pt b.pt --points 5 --data own_data.py:data -o failed",
-            f"check {FOUR} --loss own.py:fails -o failed",
-            f"barriers {FOUR} --data own_data.py:data -o failed",
-            "barriers a.pt -o failed",
-            "interpolate a.pt b.pt --points none",
-        ],
-        2,
-    )
+def test_two_processes_give_the_results_of_one(ran: Ran) -> None:
+    assert_results_of_one(ran, SAME_BITS, SAME_NUMBERS, {"trajectory.surface"})
+
+
+@forks
+@pytest.mark.parametrize(
+    ("same_bits", "same_numbers", "tables"),
+    [
+        (FORKED_SAME_BITS, FORKED_SAME_NUMBERS, FORKED_TABLES),
+        pytest.param(
+            MORE_SAME_BITS, MORE_SAME_NUMBERS, {"barriers.curves"}, marks=pytest.mark.stress
+        ),
+    ],
+    ids=["", "more"],
+)
+@pytest.mark.usefixtures("more")
+def test_two_forks_give_the_results_of_one_process(
+    same_bits: dict[str, str], same_numbers: dict[str, str], tables: set[str]
+) -> None:
+    ran = run_both(to_compare({**same_bits, **same_numbers}))
+    assert_results_of_one(ran, same_bits, same_numbers, tables)
+
+
+@forks
+def test_a_failure_or_difference_on_one_rank_is_one_line(ran: Ran) -> None:
+    first, other = (of[-1 - len(FAILING) : -1] for of in (ran.first, ran.other))
     assert [outcome.status for outcome in first] == [1, 2, 1, 2, 2, 2]
     assert all(outcome.status for outcome in other)
     # Each error is one line, once; what failed on rank 1 alone is told by rank 0.
@@ -357,23 +477,16 @@ def test_a_failure_or_difference_on_one_rank_is_one_line(more: Path) -> None:
         assert re.match("losscli: rank 1 on .*: the loss fails: ValueError: of rank 1", errors[i])
     for i in (1, 3):
         assert "the examples of train: not the same for rank 0 on" in errors[i]
-    assert not list(more.glob("failed*"))
+    assert not list(Path().glob("failed*"))
     assert {outcome.stdout + outcome.stderr for outcome in other} == {""}
 
 
 @forks
-def test_streamed_data(more: Path, losscli: Losscli, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("losscli.data.objects.host_budget", lambda: 10)
-    options = "-q --no-figure --data own_data.py:streamed"
-    lines = [
-        f"interpolate a.pt b.pt --points 5 {options} -o @line",
-        f"barriers {FOUR} --points 5 {options} -o @pairs",
-        f"check a.pt b.pt {options} -o @points",
-    ]
-    plain = alone([line.replace("@", "one") for line in lines], losscli)
-    first, other = forked([line.replace("@", "two") for line in lines], 2)
-    assert [outcome.status for outcome in (*plain, *first, *other)] == [0] * 9, (plain, first)
-    for of in ("line", "pairs", "points"):
+def test_streamed_data(ran: Ran) -> None:
+    streamed = slice(len(COMPARED), len(COMPARED) + len(STREAMED))
+    outcomes = [outcome for of in (ran.alone, ran.first, ran.other) for outcome in of[streamed]]
+    assert [outcome.status for outcome in outcomes] == [0] * 3 * len(STREAMED), outcomes
+    for of in ("line", "pairs"):
         notes = summary(f"two{of}")["notes"]
         assert any("decoded again in each pass" in note for note in notes)
         assert notes == summary(f"one{of}")["notes"]
@@ -385,13 +498,11 @@ def test_streamed_data(more: Path, losscli: Losscli, monkeypatch: pytest.MonkeyP
     "command",
     [
         "interpolate a.pt b.pt --points 9",
-        "check a.pt b.pt --split test",
+        pytest.param("check a.pt b.pt --split test", marks=pytest.mark.stress),
         pytest.param(f"barriers {FOUR} --points 5", marks=pytest.mark.stress),
     ],
 )
-def test_a_rank_out_of_memory_takes_smaller_batches(
-    command: str, more: Path, losscli: Losscli
-) -> None:
+def test_a_rank_out_of_memory_takes_smaller_batches(command: str, more: Path) -> None:
     line = f"{command} -q --no-figure -o"
     real = Objective.forward
 
@@ -405,7 +516,7 @@ def test_a_rank_out_of_memory_takes_smaller_batches(
         if rank:
             Objective.forward = forward  # type: ignore[method-assign]
 
-    plain = alone([f"{line} one"], losscli)
+    plain = alone([f"{line} one"])
     first, other = forked([f"{line} two"], 2, cramped)
     assert [outcome.status for outcome in (*plain, *first, *other)] == [0] * 3, (first, other)
     assert (more / "full 1").exists()
@@ -419,6 +530,10 @@ LINE = "interpolate a.pt b.pt --points 41 --loss own.py:loss --split train --no-
 def line(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], str]:
     """Makes a command that takes a point at a time, and writes down the points that it takes."""
     (folder / "own.py").write_text(LOSS)
+    return in_single_points(monkeypatch)
+
+
+def in_single_points(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], str]:
     monkeypatch.setattr("losscli.evaluation.memory._CPU_STACK", 1)
     alone = {"TORCHELASTIC_RESTART_COUNT": "0", "RANK": "0", "WORLD_SIZE": "1"}
     alone |= {"KILL": "", "HOLD": ""}
@@ -480,10 +595,9 @@ def by_forks(command: str, **environment: str) -> list[str]:
 
 
 def by_torchrun(command: str, **environment: str) -> list[str]:
-    process = torchrun(command, 2, **environment)
-    told = said(process)
-    assert process.returncode == 0, told
-    return told
+    (first,), (other,) = torchrun([command], 2, **environment)
+    assert (first.status, other.status) == (0, 0), first.stderr
+    return first.stderr.splitlines()
 
 
 @forks
@@ -526,25 +640,21 @@ def wait_for_both(run: str, most: int) -> None:
         time.sleep(0.01)
 
 
-def test_sigterm_to_torchrun_ends_all_ranks_and_names_the_journal(
-    line: Callable[[str], str], losscli: Losscli
-) -> None:
-    assert losscli(*line("whole").split()).status == 0
-    _, checks = points("whole", [0])
-    most = checks + 6
-    process = torchrun(line("broken"), HOLD=f"broken.0.0.{most} broken.0.1.{most}")
-    wait_for_both("broken", most)
-    process.terminate()
-    told = said(process)
-    assert process.returncode
-    assert "losscli: terminated; finished work is in broken.journal" in told[-1]
+@forks
+def test_sigterm_to_torchrun_ends_all_ranks_and_names_the_journal(ran: Ran) -> None:
+    assert (ran.first[-1].status, ran.other[-1].status) == (143, 143)
+    told = ran.first[-1].stderr.splitlines()[-1]
+    assert told.startswith("losscli: terminated; finished work is in broken.journal")
     assert Path("broken.journal").exists()
 
 
 @forks
 @pytest.mark.parametrize(
     ("number", "status", "how"),
-    [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")],
+    [
+        (signal.SIGINT, 130, "interrupted"),
+        pytest.param(signal.SIGTERM, 143, "terminated", marks=pytest.mark.stress),
+    ],
 )
 def test_a_signal_ends_all_ranks_and_the_next_run_resumes(
     number: int,
@@ -742,6 +852,7 @@ def test_an_error_of_one_rank_ends_all() -> None:
 def test_a_rank_that_has_ended_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_TIMEOUT", 0.2)
     monkeypatch.setattr(module, "_HEARTBEAT", 0.05)
+    monkeypatch.setattr(module, "_LINGER_AFTER_ERROR", 0.0)
     leader = Ranks(HashStore(), 0, 2)
     with pytest.raises(
         RanksError, match=r"rank 1 has sent nothing for .* Check that every rank runs"

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import re
+import shlex
 import shutil
 import tomllib
 from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+import typer.main
 
-from losscli.cli.app import NAMES
+from losscli.cli.app import NAMES, make_app
 from tests import readme
 
 TEXT = readme.all_pages()
@@ -52,6 +55,16 @@ def test_the_commands_run_and_draw_the_pictures(
     assert len(names) >= 5
     for name in names:
         assert (tmp_path / name).exists()
+
+
+def test_every_command_has_the_arguments_and_options_that_are_shown() -> None:
+    lines = [line for line in COMMANDS if line.startswith("losscli ")]
+    assert len(lines) > 50
+    commands = typer.main.get_command(make_app()).commands  # type: ignore[attr-defined]
+    for line in lines:
+        words = itertools.takewhile(lambda word: word not in {"|", ">>"}, shlex.split(line))
+        _, name, *arguments = words
+        commands[name].make_context(name, arguments).close()
 
 
 def test_every_picture_is_there() -> None:
@@ -115,6 +128,7 @@ def test_make_help_has_a_line_for_each_target() -> None:
     )
 
 
+@pytest.mark.stress  # `make check` compares them too
 @pytest.mark.skipif(
     not {f"{name}=={version(name)}" for name in ("typer", "rich")} <= set(DEV),
     reason="other versions of typer and rich write other help texts",
