@@ -107,11 +107,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
     Next come the tests that import large libraries.
     """
-    heavy = {
-        item.path: isinstance(item, pytest.Function) and libraries.needs_library(item.module)
-        for item in items
-    }
-    items.sort(key=lambda item: (item.path.name != "test_readme.py", not heavy[item.path]))
+    modules = {item.path: item.module for item in items if isinstance(item, pytest.Function)}
+    heavy = {path for path, module in modules.items() if libraries.needed_by(module)}
+    items.sort(key=lambda item: (item.path.name != "test_readme.py", item.path not in heavy))
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import importlib
 import sys
 from typing import Any
 
-__all__ = ["INSTALLED", "Library", "needs_library"]
+__all__ = ["INSTALLED", "Library", "needed_by"]
 
 # Modules that are no user's code.
 INSTALLED: set[str] = set()
@@ -34,6 +34,6 @@ class Library:
         return getattr(self._module, attribute)
 
 
-def needs_library(module: Any) -> bool:
+def needed_by(module: Any) -> bool:
     """Returns whether a module of tests uses such a library."""
     return any(isinstance(value, Library) for value in vars(module).values())
