@@ -25,7 +25,7 @@ from losscli import spec
 from losscli.cli import app, run
 from losscli.cli.console import Console
 from losscli.models import MLP
-from tests import warm
+from tests import libraries, warm
 
 ROOT = Path(__file__).parent.parent
 
@@ -96,15 +96,20 @@ def pytest_collection_finish() -> None:
     gc.freeze()
     gc.set_threshold(100_000)
     gc.enable()
-    installed = {*sys.modules}
-    spec._modules = lambda: sys.modules.keys() - installed
+    libraries.INSTALLED.update(sys.modules)
+    spec._modules = lambda: sys.modules.keys() - libraries.INSTALLED
     sys.dont_write_bytecode = True
     os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begins with the file that takes longest, so that no process waits for another at the end."""
-    items.sort(key=lambda item: item.path.name != "test_readme.py")
+    """Begins with the file that takes longest, so that no process waits for another at the end.
+
+    Next come the tests that import large libraries.
+    """
+    modules = {item.path: item.module for item in items if isinstance(item, pytest.Function)}
+    heavy = {path for path, module in modules.items() if libraries.needed_by(module)}
+    items.sort(key=lambda item: (item.path.name != "test_readme.py", item.path not in heavy))
 
 
 @dataclass(frozen=True)

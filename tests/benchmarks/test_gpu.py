@@ -89,9 +89,13 @@ def test_a_part_that_takes_too_long_is_recorded() -> None:
     assert found == {"seconds": 0.05, "error": "took more than 0.05 s"}
 
 
-def test_a_part_that_fails_is_recorded() -> None:
+def test_a_part_that_fails_is_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    failing = tmp_path / "python"
+    failing.write_text('#!/bin/sh\necho "cannot run $4" >&2\nexit 2\n')
+    failing.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(failing))
     found = gpu.run_part("nothing", 60, tiny=True)
-    assert "invalid choice: 'nothing'" in found["error"]
+    assert found["error"] == "cannot run nothing"
     assert "rows" not in found
 
 

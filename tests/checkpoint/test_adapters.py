@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import json
 import random
 import sys
@@ -12,7 +11,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -27,6 +25,9 @@ from tests.cases import in_turn
 from tests.checkpoint.test_files import refusal, same, state, write
 from tests.checkpoint.test_folders import tiny
 from tests.conftest import Losscli
+from tests.libraries import Library
+
+peft: Any = Library("peft")
 
 
 @pytest.fixture(autouse=True)
@@ -193,37 +194,50 @@ def words() -> nn.Module:
 
 
 TWO = {"target_modules": ["wide", "square"]}
-PEFT: dict[str, peft.PeftConfig] = {
-    "DoRA": peft.LoraConfig(**TWO, r=2, use_dora=True),
-    "DoRA of an embedding": peft.LoraConfig(target_modules=["words", "wide"], use_dora=True),
-    "DoRA and a whole module": peft.LoraConfig(**TWO, use_dora=True, modules_to_save=["head"]),
-    "LoRA of parameters": peft.LoraConfig(target_modules=[], target_parameters=["wide.weight"]),
-    "trained tokens": peft.LoraConfig(**TWO, trainable_token_indices={"words": [1, 2]}),
-    "ADALORA": peft.AdaLoraConfig(**TWO, total_step=10),
-    "FOURIERFT": peft.FourierFTConfig(**TWO, n_frequency=4),
-    "HRA": peft.HRAConfig(**TWO, r=2),
-    "IA3": peft.IA3Config(**TWO, feedforward_modules=["square"]),
-    "IA3 and a whole module": peft.IA3Config(
+PEFT: dict[str, Callable[[], Any]] = {
+    "DoRA": lambda: peft.LoraConfig(**TWO, r=2, use_dora=True),
+    "DoRA of an embedding": lambda: peft.LoraConfig(
+        target_modules=["words", "wide"], use_dora=True
+    ),
+    "DoRA and a whole module": lambda: peft.LoraConfig(
+        **TWO, use_dora=True, modules_to_save=["head"]
+    ),
+    "LoRA of parameters": lambda: peft.LoraConfig(
+        target_modules=[], target_parameters=["wide.weight"]
+    ),
+    "trained tokens": lambda: peft.LoraConfig(**TWO, trainable_token_indices={"words": [1, 2]}),
+    "ADALORA": lambda: peft.AdaLoraConfig(**TWO, total_step=10),
+    "FOURIERFT": lambda: peft.FourierFTConfig(**TWO, n_frequency=4),
+    "HRA": lambda: peft.HRAConfig(**TWO, r=2),
+    "IA3": lambda: peft.IA3Config(**TWO, feedforward_modules=["square"]),
+    "IA3 and a whole module": lambda: peft.IA3Config(
         **TWO, feedforward_modules=[], modules_to_save=["norm"]
     ),
-    "LN_TUNING": peft.LNTuningConfig(target_modules=["norm"]),
-    "LOHA": peft.LoHaConfig(**TWO, r=2),
-    "LOKR": peft.LoKrConfig(**TWO, r=2),
-    "MISS": peft.MissConfig(**TWO, r=2),
-    "OFT": peft.OFTConfig(**TWO, oft_block_size=2),
-    "RANDLORA": peft.RandLoraConfig(**TWO, r=2),
-    "ROAD": peft.RoadConfig(target_modules=["square"], group_size=2),
-    "VERA": peft.VeraConfig(target_modules=["square"], r=2),
+    "LN_TUNING": lambda: peft.LNTuningConfig(target_modules=["norm"]),
+    "LOHA": lambda: peft.LoHaConfig(**TWO, r=2),
+    "LOKR": lambda: peft.LoKrConfig(**TWO, r=2),
+    "MISS": lambda: peft.MissConfig(**TWO, r=2),
+    "OFT": lambda: peft.OFTConfig(**TWO, oft_block_size=2),
+    "RANDLORA": lambda: peft.RandLoraConfig(**TWO, r=2),
+    "ROAD": lambda: peft.RoadConfig(target_modules=["square"], group_size=2),
+    "VERA": lambda: peft.VeraConfig(target_modules=["square"], r=2),
 }
 DRAWN = "VERA without its projections"
-PEFT[DRAWN] = peft.VeraConfig(target_modules=["square"], r=2)
-PEFT[DRAWN].save_projection = False
 
 
-def train(model: nn.Module, config: peft.PeftConfig, folder: Path) -> None:
+def drawn() -> Any:
+    config = PEFT["VERA"]()
+    config.save_projection = False
+    return config
+
+
+PEFT[DRAWN] = drawn
+
+
+def train(model: nn.Module, config: Any, folder: Path) -> None:
     """Saves an adapter with random changes, as training makes them."""
     torch.manual_seed(1)
-    wrapped = peft.get_peft_model(model, copy.deepcopy(config))
+    wrapped = peft.get_peft_model(model, config)
     with torch.no_grad():
         for parameter in wrapped.parameters():
             if parameter.requires_grad:
@@ -238,7 +252,7 @@ def merged_into(model: nn.Module, base: dict[str, Tensor], adapter: Path) -> Che
 @pytest.mark.parametrize("case", PEFT)
 def test_the_merged_model_computes_what_the_trained_one_does(case: str, tmp_path: Path) -> None:
     """The oracle is peft's own model in float64, which applies the adapter without merging it."""
-    train(words(), PEFT[case], tmp_path)
+    train(words(), PEFT[case](), tmp_path)
     model = words()
     base = {name: t.double() for name, t in model.state_dict().items()}
     found = merged_into(model, base, tmp_path).weights
@@ -260,13 +274,13 @@ def test_the_merged_model_computes_what_the_trained_one_does(case: str, tmp_path
 
 
 def test_every_type_that_peft_merges_is_tested() -> None:
-    tested = {config.peft_type.value for config in PEFT.values()}
+    tested = {config().peft_type.value for config in PEFT.values()}
     assert tested == {"LORA", *TYPES}
 
 
 @pytest.mark.parametrize("stored", [torch.bfloat16, torch.float64])
 def test_weights_merged_by_peft_are_float32_or_wider(stored: torch.dtype, tmp_path: Path) -> None:
-    train(words(), PEFT["LOHA"], tmp_path)
+    train(words(), PEFT["LOHA"](), tmp_path)
     base = {name: t.to(stored) for name, t in words().state_dict().items()}
     found = merged_into(words(), base, tmp_path).weights
     wide = torch.promote_types(stored, torch.float32)
@@ -325,7 +339,7 @@ def test_without_peft_the_extra_is_named(
 
 
 def test_adapters_that_peft_cannot_merge_are_reported_in_one_line(tmp_path: Path) -> None:
-    train(words(), PEFT["DoRA"], tmp_path)
+    train(words(), PEFT["DoRA"](), tmp_path)
     base = {name: t.clone() for name, t in words().state_dict().items()}
     file = tmp_path / "adapter_model.safetensors"
     own = load_file(file)
@@ -366,7 +380,7 @@ def test_a_layer_that_peft_merges_wrongly_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_series_of_endless_terms_is_refused(tmp_path: Path) -> None:
-    train(words(), PEFT["OFT"], tmp_path)
+    train(words(), PEFT["OFT"](), tmp_path)
     change(tmp_path, num_cayley_neumann_terms=1 << 40)
     assert "num_cayley_neumann_terms is 1099511627776, which is not a number" in refusal(tmp_path)
 
@@ -378,7 +392,7 @@ def test_peft_does_not_change_a_tied_tensor(tmp_path: Path) -> None:
             self.head = nn.Linear(4, 7, bias=False)
             self.head.weight = self.words.weight
 
-    train(Tied(), PEFT["DoRA of an embedding"], tmp_path)
+    train(Tied(), PEFT["DoRA of an embedding"](), tmp_path)
     base = {name: t.clone() for name, t in Tied().state_dict().items()}
     with pytest.raises(
         CheckpointError, match=r"\.weight and .*\.weight are one tensor in the mode"
@@ -387,7 +401,7 @@ def test_peft_does_not_change_a_tied_tensor(tmp_path: Path) -> None:
 
 
 def test_no_damage_to_a_config_of_peft_raises_anything_else(tmp_path: Path) -> None:
-    train(words(), PEFT["LOKR"], tmp_path)
+    train(words(), PEFT["LOKR"](), tmp_path)
     assert damage(tmp_path, words) > 10
 
 

@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -22,6 +21,9 @@ from losscli.errors import CheckpointError, MismatchError
 from losscli.models import MLP
 from tests.checkpoint.test_files import refusal, same, state
 from tests.conftest import Losscli
+from tests.libraries import Library
+
+transformers: Any = Library("transformers")
 
 
 def tiny(seed: int, **more: Any) -> nn.Module:

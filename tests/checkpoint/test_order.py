@@ -425,7 +425,11 @@ def test_barriers_are_those_of_a_set_which_is_taken_whole(losscli: Losscli, fold
 
 @pytest.mark.parametrize(
     ("function", "times"),
-    [("trajectory", (1, 2, 10)), ("check", (2, 10)), ("barriers", (1, 2, 10))],
+    [
+        ("trajectory", (1, 2, 10)),
+        pytest.param("check", (2, 10), marks=pytest.mark.stress),
+        ("barriers", (1, 2, 10)),
+    ],
 )
 def test_from_python_a_folder_with_a_key_is_its_files(
     function: str, times: Sequence[int], folder: Path

@@ -14,7 +14,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import lightning
 import numpy as np
 import pytest
 import torch
@@ -28,30 +27,36 @@ from tests import oracle
 from tests.checkpoint.test_files import prefixed, refusal, same, state, write
 from tests.conftest import Losscli
 from tests.foreign import Attention
+from tests.libraries import Library
+
+lightning: Any = Library("lightning")
 
 
-class Trained(lightning.LightningModule):  # type: ignore[misc, name-defined]
+def untrained(*, extras: bool) -> Any:
     """A network under a name of its own; by wish with a criterion that has weights, and a twin."""
 
-    def __init__(self, rate: float = 0.1, extras: bool = False) -> None:
-        super().__init__()
-        self.save_hyperparameters()
-        self.net = MLP("4-3-2")
-        if extras:
-            self.criterion = nn.CrossEntropyLoss(weight=torch.tensor([1.0, 2.0]))
-            self.ema_model = torch.optim.swa_utils.AveragedModel(self.net)
+    class Trained(lightning.LightningModule):  # type: ignore[misc, name-defined]
+        def __init__(self, rate: float = 0.1, extras: bool = False) -> None:
+            super().__init__()
+            self.save_hyperparameters()
+            self.net = MLP("4-3-2")
+            if extras:
+                self.criterion = nn.CrossEntropyLoss(weight=torch.tensor([1.0, 2.0]))
+                self.ema_model = torch.optim.swa_utils.AveragedModel(self.net)
 
-    def training_step(self, batch: list[Tensor], _index: int) -> Tensor:
-        return nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+        def training_step(self, batch: list[Tensor], _index: int) -> Tensor:
+            return nn.functional.cross_entropy(self.net(batch[0]), batch[1])
 
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.Adam(self.net.parameters(), lr=self.hparams["rate"])
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.Adam(self.net.parameters(), lr=self.hparams["rate"])
+
+    return Trained(extras=extras)
 
 
-def fit(folder: Path, *, extras: bool = False) -> tuple[Trained, str]:
+def fit(folder: Path, *, extras: bool = False) -> tuple[Any, str]:
     """Trains for an epoch; the checkpoint is what Lightning writes."""
     torch.manual_seed(0)
-    model = Trained(extras=extras)
+    model = untrained(extras=extras)
     data = torch.utils.data.TensorDataset(torch.rand(8, 4), torch.arange(8) % 2)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

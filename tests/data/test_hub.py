@@ -10,10 +10,10 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from datetime import datetime
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
 import pytest
@@ -28,10 +28,13 @@ from tests.cases import in_turn
 from tests.conftest import Losscli, Outcome
 from tests.data.test_images import EPS, program
 from tests.forks import ended
+from tests.libraries import Library
+
+datasets: Any = Library("datasets")
 
 # datasets before 4 leaves files of rows open.
 pytestmark = pytest.mark.filterwarnings(
-    *(["ignore:unclosed file:ResourceWarning"] if datasets.__version__ < "4" else [])
+    *(["ignore:unclosed file:ResourceWarning"] if version("datasets") < "4" else [])
 )
 
 GENERATOR = np.random.default_rng(0)
@@ -639,7 +642,7 @@ def test_a_folder_cannot_name_files_outside_it(
     datasets.DatasetDict(train=table(x=[[1]], y=[1])).save_to_disk(folder / "secret")
     make(folder)
     for name in ("load_dataset", "load_from_disk"):
-        monkeypatch.setattr(datasets, name, lambda *_, **__: pytest.fail("it is read"))
+        monkeypatch.setattr(f"datasets.{name}", lambda *_, **__: pytest.fail("it is read"))
     outcome = run(losscli, "hf:evil")
     assert outcome.status == 1
     assert f"evil/{file} {expected}" in outcome.stderr
@@ -666,7 +669,7 @@ def test_a_folder_is_read_off_the_network(tmp_path: Path, monkeypatch: pytest.Mo
         seen.append((path, datasets.config.HF_HUB_OFFLINE, constants.HF_HUB_OFFLINE))
         return table(x=[[1.5]], y=[1])
 
-    monkeypatch.setattr(datasets, "load_dataset", spy)
+    monkeypatch.setattr("datasets.load_dataset", spy)
     load(f"hf:{tmp_path}", trusted=True)
     assert seen == [(str(tmp_path), True, True)]
     assert (datasets.config.HF_HUB_OFFLINE, constants.HF_HUB_OFFLINE) == (False, False)
@@ -683,7 +686,7 @@ def test_a_file_asks_nothing_of_the_hub(
         pytest.fail("the hub is asked")
 
     monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", asked)
-    monkeypatch.setattr(datasets, "load_dataset", asked)
+    monkeypatch.setattr("datasets.load_dataset", asked)
     spec = "hf:evil/data,config=b"
     first, option = "a.pt", []
     if place == "metadata":

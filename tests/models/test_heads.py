@@ -11,13 +11,15 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from torch import Tensor, nn
 
 from losscli.models import score_kind
 from tests import oracle
 from tests.cases import sample
 from tests.conftest import Losscli
+from tests.libraries import Library
+
+transformers: Any = Library("transformers")
 
 V, T, N, C = 23, 6, 5, 3
 BERT = {

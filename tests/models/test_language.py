@@ -15,7 +15,6 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -36,6 +35,9 @@ from losscli.models.pretrained import build_pretrained
 from losscli.weight_space.slices import Line
 from tests import oracle
 from tests.conftest import Losscli
+from tests.libraries import Library
+
+transformers: Any = Library("transformers")
 
 V, T, N = 29, 7, 6
 CONFIG = {"vocab_size": V, "n_positions": 8, "n_embd": 8, "n_layer": 2, "n_head": 2}

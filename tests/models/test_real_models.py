@@ -20,22 +20,28 @@ from tests import oracle
 from tests.cases import sample
 from tests.conftest import ROOT
 
-# They are installed beside the environment, since transformers would import torchvision, too.
-sys.path.append(str(ROOT / ".venv" / "vision"))
-try:
-    torchvision = importlib.import_module("torchvision")
-except RuntimeError:
-    # Its own library needs CUDA. With a build of torch for the CPU, it does not load, and the
-    # operators that torchvision expects have to be declared here.
-    _OPERATORS = torch.library.Library("torchvision", "DEF")
-    for _schema in ("nms(Tensor a) -> Tensor", "qnms(Tensor a) -> Tensor"):
-        _OPERATORS.define(_schema)
-    torchvision = importlib.import_module("torchvision")
-timm = importlib.import_module("timm")
+
+@cache
+def packages() -> dict[str, Any]:
+    """torchvision and timm, which are imported when they are needed first."""
+    # They are installed beside the environment, since transformers would import torchvision, too.
+    sys.path.append(str(ROOT / ".venv" / "vision"))
+    found: dict[str, Any] = {}
+    try:
+        found["torchvision"] = importlib.import_module("torchvision")
+    except RuntimeError:
+        # Its own library needs CUDA. With a build of torch for the CPU, it does not load, and the
+        # operators that torchvision expects have to be declared here.
+        found["operators"] = torch.library.Library("torchvision", "DEF")
+        for schema in ("nms(Tensor a) -> Tensor", "qnms(Tensor a) -> Tensor"):
+            found["operators"].define(schema)
+        found["torchvision"] = importlib.import_module("torchvision")
+    return {**found, "timm": importlib.import_module("timm")}
 
 
-def create(package: Any, name: str, **settings: Any) -> nn.Module:
-    factory = timm.create_model if package is timm else torchvision.models.get_model
+def create(package: str, name: str, **settings: Any) -> nn.Module:
+    found = packages()[package]
+    factory = found.create_model if package == "timm" else found.models.get_model
     model: nn.Module = factory(name, num_classes=3, **settings)
     return model
 
@@ -43,22 +49,22 @@ def create(package: Any, name: str, **settings: Any) -> nn.Module:
 VIT = "vit_tiny_patch16_224"
 # Narrow, with every kind of layer that the models as published have.
 NARROW: dict[str, tuple[Callable[[], nn.Module], str]] = {
-    "narrow_resnet18": (partial(create, timm, "resnet18", channels=(64, 16, 24, 32)), "fc"),
+    "narrow_resnet18": (partial(create, "timm", "resnet18", channels=(64, 16, 24, 32)), "fc"),
     "narrow_mobilenet": (
-        partial(create, torchvision, "mobilenet_v3_small", width_mult=0.25),
+        partial(create, "torchvision", "mobilenet_v3_small", width_mult=0.25),
         "classifier.3",
     ),
-    "narrow_vit": (partial(create, timm, VIT, img_size=32, depth=2, embed_dim=48), "head"),
+    "narrow_vit": (partial(create, "timm", VIT, img_size=32, depth=2, embed_dim=48), "head"),
     "narrow_convnext": (
-        partial(create, timm, "convnext_atto", depths=(1, 1, 2, 1), dims=(8, 16, 24, 32)),
+        partial(create, "timm", "convnext_atto", depths=(1, 1, 2, 1), dims=(8, 16, 24, 32)),
         "head.fc",
     ),
 }
 PUBLISHED: dict[str, tuple[Callable[[], nn.Module], str]] = {
-    "resnet18": (partial(create, torchvision, "resnet18"), "fc"),
-    "mobilenet_v3_small": (partial(create, torchvision, "mobilenet_v3_small"), "classifier.3"),
-    "vit_tiny": (partial(create, timm, VIT, img_size=32), "head"),
-    "convnext_atto": (partial(create, timm, "convnext_atto"), "head.fc"),
+    "resnet18": (partial(create, "torchvision", "resnet18"), "fc"),
+    "mobilenet_v3_small": (partial(create, "torchvision", "mobilenet_v3_small"), "classifier.3"),
+    "vit_tiny": (partial(create, "timm", VIT, img_size=32), "head"),
+    "convnext_atto": (partial(create, "timm", "convnext_atto"), "head.fc"),
 }
 MODELS = NARROW | PUBLISHED
 

@@ -94,7 +94,7 @@ def window(animated: Animation, axes: Any) -> tuple[slice, slice]:
 
 
 @pytest.mark.usefixtures("laid_out")
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", sample(CASES, 1, 2))
 def test_each_frame_shows_one_more_checkpoint(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     _, sizes = CASES[case]
     shown: list[tuple[int, int]] = []
@@ -232,14 +232,15 @@ def test_runs_without_a_path_are_refused() -> None:
 
 def test_a_film_has_the_frames_and_holds_the_last() -> None:
     ffmpeg = pytest.importorskip("imageio_ffmpeg", reason="needs losscli[video]")
-    content = animate_plane(winding(), Drawing(fps=2)).render(".mp4")
-    assert content == animate_plane(winding(), Drawing(fps=2)).render(".mp4")
+    path_of_two = test_plane.run("pca", test_plane.WINDING[::20], test_plane.bowl, size=(3, 3))
+    content, again = (animate_plane(path_of_two, Drawing(fps=2)).render(".mp4") for _ in range(2))
+    assert content == again
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "x.mp4"
         path.write_bytes(content)
         frames, seconds = ffmpeg.count_frames_and_secs(path)
         meta = next(ffmpeg.read_frames(path))
-    assert frames == 5 + 4
-    assert seconds == pytest.approx(4.5)
+    assert frames == 2 + 4
+    assert seconds == pytest.approx(3.0)
     assert meta["codec"] == "h264"
     assert meta["size"][0] == 960

@@ -255,7 +255,7 @@ ODD = {
 
 @pytest.mark.usefixtures("laid_out")
 @pytest.mark.filterwarnings("ignore:Glyph")  # measured here outside of render
-@pytest.mark.parametrize("case", sample(ODD, 3, 4))
+@pytest.mark.parametrize("case", sample(ODD, 3, 8))
 @pytest.mark.parametrize("log", [False, pytest.param(True, marks=pytest.mark.stress)])
 def test_odd_tables_are_drawn(case: str, log: bool) -> None:
     figure = draw_around([ODD[case]], Drawing(log=log))

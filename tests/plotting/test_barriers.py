@@ -128,9 +128,7 @@ def test_cells_are_symmetric_and_of_one_scale() -> None:
     np.testing.assert_array_equal(one[1, 3], other[0, 2])
 
 
-@pytest.mark.parametrize(
-    ("number", "size"), sample([(4, "paper"), (6, "8x3"), (12, "paper")], 0, 2)
-)
+@pytest.mark.parametrize(("number", "size"), sample([(4, "paper"), (6, "8x3"), (12, "paper")], 2))
 def test_numbers_stay_in_their_cells(number: int, size: str) -> None:
     figure = draw_barriers(
         run(seeds(number), lambda i, j, s: 1.234e-5 * (i + j), ("train", "test")),
@@ -265,7 +263,7 @@ def test_long_names_that_end_alike_are_numbered() -> None:
     assert [label[-2:] for label in ticks(panel, "y")] == [" 1", " 2", " 3"]
 
 
-@pytest.mark.parametrize("number", sample([2, 5, 12, 40], 1, 2))
+@pytest.mark.parametrize("number", sample([2, 5, 12, 40], 1, 3))
 def test_columns_are_numbered_where_names_do_not_fit(number: int) -> None:
     for name in ("seed-{}", "large-model-seed-{}", "seed-{}-large-model"):
         (panel,) = panels(draw_barriers(run([name.format(k) for k in range(number)])))
@@ -343,7 +341,7 @@ LOG = ("nothing known", "no hills", "all the same", "huge and tiny", "too large"
 @pytest.mark.parametrize(
     ("case", "log"),
     [
-        *sample(((case, case in LOG) for case in ODD), 0, 4),
+        *sample(((case, case in LOG) for case in ODD), 4, 8),
         *(pytest.param(case, False, marks=pytest.mark.stress) for case in LOG),
     ],
 )

@@ -471,13 +471,15 @@ def train_as_rank(rank: int, names: list[str]) -> None:
         torch.distributed.destroy_process_group()
 
 
-def test_with_two_ranks_the_first_writes_and_both_know_the_step() -> None:
+@pytest.mark.parametrize(
+    "names", [["DDP", "FSDP2"], pytest.param(["FSDP"], marks=pytest.mark.stress)]
+)
+def test_with_two_ranks_the_first_writes_and_both_know_the_step(names: list[str]) -> None:
     import torch.distributed.fsdp  # once, and not in each fork
 
     # A process group of another test, if it is garbage by now, would be destroyed in a fork, which
     # waits for threads that the fork does not have.
     gc.collect()
-    names = ["DDP", "FSDP", "FSDP2"]
     pids = []
     for rank in range(2):
         if pid := os.fork():

@@ -16,6 +16,7 @@ from losscli.errors import LosscliError, OutputError, TableError
 from losscli.plotting.style import render
 from losscli.registry import COMMANDS, further_table_names
 from losscli.results.result import Result, to_json
+from tests.cases import sample
 from tests.conftest import Losscli
 
 RUNS: dict[str, tuple[str, Callable[[], Result[Any]]]] = {
@@ -105,7 +106,7 @@ def files(stem: str) -> dict[str, Any]:
 
 
 @pytest.mark.usefixtures("unlaid")
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", sample(RUNS, 0, 2))
 def test_python_saves_what_the_command_line_writes_and_loads_it(
     name: str, folder: Path, losscli: Losscli, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.signal import find_peaks, peak_prominences
 
 from losscli.weight_space.curve import describe, lowest, near_rounding, standard_error
 from tests import oracle
@@ -195,6 +194,8 @@ def test_the_height_of_a_maximum_is_the_drop_to_something_higher() -> None:
 @settings(max_examples=200)
 @given(st.lists(st.integers(0, 4), min_size=3, max_size=14))
 def test_depths_are_the_prominences_of_scipy(values: list[int]) -> None:
+    from scipy.signal import find_peaks, peak_prominences
+
     alphas = [float(x) for x in range(len(values))]
     losses = flat([float(v) for v in values], 2)
     found = describe(alphas, losses, losses[0], losses[-1])["local_minima"]

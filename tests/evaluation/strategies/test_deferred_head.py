@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
-import transformers
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -30,6 +29,9 @@ from losscli.evaluation.task_checks import check_task
 from losscli.weight_space.slices import Line
 from tests import oracle
 from tests.cases import sample
+from tests.libraries import Library
+
+transformers: Any = Library("transformers")
 
 V, T, N, WIDTH = 41, 8, 6, 12
 ALPHAS = [0.0, 0.25, 0.5, 1.0, 1.5]
