@@ -8,6 +8,7 @@ import shutil
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -183,9 +184,8 @@ CASES = [
 
 def reference(case: Case, alpha: float) -> float:
     a, b = case.state(0), case.state(1)
-    losses = oracle.losses(
-        case.build, oracle.blend(a, b, alpha), X, Y, F.cross_entropy, batch_size=1
-    )
+    point, loss = oracle.blend(a, b, alpha), partial(F.cross_entropy, reduction="none")
+    losses = oracle.losses(case.build, point, X, Y, loss, batch_size=N)
     return oracle.mean(losses)
 
 

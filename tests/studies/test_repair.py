@@ -182,13 +182,13 @@ def by_hand(states: States, alpha: float, data: Any) -> dict[str, float]:
 def test_losses_are_those_of_repair_by_hand() -> None:
     states, data = states_of("mlp", 3), data_of("mlp")
     given: dict[str, Any] = {"model": "mlp:6-8-7-3", "data": data, "dtype": "float64"}
-    result = library.interpolate(*states[:2], points=5, range=(0, 1), repair=True, **given)
+    result = library.interpolate(*states[:2], points=3, range=(0, 1), repair=True, **given)
     for row in result.table.records():
         expected = by_hand(states[:2], row["alpha"], data)[row["split"]]
         assert row["loss"] == pytest.approx(expected, rel=1e-9)
-    found = library.barriers(states, points=5, repair=True, **given)
+    found = library.barriers(states, points=3, repair=True, **given)
     number = {c["name"]: t for t, c in enumerate(found.summary["checkpoints"])}
-    assert len(found.more["curves"].rows) == 3 * 5 * 2
+    assert len(found.more["curves"].rows) == 3 * 3 * 2
     for row in found.more["curves"].records():
         ends = [states[number[row[end]]] for end in ("a", "b")]
         expected = by_hand(ends, row["alpha"], data)[row["split"]]
@@ -204,12 +204,9 @@ def test_batches_streams_and_precision_change_only_digits() -> None:
     given: dict[str, Any] = {"model": "mlp:6-8-7-3", "range": (0, 1), "points": 3, "repair": True}
     truth = library.interpolate(*states, data=data, dtype="float64", **given)
     streamed = {name: TensorDataset(*split) for name, split in data.items()}
-    for other in (
-        library.interpolate(*states, data=data, dtype="float64", batch_size=5, **given),
-        library.interpolate(*states, data=streamed, dtype="float64", batch_size=9, **given),
-    ):
-        assert other.table["loss"] == pytest.approx(truth.table["loss"], rel=1e-12)
-        assert other.summary["repair"] == truth.summary["repair"]
+    other = library.interpolate(*states, data=streamed, dtype="float64", batch_size=9, **given)
+    assert other.table["loss"] == pytest.approx(truth.table["loss"], rel=1e-12)
+    assert other.summary["repair"] == truth.summary["repair"]
     narrow = library.interpolate(*states, data=data, **given)
     assert narrow.table["loss"] == pytest.approx(truth.table["loss"], rel=1e-5)
 
@@ -448,7 +445,7 @@ REFUSED = {
 @pytest.mark.parametrize(
     "network",
     [
-        pytest.param(n, id=n.name, marks=() if n.name in {"gpt", "gru"} else pytest.mark.stress)
+        pytest.param(n, id=n.name, marks=() if n.name == "gpt" else pytest.mark.stress)
         for n in NETWORKS
     ],
 )

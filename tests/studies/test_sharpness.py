@@ -94,7 +94,7 @@ DIFFERENTIABLE = [case for case in SAMPLE if case.id not in UNREACHED]
 @pytest.mark.parametrize("case", sample(DIFFERENTIABLE, 0))
 def test_every_number_is_that_of_a_plain_float64_loop(case: Case, tmp_path: Path) -> None:
     (file,) = save(case, tmp_path, 1)
-    more = {"rho": [0.02, 0.1], "samples": 2, "dtype": "float64"}
+    more = {"rho": [0.1], "samples": 2, "dtype": "float64"}
     result = losscli.sharpness(file, **options(case, **more))
     state, slope = case.state(1), gradient(case, case.state(1))
     size = length(slope)
@@ -185,7 +185,7 @@ def test_only_adaptive_measures_are_invariant_to_rescaling() -> None:
     case = CASE["mlp-relu"]
     states = [rescaled(case.state(1), 1.0), rescaled(case.state(1), 3.0)]
     for adaptive in (True, False):
-        more = {"rho": 0.1, "samples": 3, "dtype": "float64", "adaptive": adaptive}
+        more = {"rho": 0.1, "samples": 2, "dtype": "float64", "adaptive": adaptive}
         one, other = (
             losscli.sharpness(state, **options(case, **more)).table.records()[0] for state in states
         )

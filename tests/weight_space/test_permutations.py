@@ -32,7 +32,7 @@ def change(network: Network, groups: tuple[Group, ...], seed: int = 1) -> float:
         return float((model(network.x) - before).abs().max() / before.abs().max())
 
 
-@pytest.mark.parametrize("network", sample(NETWORKS, 0, 2), ids=str)
+@pytest.mark.parametrize("network", sample(NETWORKS, 1), ids=str)
 def test_all_groups_are_found_and_no_permutation_changes_the_function(
     network: Network,
 ) -> None:
@@ -258,9 +258,9 @@ class Held(nn.Module):
 def test_the_reason_why_units_cannot_be_permuted_is_named(
     between: Callable[[Tensor], Tensor], found: tuple[str, ...]
 ) -> None:
-    model, x = Held(between), torch.randn(2, 6)
-    assert hidden_units(trace(model, (x,))).groups == ()
-    assert obstacles(trace(model, (x,))) == found
+    traced = trace(Held(between), (torch.randn(2, 6),))
+    assert hidden_units(traced).groups == ()
+    assert obstacles(traced) == found
 
 
 def test_without_a_hidden_layer_nothing_holds_it() -> None:
