@@ -175,7 +175,9 @@ def test_a_config_next_to_a_link_into_a_cache_is_found(folders: Path, losscli: L
         ("trajectory", *FILES, "--no-surface"),
         ("plane", *FILES, "--points", 2),
         ("interpolate", *FILES[:2], "--points", 2, "--sampling-error", 1e-9),
-        ("plane", FILES[0], "--points", 2, "--sampling-error", 1e-9),
+        pytest.param(
+            ("plane", FILES[0], "--points", 2, "--sampling-error", 1e-9), marks=pytest.mark.stress
+        ),
     ],
     ids=lambda command: " ".join(map(str, command[::3])),
 )

@@ -330,6 +330,6 @@ def test_errors_are_one_line_and_write_nothing(
 
 
 def test_pairs_are_in_a_file() -> None:
-    for wrong, what in ((3, "3"), (states(1)[0], "a OrderedDict"), ([("a", "b")], "a list")):
+    for wrong, what in ((3, "3"), (states(1)[0], "a dict"), ([("a", "b")], "a list")):
         with pytest.raises(UsageError, match=f"^pairs must be a path, not {what}$"):
             losscli.barriers(pairs=wrong, x="step")
