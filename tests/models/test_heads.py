@@ -126,7 +126,7 @@ def its_own(name: str, weights: dict[str, Tensor], batch: dict[str, Tensor]) -> 
             *("BertForTokenClassification", f"data,high={C}", "token_cross_entropy"),
             marks=pytest.mark.stress,
         ),
-        ("BertForMaskedLM", "data", "token_cross_entropy"),
+        pytest.param("BertForMaskedLM", "data", "token_cross_entropy", marks=pytest.mark.stress),
         pytest.param("XLMWithLMHeadModel", "data", "token_cross_entropy", marks=pytest.mark.stress),
         ("T5ForConditionalGeneration", "decoding", "token_cross_entropy"),
         ("BertLMHeadModel", "data", "causal_lm"),

@@ -19,7 +19,7 @@ from losscli.table import Table
 from tests.moments import save_trained
 
 PATH = ("a.pt", "b.pt", "init:7")
-LINE = {"points": 3, "model": "mlp:6-5-3"}
+LINE = {"points": 3, "model": "mlp:6-5-3", "split": "test"}
 
 # Keys of a summary that some runs do not write.
 OPTIONAL = {
@@ -43,8 +43,8 @@ def trained_by_adam() -> Result:
 # Together the runs of a command write all of its further tables, and all kinds of numbers.
 RUNS: dict[str, Callable[[], Sequence[Result]]] = {
     "interpolate": lambda: [
-        library.interpolate("a.pt", "b.pt", layerwise=True, split="test", **LINE),
-        library.interpolate("a.pt", "b.pt", derivatives=True, refine=0.5, split="test", **LINE),
+        library.interpolate("a.pt", "b.pt", layerwise=True, **LINE),
+        library.interpolate("a.pt", "b.pt", derivatives=True, refine=0.5, **LINE),
         library.interpolate("a.pt", "b.pt", batch_loss=True, batch_size=9, limit=2, **LINE),
         library.interpolate("a.pt", "b.pt", sampling_error=0.5, range=(2.0, 3.0), **LINE),
         library.interpolate("a.pt", "b.pt", repair=True, range=(0.0, 1.0), **LINE),
@@ -60,7 +60,7 @@ RUNS: dict[str, Callable[[], Sequence[Result]]] = {
     "check": lambda: [
         library.check("a.pt", eigenvalues=2, learning_rate=0.1, momentum=0.9, only="layers.1.*"),
         trained_by_adam(),
-        library.check(PATH[1:], density=True, blocks=True, probes=2, lanczos=3, split="test"),
+        library.check("b.pt", density=True, blocks=True, probes=2, lanczos=3, split="test"),
     ],
     "sharpness": lambda: [
         library.sharpness(PATH[1:], rho=[0.1, 0.2], samples=2, split="test"),

@@ -22,6 +22,7 @@ from losscli.evaluation.tasks import ALONE, Execution
 from losscli.models import MLP
 from losscli.settings import Settings
 from losscli.studies.interpolation import Interpolation
+from tests.cases import sample
 from tests.conftest import Losscli
 from tests.networks import NETWORKS, Network
 from tests.promises.test_resume import resume_each
@@ -375,44 +376,36 @@ class Branch(nn.Module):
         return x if x.sum() > 0 else -x
 
 
-@pytest.mark.parametrize(
-    ("build", "says"),
-    [
-        (lambda: Widths(lambda: nn.Linear(8, 8, bias=False)), "middle has no bias"),
-        (
-            lambda: Widths(lambda: nn.utils.parametrizations.weight_norm(nn.Linear(8, 8))),
-            "computes its weight or bias from other tensors",
+UNCORRECTED = {
+    "no bias": (lambda: Widths(lambda: nn.Linear(8, 8, bias=False)), "middle has no bias"),
+    "computed": (
+        lambda: Widths(lambda: nn.utils.parametrizations.weight_norm(nn.Linear(8, 8))),
+        "computes its weight or bias from other tensors",
+    ),
+    "twice": (
+        lambda: Widths(Twice),
+        "shares middle.own.weight with another layer, or runs more than",
+    ),
+    "tied": (lambda: Widths(Tied), "shares middle.one.weight with another layer"),
+    "left": (lambda: Widths(Left), "multiplies by weights in a form that is not known"),
+    "groups": (
+        lambda: nn.Sequential(
+            nn.Unflatten(1, (6, 1, 1)),
+            nn.ConvTranspose2d(6, 4, 1, groups=2),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Linear(4, 3),
         ),
-        (lambda: Widths(Twice), "shares middle.own.weight with another layer, or runs more than"),
-        (lambda: Widths(Tied), "shares middle.one.weight with another layer"),
-        (lambda: Widths(Left), "multiplies by weights in a form that is not known"),
-        (
-            lambda: nn.Sequential(
-                nn.Unflatten(1, (6, 1, 1)),
-                nn.ConvTranspose2d(6, 4, 1, groups=2),
-                nn.ReLU(),
-                nn.Flatten(),
-                nn.Linear(4, 3),
-            ),
-            "is a transposed convolution with groups",
-        ),
-        (lambda: Widths(Branch), "the model cannot be traced"),
-        (lambda: nn.Linear(6, 3), "none were found in the model"),
-    ],
-    ids=[
-        "no bias",
-        "computed",
-        "twice",
-        "tied",
-        "left",
-        "groups",
-        "untraceable",
-        "no units",
-    ],
-)
-def test_a_model_that_cannot_be_corrected_is_refused(
-    build: Callable[[], nn.Module], says: str
-) -> None:
+        "is a transposed convolution with groups",
+    ),
+    "untraceable": (lambda: Widths(Branch), "the model cannot be traced"),
+    "no units": (lambda: nn.Linear(6, 3), "none were found in the model"),
+}
+
+
+@pytest.mark.parametrize("name", sample(UNCORRECTED, 0, 2))
+def test_a_model_that_cannot_be_corrected_is_refused(name: str) -> None:
+    build, says = UNCORRECTED[name]
     states = [build().state_dict() for _ in range(2)]
     with pytest.raises(LosscliError) as caught:
         library.barriers(states, repair=True, model=build, data=data_of("mlp"), dtype="float64")

@@ -53,7 +53,8 @@ def checked(operator: str) -> tuple[Any, NDArray[np.float64]]:
             model=MODEL,
             data={"all": (x, y)},
             dtype="float64",
-            batch_size=32,
+            # Of the Hessian over two batches.
+            batch_size=32 if operator == "hessian" else len(x),
             density=True,
             blocks=True,
             probes=5,

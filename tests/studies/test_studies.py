@@ -47,7 +47,7 @@ def save(case: Case, folder: Path) -> tuple[str, str]:
     return names[0], names[1]
 
 
-@pytest.mark.parametrize("case", sample(CASES, 2), ids=str)
+@pytest.mark.parametrize("case", sample(CASES, 2, 4), ids=str)
 def test_the_table_holds_the_losses_of_a_plain_float64_loop(case: Case, tmp_path: Path) -> None:
     a, b = save(case, tmp_path)
     result = losscli.interpolate(
@@ -655,7 +655,10 @@ def test_sampling_evaluates_no_more_examples_than_the_error_needs(folder: Path) 
     )
 
 
-def test_standard_errors_of_a_sample_cover_the_truth_as_often_as_they_say(folder: Path) -> None:
+@pytest.mark.parametrize("runs", [5, pytest.param(10, marks=pytest.mark.stress)])
+def test_standard_errors_of_a_sample_cover_the_truth_as_often_as_they_say(
+    runs: int, folder: Path
+) -> None:
     # Of a normal mean, 68.3 % lie within one standard error and 95.4 % within two.
     n = 16384
     # Ten splits of other data: each run draws ten samples.
@@ -664,7 +667,7 @@ def test_standard_errors_of_a_sample_cover_the_truth_as_often_as_they_say(folder
     whole = losscli.interpolate("a.pt", "b.pt", data=data, **line)
     truth = np.array(whole.table.floats("loss"))
     within = []
-    for seed in range(10):
+    for seed in range(runs):
         result = losscli.interpolate(
             "a.pt", "b.pt", data=data, sampling_error=0.1, seed=seed, **line
         )

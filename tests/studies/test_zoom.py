@@ -96,7 +96,7 @@ def test_slopes_and_curvatures_are_those_of_the_closed_form(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(
-    "name", sample(["mlp-sigmoid", "cnn-batchnorm", "lstm", "attention-tied"], 1, 2)
+    "name", sample(["mlp-sigmoid", "cnn-batchnorm", "lstm", "attention-tied"], 1, 4)
 )
 def test_slopes_are_those_of_finite_differences_of_a_plain_loop(name: str, tmp_path: Path) -> None:
     case = next(c for c in CASES if c.name == name)

@@ -127,7 +127,7 @@ def test_the_order_depends_only_on_the_seed() -> None:
     names = parameters(network)
     one, two = (match(a, b, network.groups, names, seed=5) for _ in range(2))
     assert one.products == two.products
-    assert len({match(a, b, network.groups, names, seed=s).products for s in range(6)}) > 1
+    assert len({match(a, b, network.groups, names, seed=s).products for s in range(3)}) > 1
 
 
 def test_only_the_tensors_that_count_are_matched_and_all_are_permuted() -> None:

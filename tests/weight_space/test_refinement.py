@@ -103,8 +103,7 @@ def test_every_minimum_of_a_modulated_parabola_is_found_from_a_grid_that_skips_m
         assert abs(y[nearest] - truth[place]) <= tolerance * total
 
 
-@pytest.mark.parametrize("tolerance", [1e-2, 1e-3, 1e-4])
-@pytest.mark.parametrize("waves", [7, 20, 47])
+@pytest.mark.parametrize(("waves", "tolerance"), in_turn([7, 20, 47], 1e-2, 1e-3, 1e-4))
 def test_the_cubic_through_the_points_is_the_curve_to_the_tolerance(
     waves: float, tolerance: float
 ) -> None:
