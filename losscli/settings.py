@@ -298,8 +298,11 @@ def convert(option: str, value: Any, hint: Any) -> Any:
     if origin in {Union, types.UnionType}:
         if value is None and type(None) in inner:
             return None
-        (hint, *_) = others = [other for other in inner if other is not type(None)]
-        return value if len(others) > 1 else convert(option, value, hint)
+        others = tuple(other for other in inner if other is not type(None))
+        hint = functools.reduce(operator.or_, others)
+        if len(others) > 1 and hint not in _CONVERTERS:
+            return value
+        return convert(option, value, hint)
     if origin is tuple and inner[1:] == (...,):
         return _several(option, value, inner[0])
     if origin is tuple:

@@ -191,6 +191,30 @@ def undrawn(unseen: None, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
+def traced_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Traces each kind of MLP once in a process: torch takes a tenth of a second for it."""
+    from losscli.weight_space import tracing
+
+    export = tracing._export
+
+    def export_once(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        network = model.model
+        if type(network) is not MLP:
+            return export(model, args, kwargs)
+        model.eval()
+        shapes = [(tuple(x.shape), x.dtype) for x in args]
+        key = f"{network} {network.activation} {shapes} {kwargs}"
+        if key not in _programs:
+            _programs[key] = export(model, args, kwargs)
+        return _programs[key]
+
+    monkeypatch.setattr(tracing, "_export", export_once)
+
+
+_programs: dict[str, Any] = {}
+
+
+@pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with two small checkpoints, a.pt and b.pt, their data and a losscli.toml.
 

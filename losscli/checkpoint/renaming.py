@@ -27,7 +27,7 @@ from losscli.errors import CheckpointError, MismatchError, ModelError
 from losscli.weight_space.digest import digest
 from losscli.weight_space.vectors import Weights, mismatches, number_kind, pieces
 
-__all__ = ["dtype_argument", "select_for", "silent"]
+__all__ = ["dtype_argument", "is_pretrained", "select_for", "silent"]
 
 # Maximum number of state dicts that are passed to the load hooks.
 _MAX_TRIED = 8
@@ -167,15 +167,22 @@ def _load_with_transformers(
     file: CheckpointFile, model: nn.Module, expected: Weights
 ) -> Checkpoint | None:
     """Loads the only state dict with ``from_pretrained``, if the model is of transformers."""
-    library = sys.modules.get("transformers")
-    if library is None or not isinstance(model, library.PreTrainedModel):
+    if not is_pretrained(model):
         return None
     try:
         stored = file.select(None)
     except CheckpointError:
         return None
+    library = sys.modules["transformers"]
     weights = _from_pretrained(library, model, _without_casts(stored.weights, expected))
     return None if mismatches(weights, expected) else replace(stored, weights=weights)
+
+
+def is_pretrained(model: object) -> bool:
+    """Returns whether a model is one of transformers."""
+    # Then this part of transformers is there. Else it is not imported, which takes a second.
+    models = sys.modules.get("transformers.modeling_utils")
+    return models is not None and isinstance(model, models.PreTrainedModel)
 
 
 def _conflicting_aliases(weights: Weights, expected: Weights) -> tuple[str, str] | None:

@@ -12,6 +12,8 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from losscli.checkpoint.renaming import is_pretrained
+
 __all__ = [
     "HEADLESS",
     "NEEDS_DECODER",
@@ -56,7 +58,7 @@ def score_kind(model: nn.Module) -> ScoreKind:
         ``"own"`` if labels are not shifted: masked language models, token classifiers and
         encoder-decoders; ``"other"`` for any other head.
     """
-    if not _is_pretrained(model):
+    if not is_pretrained(model):
         return "next"
     for name in (cls.__name__ for cls in type(model).__mro__):
         if _SAME_POSITION.fullmatch(name):
@@ -78,7 +80,7 @@ def label_loss(model: nn.Module, *, floating: bool) -> Literal["bce", "mse"] | N
         ``"bce"`` for multi-label classification, ``"mse"`` for regression; None for class indices
         and for other models.
     """
-    classes = type(model).__mro__ if _is_pretrained(model) else ()
+    classes = type(model).__mro__ if is_pretrained(model) else ()
     if not any(_LABEL_DEPENDENT.fullmatch(cls.__name__) for cls in classes):
         return None
     config: Any = model.config
@@ -95,7 +97,7 @@ def label_loss(model: nn.Module, *, floating: bool) -> Literal["bce", "mse"] | N
 
 def is_headless(model: nn.Module) -> bool:
     """Whether a model is one of transformers that has no head and returns features."""
-    if not _is_pretrained(model):
+    if not is_pretrained(model):
         return False
     bare = sys.modules["transformers"].AutoModel._model_mapping.get(type(model.config), None)
     return type(model) in (bare if isinstance(bare, tuple) else (bare,))
@@ -103,7 +105,7 @@ def is_headless(model: nn.Module) -> bool:
 
 def needs_decoder_inputs(model: nn.Module, inputs: object) -> bool:
     """Whether a model is an encoder-decoder and its inputs have no ``decoder_input_ids``."""
-    generates = _is_pretrained(model) and any(
+    generates = is_pretrained(model) and any(
         _CONDITIONAL.fullmatch(cls.__name__) for cls in type(model).__mro__
     )
     has_inputs = isinstance(inputs, Mapping) and "decoder_input_ids" in inputs
@@ -112,7 +114,7 @@ def needs_decoder_inputs(model: nn.Module, inputs: object) -> bool:
 
 def suggest_fix(model: Any, inputs: object, tensors: Iterable[Tensor]) -> str:
     """Suggests a fix for a failed forward pass of a transformers model; "" if none is known."""
-    if not isinstance(model, nn.Module) or not _is_pretrained(model):
+    if not isinstance(model, nn.Module) or not is_pretrained(model):
         return ""
     if needs_decoder_inputs(model, inputs):
         return NEEDS_DECODER
@@ -131,11 +133,6 @@ def suggest_fix(model: Any, inputs: object, tensors: Iterable[Tensor]) -> str:
 
 def _length(tensor: Tensor) -> int:
     return 0 if tensor.is_floating_point() or tensor.ndim != 2 else tensor.shape[1]
-
-
-def _is_pretrained(model: nn.Module) -> bool:
-    library = sys.modules.get("transformers")
-    return library is not None and isinstance(model, library.PreTrainedModel)
 
 
 def _is_encoder_decoder(model: nn.Module) -> bool:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 import os
-import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
+from losscli.checkpoint.renaming import is_pretrained
 from losscli.data import DATASETS
 from losscli.errors import OutputError, SpecError
 from losscli.models import FROM_FILES
@@ -103,8 +104,7 @@ def write_config(folder: Path, model: nn.Module) -> None:
     Raises:
         OutputError: The file cannot be written.
     """
-    library = sys.modules.get("transformers")
-    if library is not None and isinstance(model, library.PreTrainedModel):
-        config = copy.deepcopy(model.config)
+    if is_pretrained(model):
+        config: Any = copy.deepcopy(model.config)
         config.architectures = [type(model).__name__]
         replace_all({folder / "config.json": config.to_json_string().encode()})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -115,7 +116,7 @@ def barriers(
         name_checkpoints(names),
         Settings(**settings),
         points=points,
-        pairs_file=None if pairs is None else str(pairs),
+        pairs_file=None if pairs is None else os.fspath(pairs),
         x=x,
         disagreement=disagreement,
         cka=cka,

@@ -34,6 +34,7 @@ from losscli.models import MODELS
 from losscli.models.pretrained import build_pretrained
 from losscli.weight_space.slices import Line
 from tests import oracle
+from tests.cases import sample
 from tests.conftest import Losscli
 from tests.libraries import Library
 
@@ -177,7 +178,9 @@ def test_a_config_next_to_a_link_into_a_cache_is_found(folders: Path, losscli: L
         ("trajectory", *FILES, "--no-surface"),
         ("plane", *FILES, "--points", 2),
         ("interpolate", *FILES[:2], "--points", 2, "--sampling-error", 1e-9),
-        ("plane", FILES[0], "--points", 2, "--sampling-error", 1e-9),
+        pytest.param(
+            ("plane", FILES[0], "--points", 2, "--sampling-error", 1e-9), marks=pytest.mark.stress
+        ),
     ],
     ids=lambda command: " ".join(map(str, command[::3])),
 )
@@ -243,7 +246,9 @@ def test_a_model_of_transformers_is_not_reloaded_at_every_point() -> None:
     assert (found.strategy or found.provisional) in {Strategy.SHARED, Strategy.BOUND}
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [("bfloat16", 0.05), ("float16", 5e-3)])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), sample([("bfloat16", 0.05), ("float16", 5e-3)], 0, 2)
+)
 def test_half_precision_is_near_the_truth(
     dtype: str, tolerance: float, folders: Path, losscli: Losscli
 ) -> None:

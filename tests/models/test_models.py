@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from losscli.errors import SpecError
 from losscli.models import CNN, MLP, MODELS
+from tests.cases import sample
 from tests.conftest import Losscli
 from tests.forks import child, ended
 
@@ -217,7 +218,7 @@ RUN = ("interpolate", "p.pt", "q.pt", "-m", "pt2:model.pt2", "--points", 4)
 
 
 @EXPORTING
-@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
+@pytest.mark.parametrize("dtype", sample(["float32", "float64", "bfloat16"], 1))
 def test_a_saved_program_is_a_model_with_the_names_of_the_original(
     dtype: str, program: Path, losscli: Losscli
 ) -> None:

@@ -70,7 +70,7 @@ def curves(result: Result[Any]) -> Iterator[tuple[str, str, list[dict[str, Any]]
 # --- Random directions ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("case", sample(SAMPLE, 1, 2))
+@pytest.mark.parametrize("case", sample(SAMPLE, 1))
 def test_every_loss_is_that_of_a_plain_float64_loop(case: Case, tmp_path: Path) -> None:
     files = save(case, tmp_path, 1, 2)
     result = losscli.around(files, directions=2, **options(case, **wide()))
@@ -218,7 +218,7 @@ def test_examples_are_added_only_until_the_error_is_small(tmp_path: Path) -> Non
 # --- Gradients and eigenvectors ------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("case", [LINEAR, TANH], ids=str)
+@pytest.mark.parametrize("case", [pytest.param(LINEAR, marks=pytest.mark.stress), TANH], ids=str)
 def test_eigenvectors_are_those_of_the_dense_hessian(case: Case, tmp_path: Path) -> None:
     files = save(case, tmp_path, 1, 2)
     more = {"along": "hessian", "range": (-1e-3, 1e-3), "points": 3, "dtype": "float64"}
@@ -484,17 +484,17 @@ def test_points_that_differ_only_by_rounding_are_noted(
 @pytest.mark.parametrize(
     ("study", "more", "buffers"),
     [
-        (losscli.around, {"directions": 2, "points": 3}, "interpolate"),
         (losscli.around, {"along": "gradient", "points": 3}, "a"),
         (losscli.check, {}, "a"),
-        (losscli.sharpness, {"samples": 2}, "interpolate"),
+        (losscli.sharpness, {"samples": 1}, "interpolate"),
         *(
             pytest.param(*case, marks=pytest.mark.stress)
             for case in (
                 (losscli.around, {"directions": 2, "points": 3}, "a"),
+                (losscli.around, {"directions": 2, "points": 3}, "interpolate"),
                 (losscli.around, {"along": "gradient", "points": 3}, "interpolate"),
                 (losscli.check, {}, "interpolate"),
-                (losscli.sharpness, {"samples": 2}, "a"),
+                (losscli.sharpness, {"samples": 1}, "a"),
             )
         ),
     ],
@@ -503,7 +503,7 @@ def test_tensors_that_do_not_move_are_those_of_each_checkpoint(
     study: Any, more: dict[str, Any], buffers: str, tmp_path: Path
 ) -> None:
     files = save(BATCHNORM, tmp_path, 1, 2)
-    given = options(BATCHNORM, only=filtered(BATCHNORM)[-1], buffers=buffers, **more)
+    given = options(BATCHNORM, only=filtered(BATCHNORM)[-1], buffers=buffers, limit=9, **more)
     both = study(files, **given)
     for file in files:
         same = both.table.where("checkpoint", file) == study(file, **given).table
@@ -550,12 +550,9 @@ def test_files_text_and_json(folder: Path, losscli: Losscli) -> None:
         assert word in done.stdout
     thrice = losscli(*run[:-1], "thrice", "--basin", 3, "--no-figure")
     assert ", 3 times the loss at the checkpoint\n" in thrice.stdout
-    again = losscli(*run, "--json")
+    again = losscli(*run, "--no-figure", "--json")
     assert again.stdout.count("\n") == 1
     assert json.loads(again.stdout)["interpolation"] == "quadratic"
-    drawn = losscli("plot", "out.csv", "-o", "again")
-    assert drawn.status == 0
-    assert (folder / "again.png").read_bytes() == (folder / "out.png").read_bytes()
     out = losscli("around", "a.pt", "b.pt", "--directions", 3, "--points", 5, "-o", "-", "-q")
     assert out.stdout.encode() == (folder / "out.csv").read_bytes()
 
@@ -567,7 +564,8 @@ def test_a_checkpoint_that_is_not_finite_is_written_and_drawn(
     loaded = torch.load("a.pt", weights_only=True)
     loaded["state_dict"]["layers.0.weight"][0, 0] = math.nan
     torch.save(loaded, "broken.pt")
-    run = ["around", "broken.pt", "b.pt", "--directions", 2, "--points", 3, "-o", "out"]
+    run = ["around", "broken.pt", "b.pt", "--directions", 2, "--points", 3, "--split", "test"]
+    run += ["-o", "out"]
     done = losscli(*run)
     assert done.status == 0, done.stderr
     table = Table.read(folder / "out.csv")

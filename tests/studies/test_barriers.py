@@ -34,7 +34,7 @@ from losscli.studies import verification
 from losscli.studies.barriers import Barriers
 from losscli.table import Table
 from tests import oracle
-from tests.cases import CASES, Case, sample
+from tests.cases import CASES, Case, in_turn, sample
 from tests.conftest import Losscli
 from tests.studies.sample import SAMPLE
 
@@ -61,7 +61,7 @@ def trained(name: str, seed: int) -> dict[str, torch.Tensor]:
     model.load_state_dict(case.state(seed))
     model.eval()  # BatchNorm's statistics stay
     optimiser = torch.optim.Adam(model.parameters(), lr=0.05)
-    for _ in range(80):
+    for _ in range(40):
         optimiser.zero_grad()
         case.per_example(model(case.inputs), case.targets).mean().backward()
         optimiser.step()
@@ -145,7 +145,7 @@ def test_barriers_are_those_of_a_plain_float64_loop(case: Case, tmp_path: Path) 
     ("case", "more"),
     [
         pytest.param(RELU, {}, id="mlp", marks=pytest.mark.stress),
-        pytest.param(BATCHNORM, {}, id="batchnorm"),
+        pytest.param(BATCHNORM, {}, id="batchnorm", marks=pytest.mark.stress),
         pytest.param(BATCHNORM, {"buffers": "recalibrate"}, id="recalibrated"),
         pytest.param(RELU, {"except_": ("layers.0.*",)}, id="except"),
     ],
@@ -190,7 +190,7 @@ def test_ends_are_exact_and_shared_by_all_pairs(tmp_path: Path) -> None:
         assert line.summary["splits"]["all"]["loss_a"] == own[file]
 
 
-@pytest.mark.parametrize("case", [RELU, BATCHNORM], ids=str)
+@pytest.mark.parametrize("case", [pytest.param(RELU, marks=pytest.mark.stress), BATCHNORM], ids=str)
 def test_reversing_the_checkpoints_gives_the_same_barriers(case: Case, tmp_path: Path) -> None:
     files = save(case, tmp_path)
     forth, back = (
@@ -209,8 +209,7 @@ def test_reversing_the_checkpoints_gives_the_same_barriers(case: Case, tmp_path:
     np.testing.assert_array_equal(np.diagonal(there), 0)
 
 
-@pytest.mark.parametrize("name", ["threaded", "differentiating"])
-@pytest.mark.parametrize("points", [3, 4])
+@pytest.mark.parametrize(("name", "points"), in_turn(["threaded", "differentiating"], 3, 4))
 def test_few_points_share_no_layer_that_more_points_cannot_share(
     name: str, points: int, tmp_path: Path
 ) -> None:
@@ -286,7 +285,7 @@ def few_descriptors(spare: int) -> Iterator[None]:
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="counts descriptors as Linux does")
 def test_checkpoints_keep_no_file_descriptors_open(tmp_path: Path) -> None:
     case, files = RELU, []
-    for seed in range(12):
+    for seed in range(10):
         files.append(str(tmp_path / f"{seed}.{('pt', 'safetensors')[seed % 2]}"))
         torch.save(case.state(seed), files[-1]) if seed % 2 == 0 else save_file(
             case.state(seed), files[-1]
@@ -294,7 +293,7 @@ def test_checkpoints_keep_no_file_descriptors_open(tmp_path: Path) -> None:
     losscli.barriers(files[:2], **options(case), points=3)  # whatever is imported late
     with few_descriptors(8):
         result = losscli.barriers(files, **options(case), points=3)
-    assert len(result.table.rows) == 12 * 11 // 2
+    assert len(result.table.rows) == 10 * 9 // 2
 
 
 def test_progress_counts_points(tmp_path: Path) -> None:
@@ -443,7 +442,7 @@ def test_files_text_and_json(several: Path, losscli: Losscli) -> None:
     assert "3 checkpoints, 3 pairs, 11 points each" in done.stdout
     for word in ("largest barrier", "smallest barrier", "train, 29 examples", "3  c.pt"):
         assert word in done.stdout
-    again = losscli("barriers", "a.pt", "b.pt", "c.pt", "-o", "out", "--json")
+    again = losscli("barriers", "a.pt", "b.pt", "c.pt", "-o", "out", "--no-figure", "--json")
     assert again.status == 0
     assert again.stdout.count("\n") == 1
     summary = json.loads(again.stdout)

@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Callable
 from functools import cache
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from losscli.errors import ModelError, UsageError
 from losscli.evaluation import precision
 from losscli.models import CNN, MLP
 from tests import oracle, stopped
-from tests.cases import sample
+from tests.cases import in_turn, sample
 from tests.conftest import ROOT, Losscli
 
 
@@ -194,27 +195,34 @@ def dense_hessian_of(
 
 
 @cache
-def searched() -> tuple[Tensor, Tensor, dict[str, Tensor], np.ndarray]:
+def searched(widths: str) -> tuple[Tensor, Tensor, dict[str, Tensor], np.ndarray]:
     """Data, weights, and the eigenvalues of their dense Hessian, of which only a few are asked."""
     torch.manual_seed(0)
-    model = MLP("30-32-5", activation="tanh")
+    model = MLP(widths, activation="tanh")
     generator = torch.Generator().manual_seed(1)
-    x = torch.rand(33, 30, generator=generator, dtype=torch.float64)
+    x = torch.rand(33, int(widths[:2]), generator=generator, dtype=torch.float64)
     y = torch.randint(5, (33,), generator=generator)
     values = np.linalg.eigvalsh(dense_hessian(copy.deepcopy(model).double(), x, y))
     return x, y, model.state_dict(), values
 
 
-@pytest.mark.parametrize("batch_size", [17, 1000])
+@pytest.mark.parametrize(
+    ("widths", "limit", "batch_size"),
+    [
+        ("12-14-5", 200, 17),
+        *(pytest.param("30-32-5", 1000, n, marks=pytest.mark.stress) for n in (17, 1000)),
+    ],
+)
 def test_eigenvalues_by_search_are_those_of_the_dense_hessian(
-    batch_size: int, tmp_path: Path
+    widths: str, limit: int, batch_size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    x, y, state, values = searched()
+    monkeypatch.setattr("losscli.evaluation.hessian.critical_points.DENSE_LIMIT", limit)
+    x, y, state, values = searched(widths)
     file = save(tmp_path, "a", **state)
-    assert len(values) > 1000
+    assert len(values) > limit
     result = losscli.check(
         [file],
-        model="mlp:30-32-5,activation=tanh",
+        model=f"mlp:{widths},activation=tanh",
         data={"all": (x, y)},
         dtype="float64",
         batch_size=batch_size,
@@ -251,9 +259,9 @@ def test_only_chosen_tensors_are_checked(tmp_path: Path) -> None:
 
 def test_batchnorm_and_kinks_are_noted(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    file = save(tmp_path, "a", **CNN("3-4", batchnorm=True, classes=3).state_dict())
+    file = save(tmp_path, "a", **CNN("2-2", batchnorm=True, classes=3).state_dict())
     data = {"all": (torch.rand(8, 1, 4, 4), torch.arange(8) % 3)}
-    result = losscli.check([file], model="cnn:3-4,batchnorm=true,classes=3", data=data)
+    result = losscli.check([file], model="cnn:2-2,batchnorm=true,classes=3", data=data)
     notes = " ".join(result.summary["notes"])
     assert "BatchNorm is in eval mode" in notes
     assert "max_pool2d, relu have kinks" in notes
@@ -431,8 +439,7 @@ def test_a_slope_along_negative_curvature_is_not_a_saddle(
     assert result.summary["escape"]["slope"] == point["slope_along_lambda_min"]
 
 
-@pytest.mark.parametrize("u", [0.0, 1e-6, 1e-4])
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize(("u", "dtype"), in_turn([0.0, 1e-6, 1e-4], "float32", "float64"))
 def test_a_saddle_is_recognised_next_to_its_critical_point(
     u: float, dtype: str, tmp_path: Path
 ) -> None:
@@ -456,8 +463,10 @@ def test_a_descent_close_to_a_saddle_is_in_the_table(tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.parametrize(("dtype", "expected"), [("float32", "minimum"), ("float64", "undecided")])
-@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize(
+    ("sign", "dtype", "expected"),
+    in_turn([1, -1], ("float32", "minimum"), ("float64", "undecided")),
+)
 def test_a_minimum_is_critical_to_the_accuracy_of_the_loss(
     sign: int, dtype: str, expected: str, tmp_path: Path
 ) -> None:
@@ -474,26 +483,28 @@ def test_a_minimum_is_critical_to_the_accuracy_of_the_loss(
         assert point["reason"].startswith(f"a Newton step would {way} the loss by 1.6e-07, and")
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
+NEAR_KINKS: list[tuple[Callable[[Tensor, Tensor], Tensor], str]] = [
+    (lambda w, u: w * w + u * u - u.abs(), "undecided"),
+    (lambda w, u: w * w + u * u - u.relu(), "undecided"),
+    (lambda w, u: w * w + u * u - (-u).relu(), "undecided"),
+    # The kink is oblique, or its slope is small compared with the loss.
+    (lambda w, u: w * w + u * u - (w - 2 * u).abs() / 10, "undecided"),
+    (lambda w, u: 5 + w * w + u * u - u.relu() / 10, "undecided"),
+    (lambda w, u: u.abs() - w * w - u * u, "undecided"),
+    # The loss rises at the kink, or is smooth.
+    (lambda w, u: w * w + u * u + u.abs(), "minimum"),
+    (lambda w, u: w * w + u * u + u.relu(), "minimum"),
+    (lambda w, u: -w * w - u * u - u.abs(), "maximum"),
+    (lambda w, u: w * w + u * u, "minimum"),
+    (lambda w, u: 5 + w * w + u * u - u**4, "minimum"),
+    # The hill before the fall is lower than rounding.
+    (lambda w, u: 1 + w * w + 1e-5 * u * u + u**3, "minimum"),
+]
+
+
 @pytest.mark.parametrize(
-    ("function", "expected"),
-    [
-        (lambda w, u: w * w + u * u - u.abs(), "undecided"),
-        (lambda w, u: w * w + u * u - u.relu(), "undecided"),
-        (lambda w, u: w * w + u * u - (-u).relu(), "undecided"),
-        # The kink is oblique, or its slope is small compared with the loss.
-        (lambda w, u: w * w + u * u - (w - 2 * u).abs() / 10, "undecided"),
-        (lambda w, u: 5 + w * w + u * u - u.relu() / 10, "undecided"),
-        (lambda w, u: u.abs() - w * w - u * u, "undecided"),
-        # The loss rises at the kink, or is smooth.
-        (lambda w, u: w * w + u * u + u.abs(), "minimum"),
-        (lambda w, u: w * w + u * u + u.relu(), "minimum"),
-        (lambda w, u: -w * w - u * u - u.abs(), "maximum"),
-        (lambda w, u: w * w + u * u, "minimum"),
-        (lambda w, u: 5 + w * w + u * u - u**4, "minimum"),
-        # The hill before the fall is lower than rounding.
-        (lambda w, u: 1 + w * w + 1e-5 * u * u + u**3, "minimum"),
-    ],
+    ("function", "expected", "dtype"),
+    sample([(*case, dtype) for case in NEAR_KINKS for dtype in ("float32", "float64")], 1),
 )
 def test_a_minimum_is_not_claimed_where_the_loss_falls_at_a_kink(
     function: Callable[[Tensor, Tensor], Tensor], expected: str, dtype: str, tmp_path: Path
@@ -567,8 +578,9 @@ def trained(seed: int) -> tuple[Tensor, Tensor, dict[str, Tensor], np.ndarray]:
     return x, y, state, dense_hessian_of(smoothed, copy.deepcopy(model).double(), x, y)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
-@pytest.mark.parametrize("seed", [0, *(pytest.param(s, marks=pytest.mark.stress) for s in (1, 2))])
+@pytest.mark.parametrize(
+    ("seed", "dtype"), sample(product((0, 1, 2), ("float32", "float64")), 0, 6)
+)
 def test_trained_networks_have_no_verdict_that_their_losses_do_not_show(
     seed: int, dtype: str, tmp_path: Path
 ) -> None:
@@ -670,7 +682,7 @@ def offset_or_shifted(
 
 
 @pytest.mark.usefixtures("searching")
-@pytest.mark.parametrize("model", [Offset, Shifted])
+@pytest.mark.parametrize("model", [Offset, pytest.param(Shifted, marks=pytest.mark.stress)])
 def test_errors_in_float32_cover_the_eigenvalues_of_the_dense_float64_hessian(
     model: type[nn.Module], tmp_path: Path
 ) -> None:
@@ -720,6 +732,7 @@ def test_derivatives_that_cannot_be_verified_are_noted(
     torch.manual_seed(0)
     files = [save(tmp_path, name, **MLP("6-4-3").state_dict()) for name in "ab"]
     study: dict[str, Any] = {"model": "mlp:6-4-3", "data": {"all": (x, y)}, "dtype": "bfloat16"}
+    study["only"] = "layers.1.*"
     checked = losscli.check(files[:1], **study)
     line = losscli.interpolate(*files, points=3, derivatives=True, **study)
     for result in (checked, line):
@@ -729,7 +742,9 @@ def test_derivatives_that_cannot_be_verified_are_noted(
     assert bool(point["unverified"]) == limited
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
+@pytest.mark.parametrize(
+    "dtype", [pytest.param("float32", marks=pytest.mark.stress), "float64", "bfloat16"]
+)
 def test_signs_are_those_of_the_float64_hessian_in_every_dtype(dtype: str, tmp_path: Path) -> None:
     # A softmax head is convex, and constant along a shift of all logits: 1 of 4 directions.
     generator = torch.Generator().manual_seed(3)
@@ -751,7 +766,6 @@ def write_small() -> None:
     np.savez("data.npz", all_inputs=inputs, all_targets=np.arange(20) % 3)
 
 
-@pytest.mark.usefixtures("unseen")
 @pytest.mark.parametrize(
     ("momentum", "limit"),
     [(None, 40.0), pytest.param(0.0, 40.0, marks=pytest.mark.stress), (0.9, 76.0)],
@@ -761,6 +775,7 @@ def test_momentum_raises_the_limit_of_the_largest_eigenvalue(
 ) -> None:
     write_small()
     given = ["-m", "mlp:6-4-3", "-d", "npz:data.npz", "--learning-rate", "0.05", "-o", "out"]
+    given += ["--no-figure"]
     given += [] if momentum is None else ["--momentum", str(momentum)]
     done = losscli("check", "a.pt", *given)
     assert done.status == 0, done.stderr
@@ -918,16 +933,16 @@ class StoppedForOne(nn.Module):
     ("command", "is_sorted", "classes"),
     [
         ("check", True, 4),
-        ("check", False, 10),
-        ("interpolate", False, 4),
-        ("interpolate", True, 10),
+        ("interpolate", False, 10),
         *(
             pytest.param(*case, marks=pytest.mark.stress)
             for case in (
                 ("check", False, 4),
                 ("check", True, 10),
+                ("check", False, 10),
                 ("interpolate", True, 4),
-                ("interpolate", False, 10),
+                ("interpolate", False, 4),
+                ("interpolate", True, 10),
             )
         ),
     ],
@@ -994,7 +1009,7 @@ class Stepped(nn.Module):
 
 
 @pytest.mark.parametrize(
-    "levels", [2**6, *(pytest.param(2**k, marks=pytest.mark.stress) for k in (12, 14)), 2**16]
+    "levels", [*(pytest.param(2**k, marks=pytest.mark.stress) for k in (6, 12, 14)), 2**16]
 )
 def test_a_rounding_to_many_levels_is_reported_as_detached(levels: int) -> None:
     generator = torch.Generator().manual_seed(0)

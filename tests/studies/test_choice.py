@@ -18,7 +18,7 @@ import losscli
 from losscli.models import MLP
 from losscli.weight_space.directions import random_direction, random_directions
 from tests import oracle
-from tests.cases import CASES, Case
+from tests.cases import CASES, Case, in_turn, sample
 from tests.conftest import Losscli
 
 CASE = Case(
@@ -219,9 +219,9 @@ def test_a_check_differentiates_by_the_chosen_tensors_alone(
     ("choice", "moves"),
     [
         ({"only": ("embedding.weight",)}, True),
-        ({"only": ("head.weight",)}, True),
-        ({"except_": ("embedding.weight",)}, False),
         ({"except_": ("head.weight",)}, False),
+        pytest.param({"only": ("head.weight",)}, True, marks=pytest.mark.stress),
+        pytest.param({"except_": ("embedding.weight",)}, False, marks=pytest.mark.stress),
     ],
 )
 def test_a_tied_tensor_is_selected_by_either_of_its_names(
@@ -249,13 +249,13 @@ def test_a_tied_tensor_is_selected_by_either_of_its_names(
 
 
 COMMANDS = [
-    ("interpolate", "a.pt", "b.pt"),
-    ("trajectory", "a.pt", "b.pt", "c.pt"),
-    ("plane", "a.pt"),
-    ("plane", "a.pt", "b.pt", "c.pt"),
-    ("plane", "--pca", "a.pt", "b.pt", "c.pt"),
-    ("sharpness", "a.pt"),
-    ("check", "a.pt"),
+    "interpolate a.pt b.pt",
+    "trajectory a.pt b.pt c.pt",
+    "plane a.pt",
+    "plane a.pt b.pt c.pt",
+    "plane --pca a.pt b.pt c.pt",
+    "sharpness a.pt",
+    "check a.pt",
 ]
 
 
@@ -265,34 +265,34 @@ def save_third(folder: Path) -> None:
     torch.save(state, folder / "c.pt")
 
 
-@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
 @pytest.mark.parametrize(
-    ("options", "told"),
-    [
-        (("--only", "nothing.*"), "the pattern 'nothing.*' matches none of the 4 tensors"),
-        (("--except", "nothing.*"), "the pattern 'nothing.*' matches none of the 4 tensors"),
-        (("--only", "layers.0.*", "--except", "layers.*"), "leave no tensor to move"),
-    ],
+    ("command", "options", "told"),
+    in_turn(
+        COMMANDS,
+        ("--only nothing.*", "the pattern 'nothing.*' matches none of the 4 tensors"),
+        ("--except nothing.*", "the pattern 'nothing.*' matches none of the 4 tensors"),
+        ("--only layers.0.* --except layers.*", "leave no tensor to move"),
+    ),
 )
 def test_a_choice_of_nothing_is_refused(
-    command: tuple[str, ...], options: tuple[str, ...], told: str, folder: Path, losscli: Losscli
+    command: str, options: str, told: str, folder: Path, losscli: Losscli
 ) -> None:
     save_third(folder)
     before = set(folder.iterdir())
-    done = losscli(*command, *options, "-o", "x")
+    done = losscli(*command.split(), *options.split(), "-o", "x")
     assert (done.status, done.stdout) == (2, "")
     assert told in done.stderr
     assert done.stderr.count("\n") == 1
     assert set(folder.iterdir()) == before
 
 
-@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+@pytest.mark.parametrize("command", sample(COMMANDS, 0, 2))
 def test_a_choice_is_in_the_plan_and_in_the_summary(
-    command: tuple[str, ...], folder: Path, losscli: Losscli
+    command: str, folder: Path, losscli: Losscli
 ) -> None:
     save_third(folder)
     options = "--only", "layers.1.*", "--except", "*.bias"
-    plan = losscli(*command, *options, "--dry-run", "--json")
+    plan = losscli(*command.split(), *options, "--dry-run", "--json")
     told = json.loads(plan.stdout)
     assert told["moving"] == {"tensors": 1, "values": 15}
     assert (told["only"], told["except"]) == (["layers.1.*"], ["*.bias"])

@@ -33,6 +33,8 @@ from tests.conftest import ROOT, Losscli
 from tests.promises.test_resume import EVERY, resume_each
 from tests.studies.test_inspection import batchnorm, state
 
+pytestmark = pytest.mark.usefixtures("traced_once")
+
 SAMPLES = ROOT / "sample_checkpoints"
 FEW = ["--steps", "4", "--points", "5", "--minibatch", "8"]
 SMALL: dict[str, Any] = {"steps": 4, "points": 5, "minibatch": 8}
@@ -179,7 +181,13 @@ def in_float64(name: str) -> dict[str, Tensor]:
     return {n: tensor.double() for n, tensor in state(name).items()}
 
 
-@pytest.mark.parametrize("loss", ["cross_entropy", "cross_entropy,weight=0.2-1-5"])
+@pytest.mark.parametrize(
+    "loss",
+    [
+        pytest.param("cross_entropy", marks=pytest.mark.stress),
+        "cross_entropy,weight=0.2-1-5",
+    ],
+)
 def test_a_minibatch_that_does_not_fit_is_divided_and_stays_the_same(
     loss: str, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -225,7 +233,7 @@ def test_without_a_training_split_it_is_refused(folder: Path, losscli: Losscli) 
 
 
 def test_losses_are_those_of_loaded_checkpoints(folder: Path) -> None:
-    result = library.connect("a.pt", "b.pt", **SMALL, plane=False)
+    result = library.connect("a.pt", "b.pt", **{**SMALL, "points": 3}, plane=False)
     save_file(dict(result.bends[0].weights), "c.safetensors")
     table = result.table.where("path", "curve").where("split", "test")
     for t, loss in zip(table.floats("t"), table.floats("loss"), strict=True):
@@ -235,7 +243,7 @@ def test_losses_are_those_of_loaded_checkpoints(folder: Path) -> None:
             "p.safetensors", "b.pt", points=2, range=(0, 1), model="mlp:6-5-3"
         )
         assert loss == pytest.approx(line.table.where("split", "test").floats("loss")[0], rel=1e-5)
-    line = library.interpolate("a.pt", "b.pt", points=5, range=(0, 1)).table
+    line = library.interpolate("a.pt", "b.pt", points=3, range=(0, 1)).table
     straight = result.table.where("path", "line")
     assert straight.floats("loss") == pytest.approx(line.floats("loss"), rel=1e-6)
 
@@ -398,7 +406,7 @@ def test_the_report_says_how_far_the_path_is_above_the_higher_end(folder: Path) 
 
 
 @pytest.mark.parametrize(
-    ("steps", "most"), [(300, 0.02), pytest.param(1000, 1e-3, marks=pytest.mark.stress)]
+    ("steps", "most"), [(200, 0.02), pytest.param(1000, 1e-3, marks=pytest.mark.stress)]
 )
 def test_two_solutions_are_connected(steps: int, most: float) -> None:
     ends = [SAMPLES / "relu" / "final.pt", SAMPLES / "relu-seed1" / "final.pt"]
@@ -426,7 +434,7 @@ def test_bends_of_an_older_run_are_removed(folder: Path, losscli: Losscli) -> No
 
 def test_the_file_of_a_bend_is_the_same_in_every_run(folder: Path) -> None:
     contents = set()
-    for k in range(3):
+    for k in range(2):
         result = library.connect("a.pt", "b.pt", **SMALL, plane=False, split="test")
         result.bends[0].save(f"{k}.safetensors")
         contents.add((folder / f"{k}.safetensors").read_bytes())
@@ -436,7 +444,10 @@ def test_the_file_of_a_bend_is_the_same_in_every_run(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "given", "says"),
     [
-        (["--bends", "2"], ["a.pt", "p.bend-1", "b.pt"], "is bend 1 of 2"),
+        pytest.param(
+            *(["--bends", "2"], ["a.pt", "p.bend-1", "b.pt"], "is bend 1 of 2"),
+            marks=pytest.mark.stress,
+        ),
         (["--bends", "2"], ["a.pt", "p.bend-2", "p.bend-1", "b.pt"], "is bend 2 of 2"),
         (["--kind", "chain"], ["a.pt", "p.bend-1", "b.pt"], "Give --kind chain"),
         ([], ["b.pt", "p.bend-1", "a.pt"], "is not an end of the path"),

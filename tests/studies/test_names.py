@@ -8,6 +8,7 @@ import shutil
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from torch.nn.utils.parametrizations import weight_norm
 import losscli
 from losscli.errors import LosscliError
 from tests import oracle
+from tests.cases import sample
 from tests.conftest import Losscli
 
 N = 24
@@ -183,9 +185,8 @@ CASES = [
 
 def reference(case: Case, alpha: float) -> float:
     a, b = case.state(0), case.state(1)
-    losses = oracle.losses(
-        case.build, oracle.blend(a, b, alpha), X, Y, F.cross_entropy, batch_size=1
-    )
+    point, loss = oracle.blend(a, b, alpha), partial(F.cross_entropy, reduction="none")
+    losses = oracle.losses(case.build, point, X, Y, loss, batch_size=N)
     return oracle.mean(losses)
 
 
@@ -196,7 +197,7 @@ def run(a: Any, b: Any, build: Any = Net, **options: Any) -> losscli.Result[Any]
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", sample(CASES, 0, 2), ids=lambda case: case.name)
 def test_a_checkpoint_is_loaded_as_by_hand(case: Case, tmp_path: Path) -> None:
     names = [str(tmp_path / f"{seed}.pt") for seed in (0, 1)]
     for seed, name in enumerate(names):

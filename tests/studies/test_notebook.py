@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 import math
 import os
 import re
@@ -22,17 +23,15 @@ from losscli.errors import UsageError
 from losscli.plotting.style import render
 from losscli.registry import COMMANDS
 from losscli.table import Table
-from tests.conftest import ROOT, Losscli
+from tests.conftest import Losscli
+
+# The fork of the process at hand that a notebook's cells run in.
+KERNEL = "from ipykernel.kernelapp import IPKernelApp\nIPKernelApp.launch_instance()\n"
 
 CELLS = [
     """
     import losscli, losscli.progress
-    from losscli.plotting import style
-    from matplotlib.layout_engine import ConstrainedLayoutEngine
     losscli.progress._NOTEBOOK_INTERVAL = 0
-    # As the fixture `unlaid` has it.
-    style._STYLE["savefig.dpi"] = 40
-    ConstrainedLayoutEngine.execute = lambda *_: None
     result = losscli.interpolate("a.pt", "b.pt", points=3, progress=True)
     """,
     "result",
@@ -46,7 +45,9 @@ CELLS = [
 
 
 @pytest.mark.usefixtures("unlaid")
-def test_a_notebook_shows_each_result_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_notebook_shows_each_result_once(
+    folder: Path, at_hand: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for package in ("nbclient", "ipykernel", "pandas"):
         pytest.importorskip(package)
     import nbformat
@@ -60,14 +61,19 @@ def test_a_notebook_shows_each_result_once(folder: Path, monkeypatch: pytest.Mon
                 shown.append((msg["msg_type"], msg["content"]["data"]))
             return super().process_message(msg, cell, cell_index)
 
-    for name in ("IPYTHONDIR", "JUPYTER_RUNTIME_DIR", "JUPYTER_CONFIG_DIR"):
+    for name in ("IPYTHONDIR", "JUPYTER_RUNTIME_DIR", "JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR"):
         monkeypatch.setenv(name, str(folder / name))
+    Path("kernel.py").write_text(KERNEL)
+    kernel = folder / "JUPYTER_DATA_DIR" / "kernels" / "at_hand" / "kernel.json"
+    kernel.parent.mkdir(parents=True)
+    command = [str(at_hand / "python"), str(folder / "kernel.py"), "-f", "{connection_file}"]
+    kernel.write_text(json.dumps({"argv": command, "display_name": "", "language": "python"}))
     notebook = nbformat.v4.new_notebook()
     notebook.cells = [
         nbformat.v4.new_code_cell("\n".join(map(str.strip, cell.strip().splitlines())))
         for cell in CELLS
     ]
-    Client(notebook, timeout=120).execute(env={**os.environ, "PYTHONPATH": str(ROOT)})
+    Client(notebook, timeout=120, kernel_name="at_hand").execute(env=dict(os.environ))
     running, result, figure, plot, table, inline, figure_again, result_again = (
         [output.get("data", output.get("text")) for output in cell.outputs]
         for cell in notebook.cells

@@ -217,7 +217,6 @@ CASES = {
         lambda: {"all": {"chosen": X, "rejected": Z}},
         lambda i: {"chosen": X[i], "rejected": Z[i]},
     ),
-    "parts of the model": Case(parts, lambda: {"all": (X, Z)}, lambda i: (X[i], Z[i])),
     "three of a batch": Case(
         contrast,
         lambda: {"all": DataLoader(Triples(), batch_size=7)},
@@ -225,6 +224,7 @@ CASES = {
         size=7,
         per_batch=True,
     ),
+    "parts of the model": Case(parts, lambda: {"all": (X, Z)}, lambda i: (X[i], Z[i])),
     "parts of other lengths": Case(
         lambda model, batch: sum(physics(model, x).mean() for x in batch.values()),
         lambda: {"all": {"inside": X, "edge": Z[:5]}},
@@ -279,7 +279,9 @@ def test_losses_and_derivatives_on_a_line(
     if case.loads:
         # Then the batches are decoded in each pass.
         monkeypatch.setattr("losscli.data.objects.host_budget", lambda: 0)
-    result = losscli.interpolate(*files[:2], points=3, derivatives=True, **case.options)
+    result = losscli.interpolate(
+        *files[:2], points=3, range=(0, 1), derivatives=True, **case.options
+    )
     a, b = case.vector(0), case.vector(1)
     assert result.table.columns == ("alpha", "split", "loss", "loss_stderr", "slope", "curvature")
     for row in result.table.records():
@@ -300,7 +302,7 @@ def test_losses_and_derivatives_on_a_line(
     assert not X.requires_grad
 
 
-@pytest.mark.parametrize("case", sample(CASES, 1), indirect=True)
+@pytest.mark.parametrize("case", sample(CASES, 7, 9), indirect=True)
 def test_the_hessian_and_sharpness(case: Case, files: list[Path]) -> None:
     point = case.vector(0)
     gradient = torch.autograd.functional.jacobian(case.loss, point)

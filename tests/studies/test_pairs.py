@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 import losscli
+from losscli.errors import UsageError
 from losscli.evaluation.losses.metrics import accuracy, disagreement
 from losscli.evaluation.output_comparison import LinearCKA
 from losscli.models import MLP
@@ -239,11 +240,12 @@ def test_the_barrier_of_a_metric_is_a_fall_or_a_rise(spawned: Path, data: Any) -
 def test_files_text_and_figure_of_pairs(folder: Path, losscli: Losscli) -> None:
     Path("runs").mkdir()
     Path("runs/pairs.csv").write_text("a,b,step\n../a.pt,../b.pt,1\n../a.pt,init:3,2\n")
-    command = ("barriers", "--pairs", "runs/pairs.csv", "--x", "step", "--points", 3, "--cka")
+    pairs = ("--pairs", "runs/pairs.csv", "--x", "step")
+    command = ("barriers", *pairs, "--points", 3, "--cka", "--split", "test")
     done = losscli(*command, "-o", "out", "--figure", "out.png", "--figure", "out.html")
     assert done.status == 0
     table = Table.read(folder / "out.csv")
-    assert table["step"] == [1, 1, 2, 2]
+    assert table["step"] == [1, 2]
     assert table.unique("b") == ["runs/../b.pt", "init:3"]
     for word in ("3 checkpoints, 2 pairs", "accuracy barrier", "cka", "step  pairs"):
         assert word in done.stdout
@@ -326,3 +328,9 @@ def test_errors_are_one_line_and_write_nothing(
     assert done.stderr.count("\n") == 1
     assert not done.stdout
     assert [p for p in sorted(folder.iterdir()) if p.name != "__pycache__"] == before
+
+
+def test_pairs_are_in_a_file() -> None:
+    for wrong, what in ((3, "3"), (states(1)[0], "a dict"), ([("a", "b")], "a list")):
+        with pytest.raises(UsageError, match=f"^pairs must be a path, not {what}$"):
+            losscli.barriers(pairs=wrong, x="step")

@@ -317,14 +317,14 @@ def test_a_folder_is_a_path_in_the_order_of_training(tmp_path: Path) -> None:
 def test_files_text_and_json(folder: Path, losscli: Losscli) -> None:
     run = [
         *("plane", "a.pt", "--axes", "hessian", "--path", "b.pt", "--path", "init:3"),
-        *("--points", 3, "-o", "out"),
+        *("--points", 3, "--split", "test", "--metric", "none", "-o", "out"),
     ]
     done = losscli(*run)
     assert done.status == 0, done.stderr
     table = Table.read(folder / "out.csv")
     assert command_of(table.columns) is COMMANDS["plane"]
     path = Table.read(folder / "out.path.csv")
-    assert path["path"] == ["", "", *["b.pt"] * 4]
+    assert path["path"] == ["", "b.pt", "b.pt"]
     for line in (
         "x               along the eigenvector of λ_max = ",
         "y               along the eigenvector of λ_min = ",

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import get_type_hints
@@ -20,10 +18,8 @@ from losscli.results.summaries import from_json
 from losscli.table import Table
 from tests.moments import save_trained
 
-ROOT = Path(__file__).parent.parent.parent
-
 PATH = ("a.pt", "b.pt", "init:7")
-LINE = {"points": 3, "model": "mlp:6-5-3"}
+LINE = {"points": 3, "model": "mlp:6-5-3", "split": "test"}
 
 # Keys of a summary that some runs do not write.
 OPTIONAL = {
@@ -48,7 +44,7 @@ def trained_by_adam() -> Result:
 RUNS: dict[str, Callable[[], Sequence[Result]]] = {
     "interpolate": lambda: [
         library.interpolate("a.pt", "b.pt", layerwise=True, **LINE),
-        library.interpolate("a.pt", "b.pt", derivatives=True, refine=0.1, split="test", **LINE),
+        library.interpolate("a.pt", "b.pt", derivatives=True, refine=0.5, **LINE),
         library.interpolate("a.pt", "b.pt", batch_loss=True, batch_size=9, limit=2, **LINE),
         library.interpolate("a.pt", "b.pt", sampling_error=0.5, range=(2.0, 3.0), **LINE),
         library.interpolate("a.pt", "b.pt", repair=True, range=(0.0, 1.0), **LINE),
@@ -62,22 +58,19 @@ RUNS: dict[str, Callable[[], Sequence[Result]]] = {
         library.plane("a.pt", axes="hessian", path=PATH, points=2, limit=5, model="mlp:6-5-3"),
     ],
     "check": lambda: [
-        library.check("a.pt", eigenvalues=2),
-        library.check(PATH[1:], learning_rate=0.1, momentum=0.9, limit=5, split="test"),
+        library.check("a.pt", eigenvalues=2, learning_rate=0.1, momentum=0.9, only="layers.1.*"),
         trained_by_adam(),
-        library.check(
-            "a.pt", density=True, blocks=True, probes=2, lanczos=3, limit=5, split="test"
-        ),
+        library.check("b.pt", density=True, blocks=True, probes=2, lanczos=3, split="test"),
     ],
     "sharpness": lambda: [
-        library.sharpness(PATH[1:], rho=[0.1, 0.2], samples=2, limit=5, split="test"),
+        library.sharpness(PATH[1:], rho=[0.1, 0.2], samples=2, split="test"),
         library.sharpness("a.pt", samples=1, direction_split="test"),
     ],
     "barriers": lambda: [
         library.barriers(PATH, points=3, disagreement=True, cka=True, repair=True)
     ],
     "around": lambda: [
-        library.around(["a.pt", "b.pt"], directions=2, points=3, limit=5),
+        library.around(["a.pt", "b.pt"], directions=2, points=3, split="test"),
         library.around("a.pt", along="hessian", points=3, basin_loss=9.0, model="mlp:6-5-3"),
         library.around("a.pt", directions=1, points=3, sampling_error=0.5),
     ],
@@ -181,9 +174,10 @@ COMMANDS["ridge"] = Command(
     table=TableFormat(("height", "width"), grid=("height", "width")),
     not_overlaid=("ridges cannot be overlaid", "Give one"),
 )
-# losscli itself was imported first, to get there.
-for name in [name for name in sys.modules if name == "losscli"]:
-    del sys.modules[name]
+# losscli itself was imported first, to get there, and the process at hand has its command line.
+for name in [*sys.modules]:
+    if name == "losscli" or f"{name}.".startswith("losscli.cli."):
+        del sys.modules[name]
 
 import losscli
 from losscli.cli import run
@@ -197,12 +191,12 @@ assert run(["--help"], Console()) == 0
 """
 
 
-def test_a_new_command_takes_its_modules_and_one_entry(tmp_path: Path) -> None:
+def test_a_new_command_takes_its_modules_and_one_entry(tmp_path: Path, at_hand: Path) -> None:
     (tmp_path / "ridge.py").write_text(_RIDGE)
+    (tmp_path / "entry.py").write_text(_ENTRY)
     done = subprocess.run(
-        [sys.executable, "-c", _ENTRY],
+        [at_hand / "python", "entry.py"],
         cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}"},
         capture_output=True,
         text=True,
         check=False,

@@ -94,7 +94,7 @@ DIFFERENTIABLE = [case for case in SAMPLE if case.id not in UNREACHED]
 @pytest.mark.parametrize("case", sample(DIFFERENTIABLE, 0))
 def test_every_number_is_that_of_a_plain_float64_loop(case: Case, tmp_path: Path) -> None:
     (file,) = save(case, tmp_path, 1)
-    more = {"rho": [0.02, 0.1], "samples": 2, "dtype": "float64"}
+    more = {"rho": [0.1], "samples": 2, "dtype": "float64"}
     result = losscli.sharpness(file, **options(case, **more))
     state, slope = case.state(1), gradient(case, case.state(1))
     size = length(slope)
@@ -185,7 +185,7 @@ def test_only_adaptive_measures_are_invariant_to_rescaling() -> None:
     case = CASE["mlp-relu"]
     states = [rescaled(case.state(1), 1.0), rescaled(case.state(1), 3.0)]
     for adaptive in (True, False):
-        more = {"rho": 0.1, "samples": 3, "dtype": "float64", "adaptive": adaptive}
+        more = {"rho": 0.1, "samples": 2, "dtype": "float64", "adaptive": adaptive}
         one, other = (
             losscli.sharpness(state, **options(case, **more)).table.records()[0] for state in states
         )
@@ -201,9 +201,9 @@ SAMPLES = Path(__file__).parents[2] / "sample_checkpoints"
 @pytest.mark.parametrize(
     ("name", "critical", "sam"),
     [
-        ("relu/final.pt", 0.607, 0.00131),
+        pytest.param("relu/final.pt", 0.607, 0.00131, marks=pytest.mark.stress),
         ("relu-adam/final.pt", 2.153, 0.00582),
-        ("relu/path/step-00099.pt", 5.50, 0.04221),
+        pytest.param("relu/path/step-00099.pt", 5.50, 0.04221, marks=pytest.mark.stress),
     ],
 )
 def test_sample_checkpoints_have_the_sharpness_that_was_computed_separately(
@@ -386,10 +386,9 @@ def test_learning_rates_are_those_of_the_metadata(tmp_path: Path) -> None:
 # --- The command line ----------------------------------------------------------------------------
 
 
-@pytest.mark.usefixtures("unlaid")
 def test_files_text_and_json(folder: Path, losscli: Losscli) -> None:
     run = ["sharpness", "a.pt", "b.pt", "--samples", 3, "--rho", 0.1, "--rho", 0.05, "-o", "out"]
-    done = losscli(*run)
+    done = losscli(*run, "--no-figure")
     assert done.status == 0
     table = Table.read(folder / "out.csv")
     assert command_of(table.columns) is COMMANDS["sharpness"]
@@ -410,9 +409,6 @@ def test_files_text_and_json(folder: Path, losscli: Losscli) -> None:
     assert "sharpness does not correlate well with generalisation (And" in done.stderr
     assert "arXiv 2302.07011" in done.stderr
     assert "they are not comparable at the same ρ" in done.stderr
-    drawn = losscli("plot", "out.csv", "-o", "again")
-    assert drawn.status == 0
-    assert (folder / "again.png").read_bytes() == (folder / "out.png").read_bytes()
     small = ["sharpness", "a.pt", "--samples", 1, "--split", "test", "-o"]
     one = losscli(*small, "small", "--json", "--no-figure")
     assert one.stdout.count("\n") == 1

@@ -104,7 +104,7 @@ def options(draw: Draw = DRAWS["dropout"], **more: Any) -> dict[str, Any]:
 @pytest.mark.parametrize("name", DRAWS)
 def test_the_loss_is_the_mean_over_seeds(name: str, files: list[Path]) -> None:
     before = torch.get_rng_state()
-    result = losscli.interpolate(*files[:2], points=3, seed=7, **options(DRAWS[name]))
+    result = losscli.interpolate(*files[:2], points=3, range=(0, 1), seed=7, **options(DRAWS[name]))
     assert torch.equal(torch.get_rng_state(), before)
     for row in result.table.records():
         found = losses(DRAWS[name], float(row["alpha"]), 10, base=7)  # type: ignore[arg-type]
@@ -139,7 +139,7 @@ def test_derivatives_are_those_of_the_mean_over_seeds(files: list[Path]) -> None
 
     given = options(batch_size=N)
     a, b = (torch.cat([t.double().flatten() for t in state(s).values()]) for s in (0, 1))
-    result = losscli.interpolate(*files[:2], points=3, derivatives=True, **given)
+    result = losscli.interpolate(*files[:2], points=2, range=(0, 0.5), derivatives=True, **given)
     for row in result.table.records():
         point = a + float(row["alpha"]) * (b - a)  # type: ignore[arg-type]
         slope = torch.autograd.functional.jacobian(loss, point) @ (b - a)
@@ -183,11 +183,11 @@ def test_every_study_evaluates_every_point_with_the_same_seeds(files: list[Path]
 
 
 def test_one_seed_has_no_spread_and_single_precision_is_close(files: list[Path]) -> None:
-    one = losscli.interpolate(*files[:2], points=3, **options(stochastic=1))
+    one = losscli.interpolate(*files[:2], points=2, **options(stochastic=1))
     assert one.table.columns == ("alpha", "split", "loss", "loss_stderr")
-    wide = losscli.interpolate(*files[:2], points=3, **options())
+    wide = losscli.interpolate(*files[:2], points=2, **options())
     for dtype, tolerance in (("float32", 1e-5), ("bfloat16", 5e-2)):
-        narrow = losscli.interpolate(*files[:2], points=3, **options(dtype=dtype))
+        narrow = losscli.interpolate(*files[:2], points=2, **options(dtype=dtype))
         assert narrow.table.floats("loss") == pytest.approx(wide.table.floats("loss"), tolerance)
 
 
@@ -312,7 +312,8 @@ def test_invalid_options_are_refused_in_one_line(name: str, mine: Path, losscli:
     "command",
     [
         pytest.param(
-            f"{LINE.replace('3', '9')} -m mine.py:Noisy --loss mine.py:loss --stochastic 3",
+            f"{LINE.replace('3', '5')} --split test --stochastic 3 -m mine.py:Noisy "
+            "--loss mine.py:loss",
             id="line",
         ),
         pytest.param(

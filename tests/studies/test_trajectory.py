@@ -75,7 +75,7 @@ def parameters(case: Case, names: list[str]) -> list[str]:
     return [n for n in names if n not in buffers]
 
 
-@pytest.mark.parametrize("case", sample(SAMPLE, 1, 2))
+@pytest.mark.parametrize("case", sample(SAMPLE, 1, 3))
 def test_the_path_and_the_ribbon_are_those_of_float64_numpy_and_a_plain_loop(
     case: Case, tmp_path: Path
 ) -> None:

@@ -464,7 +464,7 @@ def test_a_sample_of_all_examples_has_the_numbers_of_all() -> None:
 
 def test_a_stream_is_weighted_like_data_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     x, y = classes()
-    in_memory = line("cross_entropy,weight=0.2-1-5", {"all": (x, y)}, derivatives=True)
+    in_memory = line("cross_entropy,weight=0.2-1-5", {"all": (x, y)}, derivatives=True, points=2)
     monkeypatch.setattr(objects_, "host_budget", lambda: 0)
 
     class Rows(Dataset[Any]):
@@ -474,7 +474,9 @@ def test_a_stream_is_weighted_like_data_in_memory(monkeypatch: pytest.MonkeyPatc
         def __getitem__(self, i: int) -> Any:
             return x[i], int(y[i])
 
-    found = line("cross_entropy,weight=0.2-1-5", {"all": Rows()}, derivatives=True, batch_size=7)
+    found = line(
+        "cross_entropy,weight=0.2-1-5", {"all": Rows()}, derivatives=True, points=2, batch_size=7
+    )
     assert "decoded again" in " ".join(found.summary["notes"])
     for column in ("loss", "loss_stderr", "accuracy", "slope", "curvature"):
         expected = in_memory.table.floats(column)

@@ -119,7 +119,7 @@ def test_the_method_is_chosen_once_on_the_given_points_for_all_refined_ones(
 
 
 @pytest.mark.parametrize(
-    "name", sample(["mlp-sigmoid", "cnn-batchnorm", "lstm", "attention-tied"], 1, 2)
+    "name", sample(["mlp-sigmoid", "cnn-batchnorm", "lstm", "attention-tied"], 1, 4)
 )
 def test_slopes_are_those_of_finite_differences_of_a_plain_loop(name: str, tmp_path: Path) -> None:
     case = next(c for c in CASES if c.name == name)
@@ -225,10 +225,10 @@ def test_significant_bumps_are_distinguished_from_noise(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("unlaid")
-@pytest.mark.usefixtures("unlaid")
 def test_a_zoom_shows_where_it_lies_in_the_whole(losscli: Losscli, folder: Path) -> None:
-    assert losscli("interpolate", "a.pt", "b.pt", "-o", "whole", "--points", 9).status == 0
-    zoom = ["interpolate", "a.pt", "b.pt", "--range", "0.1", "0.3", "--points", "5"]
+    line = ["interpolate", "a.pt", "b.pt", "--split", "test", "--metric", "none"]
+    assert losscli(*line, "--points", 9, "-o", "whole", "--no-figure").status == 0
+    zoom = [*line, "--range", 0.1, 0.3, "--points", 5]
     done = losscli(*zoom, "--context", "whole.csv", "-o", "zoom")
     assert done.status == 0, done.stderr
     assert Path("zoom.context.csv").read_bytes() == Path("whole.csv").read_bytes()
@@ -256,7 +256,7 @@ def test_the_command_prints_what_refinement_and_slopes_found(
 ) -> None:
     done = losscli(
         "interpolate", "a.pt", "b.pt", "-o", "out", "--no-figure", "--points", 5,
-        "--refine", 0.1, "--derivatives",
+        "--refine", 0.1, "--derivatives", "--split", "test",
     )  # fmt: skip
     assert done.status == 0, done.stderr
     assert "refined to 0.1 of the height" in done.stdout

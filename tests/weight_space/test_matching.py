@@ -52,7 +52,7 @@ def check(matching: Matching, a: Weights, b: Weights, groups: tuple[Group, ...],
     assert distance(a, aligned, names) <= distance(a, b, names) * (1 + 1e-12)
 
 
-@pytest.mark.parametrize("network", sample(GROUPED, 0, 2), ids=str)
+@pytest.mark.parametrize("network", sample(GROUPED, 2, 4), ids=str)
 def test_every_step_reduces_the_distance_of_two_networks_until_none_can(network: Network) -> None:
     a, b = (network.model(seed).state_dict() for seed in (1, 2))
     names = parameters(network)
@@ -66,7 +66,7 @@ def test_every_step_reduces_the_distance_of_two_networks_until_none_can(network:
     assert again.sweeps == 1
 
 
-@pytest.mark.parametrize("network", sample(GROUPED, 1, 2), ids=str)
+@pytest.mark.parametrize("network", sample(GROUPED, 1, 4), ids=str)
 def test_a_network_that_was_shuffled_is_found_again(network: Network) -> None:
     a = network.model(3).state_dict()
     b, order = shuffled(network, a, 4)
@@ -127,7 +127,7 @@ def test_the_order_depends_only_on_the_seed() -> None:
     names = parameters(network)
     one, two = (match(a, b, network.groups, names, seed=5) for _ in range(2))
     assert one.products == two.products
-    assert len({match(a, b, network.groups, names, seed=s).products for s in range(6)}) > 1
+    assert len({match(a, b, network.groups, names, seed=s).products for s in range(3)}) > 1
 
 
 def test_only_the_tensors_that_count_are_matched_and_all_are_permuted() -> None:

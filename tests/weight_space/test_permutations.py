@@ -32,7 +32,7 @@ def change(network: Network, groups: tuple[Group, ...], seed: int = 1) -> float:
         return float((model(network.x) - before).abs().max() / before.abs().max())
 
 
-@pytest.mark.parametrize("network", sample(NETWORKS, 0, 2), ids=str)
+@pytest.mark.parametrize("network", sample(NETWORKS, 1), ids=str)
 def test_all_groups_are_found_and_no_permutation_changes_the_function(
     network: Network,
 ) -> None:
@@ -49,7 +49,7 @@ def test_all_groups_are_found_and_no_permutation_changes_the_function(
 
 
 # Each is another program of views, cuts, products and sums.
-@pytest.mark.parametrize("seed", [2, 9])
+@pytest.mark.parametrize("seed", sample([2, 9], 0, 2))
 def test_no_permutation_changes_the_function_of_a_random_program(seed: int) -> None:
     network = Network(str(seed), lambda: Random(seed), torch.randn(3, 12), [])
     assert network.groups
@@ -247,20 +247,24 @@ class Held(nn.Module):
 
 @pytest.mark.parametrize(
     ("between", "found"),
-    [
-        (None, ("the constant steps",)),
-        (lambda h: h * torch.arange(16.0), ("arange",)),
-        (lambda h: h.cumsum(1), ("cumsum",)),
-        (lambda h: torch.fft.fft(h).real, ("_fft_r2c",)),
-        (lambda h: h[:, torch.arange(15, -1, -1)], ("index",)),
-    ],
+    sample(
+        [
+            (None, ("the constant steps",)),
+            (lambda h: h * torch.arange(16.0), ("arange",)),
+            (lambda h: h.cumsum(1), ("cumsum",)),
+            (lambda h: torch.fft.fft(h).real, ("_fft_r2c",)),
+            (lambda h: h[:, torch.arange(15, -1, -1)], ("index",)),
+        ],
+        0,
+        2,
+    ),
 )
 def test_the_reason_why_units_cannot_be_permuted_is_named(
     between: Callable[[Tensor], Tensor], found: tuple[str, ...]
 ) -> None:
-    model, x = Held(between), torch.randn(2, 6)
-    assert hidden_units(trace(model, (x,))).groups == ()
-    assert obstacles(trace(model, (x,))) == found
+    traced = trace(Held(between), (torch.randn(2, 6),))
+    assert hidden_units(traced).groups == ()
+    assert obstacles(traced) == found
 
 
 def test_without_a_hidden_layer_nothing_holds_it() -> None:

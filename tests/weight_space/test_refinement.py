@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from losscli.weight_space.refinement import POSITION, Curve, Proposal, propose, uniform_points
+from tests.cases import in_turn
 
 LOW, HIGH = -0.5, 2.0
 
@@ -59,7 +60,7 @@ def interpolate(x: np.ndarray, y: np.ndarray, at: np.ndarray) -> np.ndarray:
     return total
 
 
-FINE = np.linspace(LOW, HIGH, 1_000_001)
+FINE = np.linspace(LOW, HIGH, 200_001)
 
 
 @cache
@@ -72,9 +73,9 @@ def modulated(height: float, waves: float) -> tuple[np.ndarray, np.ndarray, np.n
     return truth, places, depths
 
 
-@pytest.mark.parametrize("tolerance", [1e-2, pytest.param(1e-3, marks=pytest.mark.stress), 1e-4])
 @pytest.mark.parametrize(
-    ("height", "waves"), [(0.3, 20), (0.3, 40), (0.3, 60), (1.0, 33), (0.1, 50), (0.3, 100)]
+    ("height", "waves", "tolerance"),
+    in_turn([(0.3, 20), (0.3, 40), (0.3, 60), (1.0, 33), (0.1, 50), (0.3, 100)], 1e-2, 1e-4, 1e-3),
 )
 def test_every_minimum_of_a_modulated_parabola_is_found_from_a_grid_that_skips_most(
     height: float, waves: float, tolerance: float
@@ -102,8 +103,7 @@ def test_every_minimum_of_a_modulated_parabola_is_found_from_a_grid_that_skips_m
         assert abs(y[nearest] - truth[place]) <= tolerance * total
 
 
-@pytest.mark.parametrize("tolerance", [1e-2, 1e-3, 1e-4])
-@pytest.mark.parametrize("waves", [7, 20, 47])
+@pytest.mark.parametrize(("waves", "tolerance"), in_turn([7, 20, 47], 1e-2, 1e-3, 1e-4))
 def test_the_cubic_through_the_points_is_the_curve_to_the_tolerance(
     waves: float, tolerance: float
 ) -> None:
