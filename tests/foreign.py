@@ -168,6 +168,14 @@ def batch_mean(outputs: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(outputs, targets)
 
 
+def hits(outputs: Tensor, targets: Tensor) -> Tensor:
+    return (outputs.argmax(1) == targets).float()
+
+
+# No bool, where torchmetrics has one.
+hits.higher_is_better = "no"  # type: ignore[attr-defined]
+
+
 def data_as_mapping() -> dict[str, tuple[Tensor, Tensor]]:
     generator = torch.Generator().manual_seed(5)
     x = torch.rand(23, 4, generator=generator)

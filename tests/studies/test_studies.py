@@ -442,13 +442,6 @@ def test_a_model_that_returns_no_tensor_is_refused(folder: Path) -> None:
         losscli.interpolate("a.pt", "b.pt", model=lambda: Pair("6-5-3"))
 
 
-def graded(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    return (outputs.argmax(1) == targets).float()
-
-
-graded.higher_is_better = "no"  # type: ignore[attr-defined]
-
-
 @pytest.mark.parametrize(
     ("settings", "error", "message"),
     [
@@ -468,9 +461,9 @@ graded.higher_is_better = "no"  # type: ignore[attr-defined]
         ({"loss": "tests.foreign:batch_mean"}, LossError, "reduction=none"),
         ({"loss": "mse"}, LossError, "one shape"),
         (
-            {"metric": (graded,)},
+            {"metric": ("tests.foreign:hits",)},
             LossError,
-            "graded.higher_is_better must be True or False, not 'no'",
+            "hits.higher_is_better must be True or False, not 'no'",
         ),
         ({"metric": ("f1",)}, SpecError, "unknown metric"),
         ({"metric": ("accuracy", "accuracy")}, UsageError, "is that of another column"),
