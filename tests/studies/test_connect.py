@@ -330,8 +330,6 @@ def test_a_kill_at_any_record_resumes_to_the_same_bytes(
             "--sampling-error is not available with connect",
         ),
         (["a.pt", "b.pt", "--points", "0"], "--points 0"),
-        (["a.pt", "b.pt", "--bends", "2", "--figure", "x.vtp"], "and this connect has none"),
-        (["a.pt", "b.pt", "--no-plane", "--figure", "x.vtp"], "and this connect has none"),
     ],
 )
 def test_what_connect_cannot_do_is_refused_in_one_line(
@@ -344,6 +342,16 @@ def test_what_connect_cannot_do_is_refused_in_one_line(
     assert len(lines) == 1, done.stderr
     assert says in lines[0]
     assert {path.name for path in folder.iterdir()} - before <= {"out.journal"}
+
+
+@pytest.mark.parametrize("options", ["--bends 2", "--no-plane"])
+def test_a_surface_of_a_path_without_a_plane_is_refused(
+    options: str, folder: Path, losscli: Losscli
+) -> None:
+    done = losscli("connect", "a.pt", "b.pt", *options.split(), "--figure", "x.vtp")
+    what = "a .vtp holds a surface, and this connect has none. Give one bend, without --no-plane"
+    assert (done.status, done.stdout, done.stderr) == (2, "", f"losscli: {what}\n")
+    assert not list(folder.glob("*.vtp"))
 
 
 def test_a_training_that_diverges_names_the_learning_rate(folder: Path) -> None:
