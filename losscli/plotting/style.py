@@ -608,7 +608,7 @@ def scale_logarithmic(axis: Axis, decades: float) -> None:
     """Sets the ticks of a logarithmic axis that shows so many powers of ten."""
     # A short range has too few powers of ten for ticks: use evenly spaced ones.
     if decades > 0.7:
-        subs = (1.0, 2.0, 5.0) if decades < 1.5 else (1.0, 3.0) if decades < 3.5 else (1.0,)
+        subs = (1.0, 2.0, 5.0) if decades < 1.5 else (1.0, 3.0) if decades < 2.5 else (1.0,)
         axis.set_major_locator(LogLocator(subs=subs))
         axis.set_minor_locator(LogLocator(subs="auto"))
     else:

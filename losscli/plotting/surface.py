@@ -41,6 +41,7 @@ from losscli.plotting.style import (
     plain,
     shorten_path,
     small_size,
+    text_width,
 )
 from losscli.results.drawing import Drawing
 from losscli.results.result import Run
@@ -278,7 +279,7 @@ def draw_contours(axes: Axes, grid: Grid, scale: Scale) -> Contours:
 def label_contours(
     axes: Axes, contours: Contours, *obstacles: Floats, clearance: float = 14
 ) -> None:
-    """Labels each contour line with its loss if there is room.
+    """Labels each contour line with its loss if there is room; no two labels overlap.
 
     Args:
         axes: The panel, with its final layout: a line is interrupted at its label.
@@ -288,24 +289,32 @@ def label_contours(
     """
     if contours.lines is None:
         return
-    size = np.array(axes.get_window_extent().size) / axes.figure.dpi * INCH
+    figure = axes.figure
+    assert isinstance(figure, Figure)
+    size = np.array(axes.get_window_extent().size) / figure.dpi * INCH
     to_points = axes.transData + axes.transAxes.inverted()
     taken = [point * size for point in to_points.transform(np.column_stack(obstacles)) if obstacles]
-    chosen = []
+    names = dict(zip(contours.lines.levels, contours.names, strict=True))
+    placed: list[tuple[Floats, float]] = []
     for level in contours.lines.levels:
+        width = text_width(figure, names[level], note_size())
         candidates: list[Floats] = []
         for segment in (points for other, points in contours.segments() if other == level):
             points = to_points.transform(segment) * size
             length = np.concatenate([[0], np.hypot(*np.diff(points, axis=0).T).cumsum()])
             # Centres of all stretches that are long enough for a label with margins.
             centres = np.arange(30, length[-1] - 30, 12)
-            candidates += [*np.column_stack([np.interp(centres, length, p) for p in points.T])]
+            candidates += [
+                point
+                for point in np.column_stack([np.interp(centres, length, p) for p in points.T])
+                if all(np.hypot(*(point - at)) > (width + other) / 2 for at, other in placed)
+            ]
         distances = [_clearance(point, taken, size) for point in candidates]
         if distances and max(distances) > clearance:
             taken.append(candidates[int(np.argmax(distances))])
-            chosen.append(to_points.inverted().transform(taken[-1] / size))
+            placed.append((taken[-1], width))
+    chosen = [to_points.inverted().transform(at / size) for at, _ in placed]
     if chosen:
-        names = dict(zip(contours.lines.levels, contours.names, strict=True))
         axes.clabel(
             contours.lines, fmt=names, fontsize=note_size(), inline_spacing=3, manual=chosen
         )

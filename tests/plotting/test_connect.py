@@ -12,7 +12,7 @@ import pytest
 from matplotlib.colors import to_hex
 
 from losscli.plotting.connect import connect_views, draw_connect
-from losscli.plotting.style import PALETTE
+from losscli.plotting.style import PALETTE, text_width
 from losscli.results.drawing import Drawing
 from losscli.results.result import Run, draw
 from losscli.table import Table
@@ -89,6 +89,24 @@ def test_a_plane_without_a_summary_is_left_out() -> None:
             "loss",
             "accuracy",
         ]
+
+
+@pytest.mark.usefixtures("laid_out")
+def test_labels_of_contours_overlap_neither_each_other_nor_the_path() -> None:
+    one = run(("train",))
+    rows = [(x, y, split, loss / 1e7, 0.0) for x, y, split, loss, _ in one.more["plane"].rows]
+    small = {"plane": Table.build(one.more["plane"].columns, rows)}
+    figure = draw_connect([replace(one, more=small)], Drawing(size="slide"))
+    (panel,) = [axes for axes in figure.axes if axes.get_title(loc="left") == "train"]
+    labels = [text for text in panel.texts if text.get_text().strip() not in {*"ABC"}]
+    assert len(labels) > 3
+    to_points = 72 / figure.dpi
+    at = [panel.transData.transform(label.get_position()) * to_points for label in labels]
+    widths = [text_width(figure, text.get_text(), text.get_fontsize()) for text in labels]
+    for i, j in itertools.combinations(range(len(labels)), 2):
+        assert np.hypot(*(at[i] - at[j])) > 0.95 * (widths[i] + widths[j]) / 2
+    curve = panel.transData.transform(run().summary["plane"]["curve"]) * to_points
+    assert min(np.hypot(*(curve - place).T).min() for place in at) > 15
 
 
 def test_several_runs_are_overlaid_with_a_colour_each() -> None:
