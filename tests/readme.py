@@ -30,6 +30,7 @@ _SPEED = re.compile(r"(<!-- speed -->\n).*?(<!-- end -->\n)", re.DOTALL)
 _ALL_POINTS = re.compile(r"^losscli (interpolate|plane|around|barriers|connect)(?!.*--points)")
 _STUDY = re.compile(r"^losscli (interpolate|trajectory|plane|around|barriers|check|sharpness)")
 _TRAINING = re.compile(r"^losscli connect")
+_SURFACE = re.compile(r"^losscli trajectory(?!.*--no-surface)")
 _LESS = {
     "points": "3",
     "refine": "0.1",
@@ -82,8 +83,8 @@ def sample(commands: list[str]) -> list[str]:
     """The first line with each command of losscli, and those that write what they read.
 
     Every line that does not run losscli is among them. They do less: studies take few examples,
-    points, samples and probes, a curve is trained for few steps, and of a path only its end is
-    checked.
+    points, samples and probes, a curve is trained for few steps and evaluated on one split, and of
+    a path only its end is checked.
     """
     first: dict[str, str] = {}
     for line in commands:
@@ -103,7 +104,8 @@ def _smaller(command: str) -> str:
     for option, value in _LESS.items():
         command = re.sub(rf"--{option} [\d.]+", f"--{option} {value}", command)
     command = _WHOLE_PATH.sub(_with_end, command)
-    command = _TRAINING.sub(r"\g<0> --limit 99 --steps 9", command)
+    command = _TRAINING.sub(r"\g<0> --limit 99 --steps 9 --split test", command)
+    command = _SURFACE.sub(r"\g<0> --residuals 3", command)
     return _STUDY.sub(r"\g<0> --limit 99", command)
 
 

@@ -7,6 +7,7 @@ work, as a process that had only just begun would. ``python`` takes the name of 
 
 from __future__ import annotations
 
+import importlib
 import io
 import json
 import os
@@ -70,6 +71,7 @@ def _serve(place: str) -> None:
     from losscli.registry import COMMANDS, load
     from losscli.studies import alignment  # noqa: F401
 
+    importlib.import_module("torch._dynamo")  # by optimisers and align
     make_app()
     for command in COMMANDS.values():
         load(command.function)

@@ -252,8 +252,10 @@ class Ranks:
 
     def _wait_until_others_left(self, seconds: float) -> None:
         until = time.monotonic() + seconds
+        pause = _FIRST_POLL
         while self._store.add("left", 0) < self.size - 1 and time.monotonic() < until:
-            time.sleep(_POLL)
+            time.sleep(pause)
+            pause = min(2 * pause, _POLL)
 
     def _next_step(self) -> int:
         self._step += 1
