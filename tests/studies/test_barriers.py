@@ -154,12 +154,12 @@ def test_a_pair_has_the_barrier_that_interpolate_finds(
     case: Case, more: dict[str, Any], tmp_path: Path
 ) -> None:
     # What stays is the first checkpoint's, as it is interpolate's A's: so with --except the pairs
-    # of the first alone are comparable.
+    # of the first alone are comparable, and these are enough for statistics.
     files = save(case, tmp_path)
     given = options(case) | {"dtype": "float64"} | more
     result = losscli.barriers(files, **given, points=6)
     for a, b in itertools.combinations(files, 2):
-        if "except_" in more and a != files[0]:
+        if more and a != files[0]:
             continue
         line = losscli.interpolate(a, b, **given, points=6, range=(0.0, 1.0))
         (row,) = result.table.where("a", a).where("b", b).records()

@@ -81,7 +81,9 @@ POINTS = {
 }
 
 
-@pytest.mark.parametrize("name", PLANS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.stress if n == "path" else ()) for n in PLANS]
+)
 def test_the_evaluations_of_a_run_are_counted(name: str, folder: Path) -> None:
     study = PLANS[name](**CPU)
     plain, swept = POINTS[name]

@@ -246,7 +246,9 @@ def test_the_summary_of_a_block_is_that_of_a_plain_loop(tmp_path: Path) -> None:
     assert barriers > 0
 
 
-@pytest.mark.parametrize(("buffers", "end"), [("a", 0), ("b", 1)])
+@pytest.mark.parametrize(
+    ("buffers", "end"), [pytest.param("a", 0, marks=pytest.mark.stress), ("b", 1)]
+)
 def test_buffers_that_stay_do_so_for_every_block(buffers: str, end: int, tmp_path: Path) -> None:
     case = case_of("cnn-batchnorm")
     result = swept(case, tmp_path, buffers=buffers)
