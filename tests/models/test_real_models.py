@@ -210,9 +210,8 @@ def permuted(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     return new
 
 
-@pytest.mark.parametrize(
-    "name", ["narrow_resnet18", pytest.param("resnet18", marks=pytest.mark.stress)]
-)
+@pytest.mark.stress
+@pytest.mark.parametrize("name", ["narrow_resnet18", "resnet18"])
 def test_align_finds_a_planted_permutation_of_resnet18(name: str, tmp_path: Path) -> None:
     weights = state(name, 0)
     shuffled = permuted(weights)

@@ -411,6 +411,7 @@ def test_built_in_metrics_take_the_outputs_too(number: int | None, tmp_path: Pat
         result = losscli.interpolate(
             *(tmp_path / "0.pt", tmp_path / "1.pt"),
             **{**options, "metric": "accuracy", "stochastic": number, "batch_size": size},
+            points=2,
         )
         model = Net().double()
         model.load_state_dict(case.state(0))

@@ -262,7 +262,11 @@ def test_a_path_is_projected_orthogonally(kind: str, case: Case, tmp_path: Path)
 
 @pytest.mark.parametrize(
     ("case", "more"),
-    [(BATCHNORM, {}), (BATCHNORM, {"pca": True}), (TANH, {"axes": "hessian"})],
+    [
+        pytest.param(BATCHNORM, {}, marks=pytest.mark.stress),
+        (BATCHNORM, {"pca": True}),
+        (TANH, {"axes": "hessian"}),
+    ],
     ids=str,
 )
 def test_a_path_changes_nothing_on_the_plane(

@@ -53,8 +53,6 @@ def checked(operator: str) -> tuple[Any, NDArray[np.float64]]:
             model=MODEL,
             data={"all": (x, y)},
             dtype="float64",
-            # Of the Hessian over two batches.
-            batch_size=32 if operator == "hessian" else len(x),
             density=True,
             blocks=True,
             probes=5,
@@ -152,7 +150,12 @@ def test_a_layer_of_a_relu_network_has_the_same_block_in_both_matrices(tmp_path:
     torch.manual_seed(0)
     file = save(tmp_path, "a", **MLP("4-3-3-3").state_dict())
     data = {"all": (torch.rand(12, 4), torch.arange(12) % 3)}
-    given: dict[str, Any] = {"model": "mlp:4-3-3-3", "data": data, "dtype": "float64"}
+    given: dict[str, Any] = {
+        "model": "mlp:4-3-3-3",
+        "data": data,
+        "dtype": "float64",
+        "batch_size": 8,
+    }
     one, other = (
         losscli.check(file, **given, blocks=True, probes=2, operator=operator).more["curvature"]
         for operator in ("hessian", "ggn")

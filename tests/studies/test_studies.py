@@ -116,9 +116,7 @@ def test_the_distance_is_that_of_all_moving_tensors(folder: Path) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    sample(
-        ["mlp-relu", "cnn-batchnorm", "normalising", "attention-tied", "convolving", "lstm"], 1, 2
-    ),
+    sample(["mlp-relu", "cnn-batchnorm", "normalising", "attention-tied", "convolving", "lstm"], 0),
 )
 def test_distances_are_over_the_parameters_only(name: str, tmp_path: Path) -> None:
     case = next(c for c in CASES if c.name == name)

@@ -56,7 +56,7 @@ def test_no_permutation_changes_the_function_of_a_random_program(seed: int) -> N
     assert change(network, network.groups) < 1e-10
 
 
-@pytest.mark.parametrize("name", ["mlp", "cnn", "dense", "gpt"])
+@pytest.mark.parametrize("name", sample(["mlp", "cnn", "dense", "gpt"], 1, 2))
 def test_a_permutation_that_leaves_out_a_tensor_changes_the_function(name: str) -> None:
     (network,) = (n for n in NETWORKS if n.name == name)
     seen = 0
