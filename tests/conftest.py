@@ -18,6 +18,7 @@ import pytest
 import torch
 import typer.main
 from hypothesis import HealthCheck, settings
+from matplotlib.artist import Artist
 from matplotlib.backends import backend_agg
 from packaging.version import Version
 
@@ -167,6 +168,10 @@ def unlaid(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
             "matplotlib.layout_engine.ConstrainedLayoutEngine.execute", lambda *_: None
         )
         monkeypatch.setattr("matplotlib.figure.Figure.draw_without_rendering", lambda *_: None)
+        # New ticks have the settings of their axis; Matplotlib then copies those of the first tick,
+        # which are the same, and makes ticks that an axis does not have in order to clip them.
+        monkeypatch.setattr("matplotlib.axis.Axis._copy_tick_props", lambda *_: None)
+        monkeypatch.setattr("matplotlib.axis.Axis.set_clip_path", Artist.set_clip_path)
 
 
 @pytest.fixture
