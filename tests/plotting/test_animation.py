@@ -211,7 +211,7 @@ def test_options_of_figures_hold_for_animations() -> None:
 
 @pytest.mark.parametrize(
     ("values", "log"),
-    sample(itertools.product([math.nan, math.inf, 0.0, -1.0], [False, True]), 1, 4),
+    sample(itertools.product([math.nan, math.inf, 0.0, -1.0], [False, True]), 1, 8),
 )
 def test_odd_losses_are_animated(values: float, log: bool) -> None:
     odd = test_plane.run("pca", test_plane.WINDING[::5], lambda x, y: values if x > -5 else 1.0)
