@@ -28,11 +28,15 @@ CELLS = [
     """
     import losscli, losscli.progress
     from losscli.plotting import style
+    from matplotlib.artist import Artist
+    from matplotlib.axis import Axis
     from matplotlib.layout_engine import ConstrainedLayoutEngine
     losscli.progress._NOTEBOOK_INTERVAL = 0
     # As the fixture `unlaid` has it.
     style._STYLE["savefig.dpi"] = 40
     ConstrainedLayoutEngine.execute = lambda *_: None
+    Axis._copy_tick_props = lambda *_: None
+    Axis.set_clip_path = Artist.set_clip_path
     result = losscli.interpolate("a.pt", "b.pt", points=3, progress=True)
     """,
     "result",
