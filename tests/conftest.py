@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import compileall
-import functools
 import gc
+import importlib
 import io
 import os
 import sys
@@ -15,16 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-import typer.main
-from hypothesis import HealthCheck, settings
-from matplotlib.backends import backend_agg
 from packaging.version import Version
 
-from losscli import spec
-from losscli.cli import app, run
-from losscli.cli.console import Console
-from losscli.models import MLP
 from tests import libraries, warm
 
 ROOT = Path(__file__).parent.parent
@@ -32,44 +24,6 @@ ROOT = Path(__file__).parent.parent
 # What older versions cannot do: pyproject.toml allows them.
 SAFETENSORS_HAS_COMPLEX = Version(version("safetensors")) >= Version("0.7")
 TRANSFORMERS_5 = Version(version("transformers")) >= Version("5")
-
-# What hypothesis says of an example that takes long would depend on what else the machine does.
-settings.register_profile(
-    "any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow]
-)
-settings.load_profile("any machine")
-
-
-# The commands that there are, and their options, are the same in every run of a process.
-app.make_app = functools.cache(app.make_app)
-typer.main.get_command = functools.cache(typer.main.get_command)
-
-# The code of the tests and of their environment does not change while they run, so that a run need
-# not compute the digests of several hundred files.
-_INSTALLED = (
-    *spec._library_folders(),
-    *(f"{folder}{os.sep}" for folder in (ROOT.resolve() / "tests", Path(sys.prefix).resolve())),
-)
-spec._library_folders = lambda: _INSTALLED
-
-# For devices that are not there, torch.manual_seed keeps the stack of each call, deep as it is.
-if not torch.cuda.is_available():
-    for _device in (torch.cuda, torch.xpu, torch.mtia):
-        _device._is_in_bad_fork = lambda: True
-
-# Figures of all tests measure the same texts, each with a renderer of its own.
-_measure = backend_agg.RendererAgg.get_text_width_height_descent
-_measured: dict[tuple[Any, ...], Any] = {}
-
-
-def _measure_once(self: Any, s: str, prop: Any, ismath: Any) -> Any:
-    key = s, prop, ismath, self.dpi, backend_agg.get_hinting_flag()
-    if key not in _measured:
-        _measured[key] = _measure(self, s, prop, ismath)
-    return _measured[key]
-
-
-backend_agg.RendererAgg.get_text_width_height_descent = _measure_once
 
 # No power is lost here, and to wait for the disk takes a while.
 os.fsync = lambda _: None
@@ -79,6 +33,13 @@ def pytest_configure(config: pytest.Config) -> None:
     """Compiles losscli, which else each process that a test starts would do on its own."""
     if not hasattr(config, "workerinput"):
         compileall.compile_dir(ROOT / "losscli", quiet=2)
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Prepares a process that runs tests, which that of ``-n`` does not."""
+    config = session.config
+    if hasattr(config, "workerinput") or not getattr(config.option, "numprocesses", None):
+        importlib.import_module("tests.preparation")
 
 
 # While modules are imported and tests are collected, next to nothing becomes garbage.
@@ -93,11 +54,12 @@ def pytest_collection_finish() -> None:
     From now on no compiled module is kept: tests write a user's code, and write it again within the
     second that compiled modules go by.
     """
+    from tests import preparation
+
     gc.freeze()
     gc.set_threshold(100_000)
     gc.enable()
-    libraries.INSTALLED.update(sys.modules)
-    spec._modules = lambda: sys.modules.keys() - libraries.INSTALLED
+    preparation.collected()
     sys.dont_write_bytecode = True
     os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
 
@@ -130,6 +92,9 @@ def losscli() -> Losscli:
 
 def invoke(*arguments: object) -> Outcome:
     """Runs a command in this process."""
+    from losscli.cli import run
+    from losscli.cli.console import Console
+
     console = Console(io.StringIO(), io.StringIO())
     status = run([str(a) for a in arguments], console)
     return Outcome(status, console.stdout.getvalue(), console.stderr.getvalue())  # type: ignore[attr-defined]
@@ -161,6 +126,8 @@ def unlaid(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
     """
     if "laid_out" not in request.fixturenames:
         request.getfixturevalue("coarse")
+        from matplotlib.artist import Artist
+
         from losscli.plotting import style
 
         monkeypatch.setitem(style._STYLE, "savefig.dpi", 40)
@@ -168,6 +135,10 @@ def unlaid(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
             "matplotlib.layout_engine.ConstrainedLayoutEngine.execute", lambda *_: None
         )
         monkeypatch.setattr("matplotlib.figure.Figure.draw_without_rendering", lambda *_: None)
+        # New ticks have the settings of their axis; Matplotlib then copies those of the first tick,
+        # which are the same, and makes ticks that an axis does not have in order to clip them.
+        monkeypatch.setattr("matplotlib.axis.Axis._copy_tick_props", lambda *_: None)
+        monkeypatch.setattr("matplotlib.axis.Axis.set_clip_path", Artist.set_clip_path)
 
 
 @pytest.fixture
@@ -193,6 +164,7 @@ def undrawn(unseen: None, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def traced_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Traces each kind of MLP once in a process: torch takes a tenth of a second for it."""
+    from losscli.models import MLP
     from losscli.weight_space import tracing
 
     export = tracing._export
@@ -227,6 +199,11 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def fill(folder: Path) -> None:
     """Writes what the fixture `folder` has."""
+    import numpy as np
+    import torch
+
+    from losscli.models import MLP
+
     for seed, name in enumerate(("a", "b")):
         torch.manual_seed(seed)
         torch.save(
@@ -240,7 +217,5 @@ def fill(folder: Path) -> None:
         "test_inputs": torch.rand(11, 6, generator=generator).numpy(),
         "test_targets": (torch.arange(11) % 3).numpy(),
     }
-    import numpy as np
-
     np.savez(folder / "data.npz", **arrays)  # type: ignore[arg-type]
     (folder / "losscli.toml").write_text('data = "npz:data.npz"\n')

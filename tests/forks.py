@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import os
 import resource
@@ -17,14 +18,14 @@ from matplotlib.backends import backend_agg  # noqa: F401 - else each child impo
 from losscli.cli import run
 from losscli.cli.console import Console
 
-__all__ = ["PATIENCE", "child", "ended"]
+__all__ = ["PATIENCE", "child", "close_inherited", "ended"]
 
 # Seconds after which what still waits would wait forever.
 PATIENCE = 600
 
 
 def child(command: list[str], log: Path, before: Callable[[], Any] = lambda: None) -> int:
-    """Begins a command, its talk in a file; returns its process."""
+    """Starts a command with its log in a file; returns the number of its process."""
     sys.stdout.flush()
     pid = os.fork()
     if pid:
@@ -37,12 +38,19 @@ def child(command: list[str], log: Path, before: Callable[[], Any] = lambda: Non
         status = run(command, Console(io.StringIO(), stderr))
         # A second Ctrl-C, for example of another worker that starts, must not cut the log.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-        # What the disk had no room for may be told of.
+        # The log of a command for which the disk was too small must fit.
         _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
         resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
         log.write_text(stderr.getvalue())
     finally:
         os._exit(status)
+
+
+def close_inherited() -> None:
+    """Closes in a child what the process that runs the tests has open."""
+    # PyTorch aborts the process if a tensor in a file that is closed already becomes garbage.
+    gc.freeze()
+    os.closerange(3, 4096)
 
 
 def ended(pid: int) -> int:

@@ -63,6 +63,8 @@ def serving(folder: Path) -> Iterator[Path]:
 
 def _serve(place: str) -> None:
     # What any command may need, but nothing that begins a thread.
+    from matplotlib.artist import Artist
+    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
@@ -81,6 +83,9 @@ def _serve(place: str) -> None:
     style._STYLE["savefig.dpi"] = 40
     surface._FACETS = 6
     ConstrainedLayoutEngine.execute = Figure.draw_without_rendering = lambda *_: None  # type: ignore[method-assign]
+    # Ticks are as in conftest.py.
+    Axis._copy_tick_props = lambda *_: None  # type: ignore[attr-defined]
+    Axis.set_clip_path = Artist.set_clip_path  # type: ignore[method-assign]
 
     with tempfile.TemporaryDirectory() as folder:
         _begin(Path(folder))

@@ -63,7 +63,7 @@ from losscli.weight_space.slices import Line
 from tests import oracle
 from tests.cases import in_turn, sample
 from tests.conftest import Losscli
-from tests.forks import PATIENCE, child, ended
+from tests.forks import PATIENCE, child, close_inherited, ended
 
 N = 37
 ALPHAS = [(-0.5,), (0.0,), (0.3,), (1.0,), (1.7,)]
@@ -963,7 +963,7 @@ def start(data: str, aside: Path, before: Callable[[], Any]) -> int:
     words = ["interpolate", "init:0", "init:1", *RUN, "-d", f"code.py:{data}", "-o", "out"]
 
     def prepare() -> None:
-        os.closerange(3, 4096)  # what the process that runs the tests has open
+        close_inherited()
         os.setsid()
         os.dup2(os.open(aside / "stderr", os.O_WRONLY | os.O_CREAT), 2)
         sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)

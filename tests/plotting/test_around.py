@@ -123,6 +123,7 @@ def diamonds(axes: Axes) -> list[tuple[float, float]]:
     return [(x, y) for line in marks for x, y in zip(*line.get_data(), strict=True)]
 
 
+@pytest.mark.stress
 def test_picture_from_the_csv_is_the_same() -> None:
     drawn = run(["a.pt", "b.pt"], splits=("train", "test"))
     table = Table.from_csv(io.StringIO(drawn.table.to_csv(), newline=""), "x")

@@ -122,7 +122,7 @@ PICTURES: dict[str, Callable[[], Figure]] = {
 
 
 @pytest.mark.usefixtures("laid_out")
-@pytest.mark.parametrize("name", sample(PICTURES, 0, 2))
+@pytest.mark.parametrize("name", sample(PICTURES, 0, 4))
 def test_golden(name: str) -> None:
     check_golden(name, PICTURES[name]())
 
@@ -248,6 +248,7 @@ def test_the_legend_says_that_the_lowest_point_is_of_all_blocks() -> None:
         assert marks[1].startswith(told or "lowest point, all blocks together")
 
 
+@pytest.mark.stress
 @pytest.mark.usefixtures("laid_out")
 def test_layerwise_reads_back_from_its_csv_as_the_same_picture() -> None:
     def read(table: Table) -> Table:

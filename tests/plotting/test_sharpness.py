@@ -85,6 +85,7 @@ def points(axes: Axes, marker: str) -> set[tuple[float, float]]:
     }
 
 
+@pytest.mark.stress
 def test_picture_from_the_csv_is_the_same() -> None:
     drawn = run(["a.pt"])
     again = replace(drawn, table=Table.from_csv(io.StringIO(drawn.table.to_csv(), newline=""), "x"))

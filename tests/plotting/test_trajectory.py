@@ -114,6 +114,7 @@ def test_golden(name: str) -> None:
     check_golden(name, PICTURES[name]())
 
 
+@pytest.mark.stress
 def test_picture_from_the_csv_is_the_same() -> None:
     def read(table: Table) -> Table:
         return Table.from_csv(io.StringIO(table.to_csv(), newline=""), "x")

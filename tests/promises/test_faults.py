@@ -31,7 +31,7 @@ from losscli.models import MLP
 from losscli.studies import interpolation
 from tests.cases import sample
 from tests.conftest import ROOT, Losscli
-from tests.forks import child, ended
+from tests.forks import child, close_inherited, ended
 
 RUN = ["interpolate", "a.pt", "b.pt", "-o", "out", "--points", "5"]
 
@@ -498,7 +498,7 @@ def test_a_locale_without_utf_8_a_foreign_path_and_a_missing_backend(
 
 
 def few_files(most: int = 64) -> None:
-    os.closerange(3, 4096)  # what the process that runs the tests has open
+    close_inherited()
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 

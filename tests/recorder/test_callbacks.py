@@ -228,10 +228,10 @@ def stop() -> Any:
 def test_the_last_step_is_saved_unless_the_best_model_was_loaded(best: bool) -> None:
     tokens = torch.arange(16 * 8).view(8, 16)
     kept = keeper()
-    options = {"eval_strategy": "steps", "eval_steps": 1} if best else {}
+    options = {"eval_strategy": "steps", "eval_steps": 1, "save_steps": 1} if best else {}
     trained(
         tokens, kept, stop(), recorder.TransformersCallback("run", count=3),
-        save_steps=1, load_best_model_at_end=best, **options,
+        load_best_model_at_end=best, **options,
     )  # fmt: skip
     assert sorted(recorded()) == ([0, 1] if best else [0, 1, 3])
     assert_equal(recorded(), kept.states)

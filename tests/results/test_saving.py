@@ -240,7 +240,7 @@ def test_plot_draws_what_the_command_line_draws(line: Result[Any], losscli: Loss
     options = {"label": ["one", "two"], "title": "both", "log": True}
     command = "plot x.csv x.csv --label one --label two --title both --log -o two"
     assert losscli(*command.split()).status == 0
-    for runs in (["x.csv", Path("x.csv")], [line, "x.csv"], iter([line, line])):
+    for runs in (["x.csv", Path("x.csv")], iter([line, line])):
         figure = library.plot(runs, **options)
         assert figure.get_suptitle() == "both" or "both" in {t.get_text() for t in figure.texts}
         assert render(figure, ".png") == Path("two.png").read_bytes()

@@ -608,7 +608,7 @@ def test_eigenvectors_of_a_plane_are_not_progress() -> None:
 
 def test_progress_of_a_check_is_that_of_examples_and_goes_on_in_each_search() -> None:
     done: list[float] = []
-    call("check", [state(1)], split=["train", "test"], progress=done.append)
+    call("check", [state(1)], only=None, split=["train", "test"], progress=done.append)
     shares = np.array([len(targets) for _, targets in DATA.values()]) / (len(INPUTS) + 9)
     assert done[0] == 0
     assert done[-1] == pytest.approx(1)
