@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import math
 import sys
 from collections.abc import Callable, Iterator
 from functools import cache, partial
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -125,14 +125,14 @@ def study(name: str) -> dict[str, Any]:
     return {"model": MODELS[name][0], "data": {"t": data()}, "dtype": "float64"}
 
 
-LINES = {("narrow_mobilenet", "float64"), ("narrow_convnext", "float32")}
+LINES = {*zip(NARROW, itertools.cycle(["float32", "float64"]))}
 
 
 @pytest.mark.parametrize(
     ("name", "dtype"),
     [
         pytest.param(*line, marks=() if line in LINES else pytest.mark.stress)
-        for line in product(MODELS, ("float64", "float32"))
+        for line in itertools.product(MODELS, ("float64", "float32"))
     ],
     indirect=["name"],
 )
@@ -210,8 +210,9 @@ def permuted(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     return new
 
 
-@pytest.mark.stress
-@pytest.mark.parametrize("name", ["narrow_resnet18", "resnet18"])
+@pytest.mark.parametrize(
+    "name", ["narrow_resnet18", pytest.param("resnet18", marks=pytest.mark.stress)]
+)
 def test_align_finds_a_planted_permutation_of_resnet18(name: str, tmp_path: Path) -> None:
     weights = state(name, 0)
     shuffled = permuted(weights)
