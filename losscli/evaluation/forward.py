@@ -39,6 +39,7 @@ from losscli.evaluation.losses.built_in import (
     on_device,
     per_example_mean,
 )
+from losscli.evaluation.losses.class_targets import describe
 from losscli.evaluation.losses.example_weights import weights_of
 from losscli.evaluation.losses.metrics import METRICS, perplexity
 from losscli.evaluation.losses.torch_losses import TorchLoss
@@ -366,10 +367,7 @@ class ScoredModel(LoadableModel):
         except (torch.OutOfMemoryError, MemoryError, LosscliError):
             raise
         except Exception as error:
-            cure = _advise_on_graph(error)
-            if isinstance(outputs, Mapping):
-                keys = ", ".join(map(str, outputs))
-                cure = f"It receives the mapping that the model returns, with the keys {keys}"
+            cure = _advise_on_graph(error) or _received(outputs, targets)
             raise LossError(f"the {what} fails: {one_line(error)}", cure) from error
         if not isinstance(values, Tensor) or not (
             values.ndim <= 1 and values.numel()
@@ -377,13 +375,8 @@ class ScoredModel(LoadableModel):
             else values.shape[:1] == (examples,)
         ):
             got = list(values.shape) if isinstance(values, Tensor) else type(values).__name__
-            raise LossError(
-                f"the {what} gives {got} for a batch of {examples} examples",
-                "Return one number per batch, or one per example, of which the mean is taken"
-                if self.batch_loss
-                else "Return one number per example, as with reduction=none; or give --batch-loss, "
-                "if the loss is one number per batch",
-            )
+            cure = _required_values(is_loss=function is self.loss, batch_loss=self.batch_loss)
+            raise LossError(f"the {what} gives {got} for a batch of {examples} examples", cure)
         if values.is_complex():
             raise LossError(f"the {what} gives complex numbers", "Return real ones")
         if _is_crossed(values, outputs, targets):
@@ -491,6 +484,28 @@ def _advise_on_graph(error: Exception) -> str:
     return (
         "What is differentiated inside needs gradients: call x.requires_grad_(True) on it first, "
         "and use neither torch.no_grad() nor detach() on the way; torch.enable_grad() enables them"
+    )
+
+
+def _received(outputs: Any, targets: Nest) -> str:
+    """Describes what a loss or a metric that fails was called with."""
+    if isinstance(outputs, Mapping):
+        keys = ", ".join(map(str, outputs))
+        return f"It receives the mapping that the model returns, with the keys {keys}"
+    if isinstance(outputs, Tensor) and isinstance(targets, Tensor):
+        return f"It receives outputs {describe(outputs)} and targets {describe(targets)}"
+    return ""
+
+
+def _required_values(*, is_loss: bool, batch_loss: bool) -> str:
+    """Says what a loss or a metric must return."""
+    if batch_loss:
+        return "Return one number per batch, or one per example, of which the mean is taken"
+    if not is_loss:
+        return "A metric returns one number per example"
+    return (
+        "Return one number per example, as with reduction=none; or give --batch-loss, if the loss "
+        "is one number per batch"
     )
 
 

@@ -351,7 +351,9 @@ def _check_metrics(objective: Objective, outputs: Any, targets: Nest) -> None:
             objective.per_example(function, outputs, targets, what)
         except LossError as error:
             if metric not in objective.optional:
-                raise LossError(error.what, _WITHOUT_METRICS) from error
+                own = "" if is_registered(function) else error.cure
+                cure = f"{own}. {_WITHOUT_METRICS}" if own else _WITHOUT_METRICS
+                raise LossError(error.what, cure) from error
             del objective.metrics[metric]
             objective.left_out[metric] = error.what
 

@@ -384,7 +384,8 @@ def test_a_model_that_fails_on_the_batch_fails_the_dry_run(losscli: Losscli, fol
     line = ("interpolate", "a.pt", "b.pt", "--loss", "own.py:loss")
     real, dry = losscli(*line), losscli(*line, "--dry-run")
     assert real.status == dry.status == 1
-    assert real.stderr == dry.stderr == "losscli: the loss fails: ValueError: no\n"
+    received = "It receives outputs float32 [29, 3] and targets int64 [29]"
+    assert real.stderr == dry.stderr == f"losscli: the loss fails: ValueError: no. {received}\n"
 
 
 def test_a_batch_that_does_not_fit_is_halved(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -394,6 +394,32 @@ def test_a_metric_that_was_asked_for_and_fails_ends_the_run(name: str) -> None:
         run(loss, LABELS, build=build, metric=("accuracy",))
 
 
+@pytest.mark.parametrize(
+    ("metric", "message"),
+    [
+        (
+            "def metric(outputs, targets):\n    return targets.float().mean()\n",
+            "gives [] for a batch of 7 examples. A metric returns one number per example",
+        ),
+        (
+            "def metric(outputs, targets):\n    raise ValueError('no')\n",
+            "fails: ValueError: no. It receives outputs float32 [7, 3] and targets int64 [7]",
+        ),
+    ],
+)
+def test_a_metric_of_ones_own_that_fails_says_what_it_gets_or_must_return(
+    metric: str, message: str, folder: Path, losscli: Losscli
+) -> None:
+    (folder / "mine.py").write_text(metric)
+    before = set(folder.iterdir())
+    options = ("--split", "test", "--limit", 7, "--metric", "mine.py:metric", "-o", "x")
+    done = losscli("interpolate", "a.pt", "b.pt", *options)
+    assert (done.status, done.stdout) == (1, "")
+    cure = "Choose another --metric, or --metric none"
+    assert done.stderr == f"losscli: the metric 'metric' {message}. {cure}\n"
+    assert {f for f in folder.iterdir() if f.name != "__pycache__"} == before
+
+
 def test_metrics_stay_where_the_loss_is_of_scores() -> None:
     labels = classes(N, high=2)
     for loss in ("bce", "torch.nn.functional:multi_margin_loss"):
