@@ -231,8 +231,8 @@ def test_the_barrier_of_a_metric_is_a_fall_or_a_rise(spawned: Path, data: Any) -
     assert said == [
         (
             "higher values of margin count as better: its barrier is its largest fall below the "
-            "straight line. If lower values are better, set margin.higher_is_better = False in your "
-            "code"
+            "straight line. If lower values are better, set margin.higher_is_better = False in "
+            "your code"
         )
     ]
 
