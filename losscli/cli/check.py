@@ -307,4 +307,5 @@ def _preconditioned(row: Mapping[str, Any], point: CheckedPoint, state: Precondi
 def _gain(step: Step) -> str:
     gain = format_with_error(step["gain"], step["gain_stderr"])
     gain += mark_insignificant(step["gain"], step["gain_stderr"])
-    return f"a step of {format_number(abs(step['distance']), 3)} lowers the loss by {gain}"
+    length = format_number(abs(step["distance"]), 3)
+    return f"a step of length {length} lowers the loss by {gain}"

@@ -97,8 +97,8 @@ def init(
         if summary["needs_trust"]:
             summary["next"] += " --trust"
             console.note(
-                f"{FILE_NAME} must be trusted, since it names code or data on the hub: commands "
-                "need --trust, unless your configuration lists this folder (see the README)"
+                f"{FILE_NAME} names code, or data on the hub: commands need --trust, unless your "
+                "configuration lists this folder (see the README)"
             )
     for note in summary["notes"]:
         console.note(note)

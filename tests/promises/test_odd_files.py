@@ -375,7 +375,7 @@ def test_plot_does_not_read_endless_zeros(
     (folder / "zero.csv").symlink_to("/dev/zero")
     with Path("/dev/zero").open("rb") as zeros:
         monkeypatch.setattr("sys.stdin", SimpleNamespace(buffer=zeros))
-        refused(losscli, folder, "it holds zero bytes", "plot", name, "--terminal")
+        refused(losscli, folder, "it contains NUL bytes", "plot", name, "--terminal")
 
 
 class Endless(io.RawIOBase):
@@ -418,7 +418,7 @@ def test_a_table_that_never_ends_is_let_go(
 def test_a_file_of_zeros_is_not_read_to_its_end(folder: Path) -> None:
     with Path("x.csv").open("wb") as file:
         file.truncate(1 << 40)
-    with pytest.raises(TableError, match=r"^x\.csv cannot be read: it holds zero bytes"):
+    with pytest.raises(TableError, match=r"^x\.csv cannot be read: it contains NUL bytes"):
         Table.read(Path("x.csv"))
 
 
