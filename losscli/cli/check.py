@@ -267,7 +267,7 @@ def _outliers(density: Density) -> str:
         return "none: all eigenvalues are in the bulk"
     values = [format_number(value) for value in found[:_LISTED]]
     more = f" and {len(found) - _LISTED} more" if len(found) > _LISTED else ""
-    return f"{', '.join(values)}{more}, outside the bulk to within σ = {density['sigma']:.2g}"
+    return f"{', '.join(values)}{more}, outside the bulk (each ± σ = {density['sigma']:.2g})"
 
 
 def _block_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -660,7 +660,7 @@ def _title(
     if verdict := _verdict(run, checkpoint, split):
         suffix += f": {plain(verdict)}"
     norm = _number(_row(run, checkpoint, split).get("gradient_norm"))
-    if verdict == "not critical" and math.isfinite(norm):
+    if verdict == "not critical" and math.isfinite(norm) and not drawing.compact:
         suffix += f" (‖∇L‖ = {format_number(norm)})"
     suffix = shorten(figure, suffix, narrow(figure, 0.75 * width), text_size())
     name = name_checkpoint(run, checkpoint, drawing) or "the checkpoint"

@@ -548,6 +548,18 @@ def test_the_gain_has_the_error_of_the_summary_where_it_is_of_that_point() -> No
         assert f"lowest: 0.016 at distance −3, {said} below the checkpoint" in legend(figure)
 
 
+def test_a_narrow_title_keeps_the_name_and_the_verdict() -> None:
+    drawn = run(
+        2,
+        ("train",),
+        lambda t, s: (0.34, 0.185, -0.12, 0.01, 4.0, 0.1, None, "not critical"),
+        escape=True,
+    )
+    named = replace(drawn, checkpoint_labels=["init", "final"])
+    title = draw_check(named, Drawing(size="paper")).axes[-1].get_title("left")
+    assert title == "final, train: not critical"
+
+
 def test_an_escape_without_a_gain_has_a_note() -> None:
     drawn = run(1, escape=True)
     up = Table.build(
