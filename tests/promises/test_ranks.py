@@ -176,13 +176,22 @@ def torchrun(
     return [[Outcome(*json.loads(line)) for line in text] for text in texts]
 
 
+# Linux may give a free port from 32,768 on to another socket before a test opens it. These are
+# lower, and differ between two processes that run tests.
+_FIRST_PORT = 10_000 + os.getpid() % 200 * 100
+_NEXT_PORT = itertools.cycle(range(_FIRST_PORT, _FIRST_PORT + 100))
+
+
 def ports(number: int) -> list[int]:
     """Finds ports that nobody listens at."""
-    with contextlib.ExitStack() as stack:
-        opened = [stack.enter_context(socket.socket()) for _ in range(number)]
-        for each in opened:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in opened]
+    found: list[int] = []
+    while len(found) < number:
+        with (
+            contextlib.suppress(OSError),
+            socket.create_server(("127.0.0.1", port := next(_NEXT_PORT))),
+        ):
+            found.append(port)
+    return found
 
 
 def forked(
