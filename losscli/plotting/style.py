@@ -702,6 +702,7 @@ def name_checkpoint_ticks(
         width: The width of a panel, in points.
     """
     figure = panels[0].figure
+    assert isinstance(figure, Figure)
     room = min(0.8 * width / len(names), narrow(figure, 120))
     shown = [shorten(figure, name, room, text_size()) for name in names]
     for panel in panels:
