@@ -515,6 +515,7 @@ def test_a_path_without_a_name_is_reported_with_where_the_name_goes(
         ("cn", "data", "unknown data 'cn'. Did you mean 'cnn'"),
         ("resnet", "model", r"unknown model 'resnet'. Give one of mlp, cnn, .*file\.py:callable"),
         ("net.py", "model", r"unknown model 'net\.py'"),
+        (f"{'x' * 300}.py", "model", "unknown model 'x"),
         ("net.py:", "model", r"unknown model 'net\.py'"),
         ("net.py:3x", "model", r"unknown model 'net\.py'"),
         ("specs_absent.py:f", "model", r"there is no file specs_absent\.py\. Relative paths start"),
