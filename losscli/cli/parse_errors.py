@@ -31,7 +31,8 @@ def usage_error(error: Any, arguments: Sequence[str]) -> UsageError:
     """
     what = error.format_message()
     parameter, context = (getattr(error, key, None) for key in ("param", "ctx"))
-    name = getattr(error, "option_name", None)
+    unknown, repeatable = hasattr(error, "possibilities"), False
+    name = None if unknown else getattr(error, "option_name", None)
     # A missing parameter is reported by a subclass.
     if type(error) is typer.BadParameter and parameter and context:
         name = parameter.opts[-1]
@@ -40,11 +41,12 @@ def usage_error(error: Any, arguments: Sequence[str]) -> UsageError:
         given = list(_values(parameter, arguments))
         wrong = next((value for value in given if not _fits(value, kind)), " ".join(given))
         what = f"{name} must be {_describe_kind(kind, number)}, not {describe(wrong)}"
-        if number == 1:
+        repeatable = parameter.multiple
+        if number == 1 and not repeatable:
             name = None
     command = [word for word in arguments[:1] if word in NAMES]
     help_ = f"See {' '.join(['losscli', *command, '--help'])}"
-    return UsageError(what, _comma_hint(name, arguments) or help_)
+    return UsageError(what, _comma_hint(name, arguments, repeatable=repeatable) or help_)
 
 
 def _kind_of(hint: Any) -> tuple[Any, int]:
@@ -93,10 +95,12 @@ def _values(parameter: Any, arguments: Sequence[str]) -> Iterator[str]:
             yield from (*first, *arguments[i + 1 : i + 1 + parameter.nargs - len(first)])
 
 
-def _comma_hint(option: str | None, arguments: Sequence[str]) -> str:
+def _comma_hint(option: str | None, arguments: Sequence[str], *, repeatable: bool) -> str:
     """Returns a hint if the numbers of an option are separated by commas, else an empty string."""
     for name, value in pairwise(arguments):
         numbers = value.split(",")
         if name == option and len(numbers) > 1 and all(_fits(x, float) for x in numbers):
+            if repeatable:
+                return f"Repeat the option: {' '.join(f'{option} {x}' for x in numbers)}"
             return f"Separate the numbers by spaces: {option} {' '.join(numbers)}"
     return ""

@@ -27,6 +27,7 @@ from losscli.results.result import (
     refuse_overwriting,
     render_html,
     stem_of,
+    tell_apart,
 )
 from losscli.results.runs import (
     check_curves,
@@ -134,7 +135,8 @@ def _draw_in_terminal(runs: list[Run[Any]], console: Console, *, log: bool) -> N
         and "NO_COLOR" not in os.environ
         and os.environ.get("TERM") != "dumb"
     )
-    curves = [(run.label or _run_name(run), run.table) for run in runs]
+    names = tell_apart(runs, [_run_name(run) for run in runs])
+    curves = [(run.label or name, run.table) for run, name in zip(runs, names, strict=True)]
     drawn = draw(
         curves,
         width=min(width, _WIDEST),

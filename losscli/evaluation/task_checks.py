@@ -206,7 +206,7 @@ def _first_values(
     doubts = []
     if isinstance(scores, Tensor) and isinstance(batch.targets, Tensor):
         functions = [objective.loss, *objective.metrics.values()]
-        doubts = [doubts_of(functions, scores, batch.targets)]
+        doubts = [doubts_of(functions, leaves(batch.inputs), scores, batch.targets)]
     return objective.own_values(outputs, batch.targets, values), doubts
 
 

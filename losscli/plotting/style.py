@@ -36,7 +36,7 @@ from numpy.typing import NDArray
 from losscli.errors import UsageError
 from losscli.plotting import style_sheet
 from losscli.results.drawing import FULL, Drawing
-from losscli.results.result import Run
+from losscli.results.result import Run, tell_apart
 from losscli.results.summaries import InspectionSummary, Summary
 from losscli.wording import format_count, list_first
 
@@ -741,13 +741,16 @@ def split_names(runs: Sequence[Run[Any]]) -> list[str]:
 
 
 def run_names(runs: Sequence[Run[Summary]], drawing: Drawing = FULL) -> list[str]:
-    """Returns the name of each run: its label, or its first and last checkpoint."""
-    names = []
-    for number, run in enumerate(runs, start=1):
-        checkpoints = checkpoint_names(run, drawing)
-        ends = " → ".join([*checkpoints[:1], *checkpoints[1:][-1:]])
-        names.append(Label(plain(run.label)) or ends or f"run {number}")
-    return names
+    """Returns the name of each run: its label, or its first and last checkpoint.
+
+    Runs of the same checkpoints are told apart by their files, or else by their numbers.
+    """
+    checkpoints = [checkpoint_names(run, drawing) for run in runs]
+    ends = [" → ".join([*names[:1], *names[1:][-1:]]) for names in checkpoints]
+    return [
+        Label(plain(run.label)) or plain(name) or f"run {number}"
+        for number, (run, name) in enumerate(zip(runs, tell_apart(runs, ends), strict=True), 1)
+    ]
 
 
 def checkpoint_names(

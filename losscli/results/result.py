@@ -59,6 +59,7 @@ __all__ = [
     "refuse_overwriting",
     "render_html",
     "stem_of",
+    "tell_apart",
     "to_json",
 ]
 
@@ -85,6 +86,7 @@ class Run(Generic[S_co]):
         label: The name in a figure of several runs; by default its first and last checkpoint.
         more: The further tables by NAME of STEM.NAME.csv, such as ``surface``.
         checkpoint_labels: The names of the `checkpoints` in a figure; by default their own.
+        source: The file of the table; empty if there is none.
     """
 
     table: Table
@@ -92,6 +94,7 @@ class Run(Generic[S_co]):
     label: str = ""
     more: Mapping[str, Table] = field(default_factory=dict)
     checkpoint_labels: Sequence[str] = ()
+    source: str = ""
 
     @property
     def command(self) -> Command:
@@ -113,6 +116,21 @@ class Run(Generic[S_co]):
         """Returns the label of a checkpoint; empty if it has none."""
         labels = zip(self.checkpoints, self.checkpoint_labels, strict=False)
         return next((label for checkpoint, label in labels if checkpoint == name), "")
+
+
+def tell_apart(runs: Sequence[Run[Any]], names: Sequence[str]) -> list[str]:
+    """Returns names of runs, with the file or the number of each after names that are equal.
+
+    Args:
+        runs: The runs.
+        names: Their names, which may be empty.
+    """
+    files = [run.source for run in runs]
+    distinct = []
+    for number, (name, file) in enumerate(zip(names, files, strict=True), start=1):
+        which = file if file and files.count(file) == 1 else f"run {number}"
+        distinct.append(f"{name} ({which})" if name and names.count(name) > 1 else name)
+    return distinct
 
 
 Draw = Callable[[Sequence[Run[Any]], Drawing], "Figure"]

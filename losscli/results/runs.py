@@ -198,7 +198,7 @@ def read_run(path: Path, *, undrawn: bool = False) -> Run[Any]:
     command = check_main(table, str(path))
     summary = read_summary(path.with_suffix(".json"), command)
     more = _read_further(path, command, table, summary, undrawn=undrawn)
-    return Run(table, summary, more=more)
+    return Run(table, summary, more=more, source=str(path))
 
 
 def choose_drawing(

@@ -50,6 +50,20 @@ _OPTIONS = {
 }
 
 
+# What follows from the options of a command, by its name in `Study.options`.
+_DERIVED = {
+    "alphas": "the grid of α",
+    "coefficients": "the grid of coefficients",
+    "ts": "the grid of t",
+    "xs": "the grid of x",
+    "ys": "the grid of y",
+    "offsets": "the grid of distances along the residual",
+    "plane": "the plane",
+    "paths": "--path",
+    "measures": "the choice of --disagreement and --cka",
+}
+
+
 class Fingerprint(NamedTuple):
     """What the numbers of a run depend on.
 
@@ -111,7 +125,9 @@ def fingerprint_of(command: str, problem: Problem, options: Mapping[str, Any]) -
         **{f"--{o}": provenance[key] for o, key in _OPTIONS.items()},
         "--split": list(settings.split),
         "--batch-size": settings.batch_size,
-        **{f"--{key.replace('_', '-')}": value for key, value in options.items()},
+        **{
+            _DERIVED.get(key, f"--{key.replace('_', '-')}"): value for key, value in options.items()
+        },
         **data,
         **code,
         "losscli": provenance["version"],

@@ -92,7 +92,7 @@ def general_notes(study: Study) -> list[str]:
     if _keeps_different_tensors(study):
         whose, but = study.kept_values("first")
         notes.append(f"some tensors stay at {whose}: {but}")
-    return notes
+    return [*notes, *_frozen_notes(study)]
 
 
 def derivative_notes(
@@ -362,7 +362,9 @@ def _task_notes(study: Study) -> list[str]:
     """Notes on a loss that may be the wrong one for the data or the model."""
     default = study.problem.provenance["sources"]["loss"].startswith("default")
     found = study.problem.objective.doubts
-    return [d.value for d in Doubt if d in found and (default or d is not Doubt.LABELS)]
+    return [
+        d.value for d in Doubt if d in found and (default or d not in {Doubt.LABELS, Doubt.COPY})
+    ]
 
 
 def _keeps_different_tensors(study: Study) -> bool:
@@ -376,6 +378,21 @@ def _keeps_different_tensors(study: Study) -> bool:
             return True
         del weights  # before the next one is opened
     return False
+
+
+def _frozen_notes(study: Study) -> list[str]:
+    """A note on frozen parameters where directions are not differences of checkpoints."""
+    problem = study.problem
+    if not problem.independent and len(problem.names) > 1 and study.command != "connect":
+        return []
+    parameters = dict(problem.objective.model.named_parameters())
+    frozen = [name for name in study.counted if name in parameters]
+    frozen = [name for name in frozen if not parameters[name].requires_grad]
+    # All are frozen in a model that is only evaluated.
+    if not frozen or len(frozen) == len(study.counted):
+        return []
+    what = f"frozen parameters (requires_grad=False) count as all others: {list_first(frozen)}"
+    return [f"{what}; leave them out with --except"]
 
 
 def _recalibration_notes(study: Study) -> list[str]:

@@ -63,6 +63,26 @@ def test_help_fills_the_lines_of_a_narrow_terminal(
             assert len(f"{line} {following.split()[0]}") > 58
 
 
+@pytest.mark.parametrize(
+    ("command", "cure"),
+    [
+        ("interpolate a.pt b.pt --range 0,1", "Separate the numbers by spaces: --range 0 1"),
+        ("sharpness a.pt --rho 0.1,2", "Repeat the option: --rho 0.1 --rho 2"),
+        ("interpolate a.pt b.pt --points 3,4", "See losscli interpolate --help"),
+        ("interpolate a.pt b.pt --rho 3,4", "See losscli interpolate --help"),
+    ],
+)
+def test_numbers_with_commas_are_followed_by_what_the_option_takes(
+    command: str, cure: str, folder: Path, losscli: Losscli
+) -> None:
+    before = set(folder.iterdir())
+    done = losscli(*command.split())
+    assert (done.status, done.stdout) == (2, "")
+    assert done.stderr.endswith(f". {cure}\n")
+    assert done.stderr.count("\n") == 1
+    assert set(folder.iterdir()) == before
+
+
 def test_every_option_says_in_its_own_words_what_it_takes(losscli: Losscli) -> None:
     commands = typer.main.get_command(app.make_app("")).commands  # type: ignore[attr-defined]
     tried = set()

@@ -531,6 +531,23 @@ def test_runs_without_a_label_are_called_by_their_checkpoints() -> None:
     assert {"a.pt → b.pt", "a.pt → c.pt"} <= set(legend(figure))
 
 
+@pytest.mark.parametrize(
+    ("sources", "names"),
+    [
+        (("one.csv", "two.csv", "c.csv"), ["(one.csv)", "(two.csv)"]),
+        (("one.csv", "one.csv", "c.csv"), ["(run 1)", "(run 2)"]),
+        (("", "two.csv", ""), ["(run 1)", "(two.csv)"]),
+    ],
+)
+def test_runs_of_the_same_checkpoints_are_told_apart(
+    sources: Sequence[str], names: list[str]
+) -> None:
+    ends = [("a.pt", "b.pt"), ("a.pt", "b.pt"), ("a.pt", "c.pt")]
+    drawn = [replace(curve(names=e), source=s) for e, s in zip(ends, sources, strict=True)]
+    found = [text for text in legend(draw_interpolation(drawn)) if text.startswith("a.pt")]
+    assert found == [*(f"a.pt → b.pt {name}" for name in names), "a.pt → c.pt"]
+
+
 def test_metrics_have_panels_of_their_own() -> None:
     run = curve(
         accuracy=[0.1, 0.5, 1.0],

@@ -11,14 +11,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import typer
 from numpy.typing import NDArray
 from torch import nn
 from torch.utils.data import Subset, TensorDataset
 
 import losscli
 from losscli.checkpoint import name_checkpoint
+from losscli.cli.app import make_app
 from losscli.data import DataSet, Examples, Split
 from losscli.data.objects import to_data_set
+from losscli.errors import UsageError
 from losscli.evaluation.journal import Journal
 from losscli.evaluation.objective import Evaluation, Objective
 from losscli.evaluation.recalibration import Recalibration
@@ -39,6 +42,7 @@ from losscli.studies.trajectory import Trajectory
 from losscli.weight_space.digest import digest
 from losscli.weight_space.slices import Line
 from tests.cases import CASES, Case
+from tests.conftest import invoke
 from tests.moments import save_trained
 
 ALPHAS = [(x,) for x in np.linspace(-0.5, 1.5, 11).tolist()]
@@ -544,3 +548,41 @@ def test_a_verdict_of_an_older_version_is_not_resumed(
         assert verdict() == ("minimum", None)
     assert verdict() == ("undecided", reason)
     assert verdict() == ("undecided", None)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "interpolate a.pt b.pt --layerwise",
+        "trajectory a.pt b.pt init:7 --random-walk",
+        "plane a.pt",
+        "plane a.pt b.pt init:7",
+        "plane --pca a.pt b.pt init:7",
+        "plane a.pt --axes hessian",
+        "plane a.pt --path b.pt",
+        "around a.pt",
+        "around a.pt --along gradient",
+        "barriers a.pt b.pt --disagreement --cka",
+        "check a.pt --density --blocks",
+        "sharpness a.pt",
+        "connect a.pt b.pt",
+        "soup a.pt b.pt --greedy test",
+    ],
+)
+def test_conditions_of_a_journal_are_named_as_options_only_if_they_are(
+    command: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[str] = []
+
+    def stop(*fingerprint: Any) -> None:
+        found.extend(fingerprint[-1])
+        raise UsageError("stopped")
+
+    monkeypatch.setattr(Journal, "open", stop)
+    name, *given = command.split()
+    done = invoke(name, *given, "-m", "mlp:6-5-3", "-o", "x.pt")
+    assert done.stderr.splitlines()[-1:] == ["losscli: stopped"], done
+    parser = typer.main.get_command(make_app("")).commands[name]  # type: ignore[attr-defined]
+    options = {option for parameter in parser.params for option in parameter.opts}
+    assert {each for each in found if each.startswith("--")} <= options
+    assert "the checkpoint a.pt" in found

@@ -346,3 +346,33 @@ def test_tensors_that_stay_are_noted_only_if_they_differ(
     path = losscli.trajectory(files, surface=False, **given)
     said = [any("some tensors stay" in n for n in r.summary["notes"]) for r in (line, path)]
     assert said == [noted, noted]
+
+
+FROZEN_NOTE = "frozen parameters (requires_grad=False) count as all others: layers.0.weight"
+
+
+@pytest.mark.parametrize(
+    ("name", "seeds", "frozen", "more", "noted"),
+    [
+        ("check", (1,), ("layers.0.",), {}, True),
+        ("sharpness", (1, 2), ("layers.0.",), {"samples": 2}, True),
+        ("around", (1, 2), ("layers.0.",), {"directions": 2, "points": 3}, True),
+        ("plane", (1,), ("layers.0.",), {"points": 3}, True),
+        ("check", (1,), ("layers.",), {}, False),
+        ("check", (1,), ("layers.0.",), {"except_": ("layers.0.*",)}, False),
+        ("plane", (1, 2, 3), ("layers.0.",), {"points": 3}, False),
+    ],
+)
+def test_frozen_parameters_are_noted_where_directions_are_not_differences_of_checkpoints(
+    name: str,
+    seeds: tuple[int, ...],
+    frozen: tuple[str, ...],
+    more: dict[str, Any],
+    noted: bool,
+    tmp_path: Path,
+) -> None:
+    model = CASE.build()
+    for parameter, tensor in model.named_parameters():
+        tensor.requires_grad_(not parameter.startswith(frozen))
+    found = study(name, tmp_path, seeds, model=model, **more).summary["notes"]
+    assert any(note.startswith(FROZEN_NOTE) for note in found) is noted

@@ -321,6 +321,29 @@ def test_probabilities_of_tokens_get_a_note(tmp_path: Path) -> None:
         assert ["before the softmax" in note for note in found] == [True]
 
 
+IGNORED = torch.where(whole(2, 9, 3) == 0, -100, whole(7, 9, 3))
+
+
+@pytest.mark.parametrize(
+    ("targets", "loss", "noted"),
+    [
+        (whole(7, 9, 3), None, True),
+        (IGNORED, None, True),
+        (whole(7, 9, 3), "cross_entropy", False),
+        (whole(7, 9, 3).roll(-1, 1), None, False),
+        (torch.full((9, 3), -100), None, False),
+    ],
+)
+def test_targets_that_are_the_tokens_of_the_inputs_get_a_note(
+    tmp_path: Path, targets: Tensor, loss: str | None, *, noted: bool
+) -> None:
+    checkpoints(tmp_path, lambda: Tagger(7))
+    if (targets < 0).all():
+        targets[0, 0] = (whole(7, 9, 3)[0, 0] + 1) % 7
+    found = line(tmp_path, Tagger(7), whole(7, 9, 3), targets, loss=loss).summary["notes"]
+    assert any("give --loss causal_lm" in note for note in found) is noted
+
+
 def squares(outputs: Tensor, targets: Tensor) -> Tensor:
     return (outputs.squeeze(1) - targets).square()
 

@@ -49,12 +49,17 @@ class Doubt(enum.Enum):
         "the outputs of the first batch all lie in 0…1, and accuracy takes a score above 0 for "
         "the label 1: if they are probabilities, give a --metric of probabilities or none"
     )
+    COPY = (
+        "the targets of the first batch are its inputs, and the default for integer targets scores "
+        "each token at its own position: if the model predicts the next token, give --loss "
+        "causal_lm"
+    )
 
 
 def doubts_of(
-    functions: Sequence[PerExample], outputs: Tensor, targets: Tensor
+    functions: Sequence[PerExample], inputs: Sequence[Tensor], outputs: Tensor, targets: Tensor
 ) -> frozenset[Doubt]:
-    """Returns signs that the loss, or a metric after it, does not fit the outputs and targets."""
+    """Returns signs that the loss, or a metric after it, does not fit a batch and its outputs."""
     loss, *metrics = map(function_of, functions)
     doubts = set()
     single = one_score_per_target(outputs, targets)
@@ -64,6 +69,8 @@ def doubts_of(
         doubts.add(Doubt.SIGMOID)
     elif accuracy in metrics and single and are_probabilities(outputs):
         doubts.add(Doubt.THRESHOLD)
+    if loss is cross_entropy and any(_are_copied(tokens, targets) for tokens in inputs):
+        doubts.add(Doubt.COPY)
     if loss is cross_entropy or loss in TOKEN_LOSSES:
         dim = 1
         if outputs.ndim > 2:
@@ -74,3 +81,11 @@ def doubts_of(
         if sums and sums_to_one(outputs, dim):
             doubts.add(Doubt.SOFTMAX)
     return frozenset(doubts)
+
+
+def _are_copied(tokens: Tensor, targets: Tensor) -> bool:
+    """Returns whether the targets that count are the tokens ``[B, T]`` of the inputs."""
+    if tokens.is_floating_point() or targets.ndim != 2 or tokens.shape != targets.shape:
+        return False
+    counted = targets >= 0
+    return bool(counted.any()) and bool((tokens == targets)[counted].all())
