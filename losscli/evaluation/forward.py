@@ -376,9 +376,12 @@ class ScoredModel(LoadableModel):
             if self.batch_loss
             else values.shape[:1] == (examples,)
         ):
-            got = list(values.shape) if isinstance(values, Tensor) else type(values).__name__
+            is_tensor = isinstance(values, Tensor)
+            got = f"shape {list(values.shape)}" if is_tensor else type(values).__name__
+            unit = "batch" if self.batch_loss else "example"
             raise LossError(
-                f"the {what} gives {got} for a batch of {examples} examples",
+                f"the {what} gives {got} for a batch of {examples} examples, not one number per "
+                f"{unit}",
                 "Return one number per batch, or one per example, of which the mean is taken"
                 if self.batch_loss
                 else "Return one number per example, as with reduction=none; or give --batch-loss, "

@@ -147,6 +147,14 @@ NEXT = {
 }
 
 
+def test_the_loss_of_the_first_of_two_checkpoints_is_named(project: Path, losscli: Losscli) -> None:
+    done = losscli("init", "runs", *OWN, "-q")
+    lines = [" ".join(line.split()) for line in done.stdout.splitlines()]
+    assert lines[0] == "checkpoint runs/step-0.pt and runs/step-2.pt: fit the model"
+    (first,) = (line for line in lines if line.startswith("first batch"))
+    assert first.endswith(" at runs/step-0.pt")
+
+
 @pytest.mark.parametrize("arguments", NEXT)
 def test_the_next_command_runs(arguments: str, project: Path, losscli: Losscli) -> None:
     Path("two").mkdir()

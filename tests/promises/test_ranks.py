@@ -51,7 +51,7 @@ forks = pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
 # Of a fork beside threads: the child has one thread, and uses no other.
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded")
 
-# Where another rank than 0 writes a file in the current folder, it makes a folder that says so.
+# If a rank other than 0 writes a file in the current folder, it makes a folder that says so.
 HEARING = """
 import os, sys
 from pathlib import Path
@@ -66,8 +66,7 @@ if rank:
     sys.addaudithook(hear)
 """
 
-# Runs commands one after the other in each process that torchrun starts, and writes their outcomes
-# down.
+# Runs commands one after the other in each process that torchrun starts, and stores their outcomes.
 DRIVER = f"""
 import io, json, os
 from losscli.cli import run
@@ -89,7 +88,7 @@ for line in sys.argv[1:]:
 sys.exit(status)
 """
 
-# A loss that writes down what it found, and after so many evaluations kills or holds its process.
+# A loss that records its mean, and after a number of evaluations kills or holds its process.
 LOSS = """
 import os, signal, time
 from pathlib import Path
@@ -286,7 +285,7 @@ def assert_same(one: str, other: str) -> None:
 
 
 def summary(stem: str) -> dict[str, Any]:
-    """What a run tells, but for how it came about."""
+    """The summary of a run, without its time and number of processes."""
     told: dict[str, Any] = json.loads(Path(f"{stem}.json").read_text())
     return {key: told[key] for key in told if key not in {"seconds", "processes"}}
 
@@ -299,7 +298,7 @@ def more(folder: Path) -> Path:
 
 
 def fill_more(folder: Path) -> None:
-    """Writes what the fixture `more` has besides that of `folder`."""
+    """Writes the files that the fixture `more` adds to those of `folder`."""
     for seed in (2, 3):
         save_trained(folder / f"{'abcd'[seed]}.pt", seed=seed)
     (folder / "own.py").write_text(LOSS)
@@ -321,7 +320,7 @@ SAME_NUMBERS = {
     "derivatives": "interpolate a.pt b.pt --points 3 --derivatives --split test",
     "sampling": f"barriers {THREE} --points 9 --sampling-error 0.5 --disagreement --cka",
 }
-# For forks, since a new process imports much for these.
+# These run in forks, since they need imports that take long in a new process.
 FORKED_SAME_BITS = {
     "sharpness": "sharpness a.pt b.pt --rho 0.1 --samples 2 --split test",
     "check": "check c.pt d.pt -m mlp:6-5-3 --split test --optimizer adam --density --blocks "
@@ -355,7 +354,7 @@ FAILING = [
 
 
 class Ran(NamedTuple):
-    """Outcomes of commands in this process and in two, and the names of files there."""
+    """Outcomes of commands in one process and in two, and the files before and after the two."""
 
     alone: list[Outcome]
     first: list[Outcome]
@@ -369,11 +368,11 @@ def run_both(
     more: Sequence[str] = (),
     start: Callable[[Sequence[str]], list[list[Outcome]]] | None = None,
 ) -> Ran:
-    """Runs commands here, with one for each @ in them, and in two processes, with two for it.
+    """Runs commands in this process and in two processes; @ in them is one here and two there.
 
     Args:
         lines: The commands.
-        more: Commands for the two processes alone.
+        more: Commands that run only in the two processes.
         start: Runs commands in two processes; by default in forks.
     """
     expected = alone([line.replace("@", "one") for line in lines])
@@ -385,7 +384,7 @@ def run_both(
 
 
 def written(commands: dict[str, str]) -> list[str]:
-    """Commands that write files by their names."""
+    """Returns commands that write files named after their keys."""
     return [f"{line} -q --no-figure -o @{name}" for name, line in commands.items()]
 
 
@@ -399,7 +398,7 @@ COMPARED = [
 
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ran]:
-    """The current folder with what a torchrun left, which SIGTERM ended in its last command."""
+    """Runs commands in a torchrun that SIGTERM ends in the last one; yields their outcomes."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path_factory.mktemp("ran"))
         fill(Path())

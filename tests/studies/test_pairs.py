@@ -331,7 +331,7 @@ def test_errors_are_one_line_and_write_nothing(
     assert [p for p in sorted(folder.iterdir()) if p.name != "__pycache__"] == before
 
 
-def test_pairs_are_in_a_file() -> None:
+def test_pairs_other_than_a_path_are_refused() -> None:
     for wrong, what in ((3, "3"), (states(1)[0], "a dict"), ([("a", "b")], "a list")):
         with pytest.raises(UsageError, match=f"^pairs must be a path, not {what}$"):
             losscli.barriers(pairs=wrong, x="step")
