@@ -218,9 +218,7 @@ def read_text(file: BinaryIO, first: bytes = b"") -> bytes:
     block = first or file.read(_BLOCK)
     while block:
         if not text and b"\0" in block:
-            raise IrregularError(
-                "it holds zero bytes, which a text file never has. Give a CSV file"
-            )
+            raise IrregularError("it contains NUL bytes, so it is not a text file. Give a CSV file")
         in_first_line = in_first_line and b"\n" not in block and b"\r" not in block
         text += block
         if in_first_line and len(text) > _LONGEST:

@@ -306,6 +306,10 @@ def look_up(
     ):
         close = difflib.get_close_matches(name, registry, n=1)
         hint = f"Did you mean {close[0]!r}? " if close else ""
+        with contextlib.suppress(OSError):  # of a name that is too long for a path
+            if Path(folder or "", spec.target).exists():
+                before, after = ("", ":NAME") if spec.target.endswith(".py") else ("NAME:", "")
+                hint = f"To use this path, write {before}{spec.target}{after}. "
         raise SpecError(
             f"unknown {kind} {name!r}",
             f"{hint}Give one of {', '.join(registry)}, or your own code as "

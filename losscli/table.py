@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, TextIO
 from losscli.errors import TableError, UsageError
 from losscli.files import open_regular, read_pipe, read_text
 from losscli.registry import COLUMN_TYPES, RESERVED_COLUMNS
+from losscli.wording import format_count
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -45,7 +46,7 @@ class Table:
     rows: tuple[tuple[Cell, ...], ...]
 
     def __repr__(self) -> str:
-        return f"<Table of {len(self.rows)} rows: {', '.join(self.columns)}>"
+        return f"<Table of {format_count(len(self.rows), 'row')}: {', '.join(self.columns)}>"
 
     @classmethod
     def build(cls, columns: Iterable[str], rows: Iterable[Sequence[Cell]]) -> Table:

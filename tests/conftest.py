@@ -36,7 +36,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
-    """Prepares a process that runs tests, which that of ``-n`` does not."""
+    """Prepares a process that runs tests; with ``-n`` the first process runs none."""
     config = session.config
     if hasattr(config, "workerinput") or not getattr(config.option, "numprocesses", None):
         importlib.import_module("tests.preparation")
@@ -65,7 +65,7 @@ def pytest_collection_finish() -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begins with the file that takes longest, so that no process waits for another at the end.
+    """Starts with the file that takes longest, so that no process waits for another at the end.
 
     Next come the tests that import large libraries.
     """
@@ -163,7 +163,7 @@ def undrawn(unseen: None, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def traced_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Traces each kind of MLP once in a process: torch takes a tenth of a second for it."""
+    """Traces each kind of MLP only once per process, since torch takes a tenth of a second."""
     from losscli.models import MLP
     from losscli.weight_space import tracing
 
@@ -198,7 +198,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def fill(folder: Path) -> None:
-    """Writes what the fixture `folder` has."""
+    """Writes the files of the fixture `folder`."""
     import numpy as np
     import torch
 

@@ -1,6 +1,6 @@
 """Large libraries that few tests need: each is imported by the first test that uses it.
 
-``conftest.py`` runs these tests one after another, so that mostly one process imports them.
+``conftest.py`` runs these tests one after another, so that usually only one process imports them.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 __all__ = ["INSTALLED", "Library", "needed_by"]
 
-# Modules that are no user's code.
+# Modules that do not belong to a user's code.
 INSTALLED: set[str] = set()
 
 

@@ -1,4 +1,4 @@
-"""What each process that runs tests prepares: it saves time, or makes all machines the same."""
+"""Prepares a process that runs tests, to save time and to give the same result on all machines."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from tests import libraries
 
 __all__ = ["collected"]
 
-# What hypothesis says of an example that takes long would depend on what else the machine does.
+# Whether an example takes too long for Hypothesis would depend on the load of the machine.
 settings.register_profile(
     "any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow]
 )
 settings.load_profile("any machine")
 
 
-# The commands that there are, and their options, are the same in every run of a process.
+# Commands and their options do not change within a process.
 app.make_app = functools.cache(app.make_app)
 typer.main.get_command = functools.cache(typer.main.get_command)
 
-# The code of the tests and of their environment does not change while they run, so that a run need
-# not compute the digests of several hundred files.
+# The code of the tests and of their environment does not change while they run, so its several
+# hundred files need no digests.
 _INSTALLED = (
     *spec._library_folders(),
     *(
@@ -41,12 +41,12 @@ _INSTALLED = (
 )
 spec._library_folders = lambda: _INSTALLED
 
-# For devices that are not there, torch.manual_seed keeps the stack of each call, deep as it is.
+# For devices that are not available, torch.manual_seed stores the stack trace of each call.
 if not torch.cuda.is_available():
     for _device in (torch.cuda, torch.xpu, torch.mtia):
         _device._is_in_bad_fork = lambda: True
 
-# Figures of all tests measure the same texts, each with a renderer of its own.
+# Figures of different tests measure the same texts, each with its own renderer.
 _measure = backend_agg.RendererAgg.get_text_width_height_descent
 _measured: dict[tuple[Any, ...], Any] = {}
 
@@ -62,6 +62,6 @@ backend_agg.RendererAgg.get_text_width_height_descent = _measure_once
 
 
 def collected() -> None:
-    """Leaves what is imported by now out of the search for a user's code."""
+    """Excludes the modules that are imported so far from the search for a user's code."""
     libraries.INSTALLED.update(sys.modules)
     spec._modules = lambda: sys.modules.keys() - libraries.INSTALLED

@@ -80,7 +80,7 @@ def commands(text: str) -> list[str]:
 
 
 def sample(commands: list[str]) -> list[str]:
-    """The first line with each command of losscli, and those that write what they read.
+    """The first line with each command of losscli, and the lines that write what these read.
 
     Every line that does not run losscli is among them. They do less: studies take few examples,
     points, samples and probes, a curve is trained for few steps and evaluated on one split, and of

@@ -485,6 +485,25 @@ def test_a_control_character_in_a_spec_stays_out_of_the_error(tmp_path: Path) ->
     assert str(caught.value).isprintable()
 
 
+@pytest.mark.parametrize("inside", [True, False])
+def test_a_path_without_a_name_is_reported_with_where_the_name_goes(
+    inside: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "mine.py").touch()
+    (tmp_path / "images").mkdir()
+    if inside:
+        monkeypatch.chdir(tmp_path)
+    for text, cure in (("mine.py", "mine.py:NAME"), ("images", "NAME:images")):
+        with pytest.raises(SpecError, match=f"To use this path, write {cure}\\. Give one of"):
+            look_up(
+                Spec.parse(text),
+                {"mlp": dict},
+                "model",
+                trusted=True,
+                folder=None if inside else tmp_path,
+            )
+
+
 @pytest.mark.parametrize(
     ("text", "kind", "message"),
     [
@@ -496,6 +515,7 @@ def test_a_control_character_in_a_spec_stays_out_of_the_error(tmp_path: Path) ->
         ("cn", "data", "unknown data 'cn'. Did you mean 'cnn'"),
         ("resnet", "model", r"unknown model 'resnet'. Give one of mlp, cnn, .*file\.py:callable"),
         ("net.py", "model", r"unknown model 'net\.py'"),
+        (f"{'x' * 300}.py", "model", "unknown model 'x"),
         ("net.py:", "model", r"unknown model 'net\.py'"),
         ("net.py:3x", "model", r"unknown model 'net\.py'"),
         ("specs_absent.py:f", "model", r"there is no file specs_absent\.py\. Relative paths start"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -60,12 +61,15 @@ def list_checkpoints(name: str) -> list[str]:
         if name.startswith("init:") or not folder.is_dir() or _checkpoint_files(folder):
             return []
         found = _checkpoints_in(folder)
+        within = [] if found else _folders_with_checkpoints(folder)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{name} cannot be read: {one_line(error)}") from None
     if not found:
         raise CheckpointError(
             f"the folder {name} contains no checkpoints",
-            f"Their names end in {', '.join(SUFFIXES)}",
+            f"Name a folder in it, such as {within[0]}"
+            if within
+            else f"Their names end in {', '.join(SUFFIXES)}",
         )
     return [f"{folder / name}{key}" for name in found]
 
@@ -84,6 +88,14 @@ def _checkpoints_in(folder: Path) -> list[str]:
             and not _TRAINING_STATE.fullmatch(path.name)
         )
     ])
+
+
+def _folders_with_checkpoints(folder: Path) -> list[Path]:
+    """Lists the folders in a folder that contain checkpoints."""
+    folders = sorted(path for path in folder.iterdir() if path.is_dir() and path.name[0] != ".")
+    return [
+        path for path in folders if os.access(path, os.R_OK | os.X_OK) and _checkpoints_in(path)
+    ]
 
 
 def _is_checkpoint(folder: Path) -> bool:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import inspect
+from collections.abc import Callable, Mapping
 from typing import Annotated
 
 import typer
@@ -43,8 +44,19 @@ def make_app(name: str = "") -> typer.Typer:
     )
     app.callback()(_root)
     for command in [name] if name in _FUNCTIONS else NAMES:
-        app.command(command)(load(_FUNCTIONS[command]))
+        function = load(_FUNCTIONS[command])
+        app.command(command, help=_paragraphs(function))(function)
     return app
+
+
+def _paragraphs(function: Callable[..., object]) -> str:
+    """Returns the docstring of a command with one line per paragraph.
+
+    typer keeps the line breaks of all paragraphs but the first, so that a narrow terminal would
+    show long and short lines in turns.
+    """
+    paragraphs = (inspect.getdoc(function) or "").split("\n\n")
+    return "\n\n".join(paragraph.replace("\n", " ") for paragraph in paragraphs)
 
 
 def _version(context: typer.Context, requested: bool) -> None:

@@ -210,7 +210,7 @@ def _matrix(split: BarriersSplit) -> list[str]:
     """Returns a table of losses of the checkpoints and, below the diagonal, their barriers."""
     square = split["barriers"]
     size = len(square)
-    rows = [["", "loss", *(f"to {t}" for t in range(1, size))]]
+    rows = [["", "loss", "barrier to 1", *(f"to {t}" for t in range(2, size))]]
     for i, row in enumerate(square):
         cells = [format_number(x, 3) if is_finite(x) else "nan" for x in row[:i]]
         loss = split["losses"][i]

@@ -267,7 +267,7 @@ def _outliers(density: Density) -> str:
         return "none: all eigenvalues are in the bulk"
     values = [format_number(value) for value in found[:_LISTED]]
     more = f" and {len(found) - _LISTED} more" if len(found) > _LISTED else ""
-    return f"{', '.join(values)}{more}, outside the bulk to within σ = {density['sigma']:.2g}"
+    return f"{', '.join(values)}{more}, outside the bulk (each ± σ = {density['sigma']:.2g})"
 
 
 def _block_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -307,4 +307,5 @@ def _preconditioned(row: Mapping[str, Any], point: CheckedPoint, state: Precondi
 def _gain(step: Step) -> str:
     gain = format_with_error(step["gain"], step["gain_stderr"])
     gain += mark_insignificant(step["gain"], step["gain_stderr"])
-    return f"a step of {format_number(abs(step['distance']), 3)} lowers the loss by {gain}"
+    length = format_number(abs(step["distance"]), 3)
+    return f"a step of length {length} lowers the loss by {gain}"

@@ -190,10 +190,9 @@ def export(
             f"--plane reads its checkpoints from its JSON, so {checkpoints[0]} has no effect",
             "Leave it out",
         )
-    if plane is None and settings != Settings():
-        raise UsageError(
-            "--model, --data and --trust have no effect without --plane", "Leave them out"
-        )
+    changed = asdict(settings).items() - asdict(Settings()).items()
+    if plane is None and changed:
+        raise UsageError(f"--{min(changed)[0]} has no effect without --plane", "Leave it out")
     if kind != "bezier" and t is None:
         raise UsageError("--kind has no effect without --t", "Leave it out")
     if weights is None and t is None and plane is None and len(checkpoints) != 2:

@@ -22,8 +22,8 @@ _QUESTIONS = {
     "models` shows (Enter: the checkpoint names it):",
     "data": "Data, as file.py:callable, package.module:callable or a name that `losscli list data` "
     "shows:",
-    "loss": "Loss, as file.py:callable or a name that `losscli list losses` shows (Enter: by the "
-    "targets):",
+    "loss": "Loss, as file.py:callable or a name that `losscli list losses` shows (Enter: the "
+    "default for the targets):",
 }
 
 
@@ -97,8 +97,8 @@ def init(
         if summary["needs_trust"]:
             summary["next"] += " --trust"
             console.note(
-                f"{FILE_NAME} must be trusted, since it names code or data on the hub: commands "
-                "need --trust, unless your configuration lists this folder (see the README)"
+                f"{FILE_NAME} names code, or data on the hub: commands need --trust, unless your "
+                "configuration lists this folder (see the README)"
             )
     for note in summary["notes"]:
         console.note(note)
@@ -123,12 +123,12 @@ def report(summary: ProjectSummary) -> str:
         for name, found in summary["first_batch"].items()
     )
     rows = [
-        ("checkpoint", f"{' and '.join(names)}: fits the model"),
+        ("checkpoint", f"{' and '.join(names)}: {'fits' if len(names) == 1 else 'fit'} the model"),
         ("model", f"{summary['model']}: {size}"),
         ("data", summary["data"]),
         ("loss", f"{summary['loss']} ({sources['loss']})"),
         ("metrics", f"{', '.join(summary['metrics']) or 'none'} ({sources['metrics']})"),
-        ("first batch", f"loss of {losses}"),
+        ("first batch", f"loss of {losses}" + f" at {names[0]}" * (len(names) > 1)),
         ("next", summary["next"]),
     ]
     return "".join(f"{label:<13}{printable(text)}\n" for label, text in rows)

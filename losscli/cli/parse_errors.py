@@ -1,4 +1,4 @@
-"""Errors that the parser of the command line finds, in the words of losscli."""
+"""Replaces the errors of the command-line parser by those of losscli."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = ["usage_error"]
 def usage_error(error: Any, arguments: Sequence[str]) -> UsageError:
     """Returns the error to report instead of an exception of the parser.
 
-    What the parser says of a value depends on the version of typer, and may be Pydantic's words.
+    The parser's own message about a value depends on the version of typer, and may be Pydantic's.
 
     Args:
         error: The exception, a ``ClickException``.

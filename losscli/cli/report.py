@@ -130,8 +130,10 @@ def _strategy(choice: StrategyChoice) -> str:
     """Describes how points are evaluated, and how the losses differ from those of loaded points."""
     difference = choice["difference"]
     if difference is None:
-        return f"{choice['name']}, not compared with loaded points"
-    return f"{choice['name']}, losses within {difference:.1g} of those of loaded points"
+        return f"{choice['name']}, not compared with the plainly loaded model"
+    return (
+        f"{choice['name']}, losses within {difference:.1g} (relative) of the plainly loaded model"
+    )
 
 
 def _estimate(e: CostEstimate, device: str, processes: int) -> str:

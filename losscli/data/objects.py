@@ -131,9 +131,11 @@ def to_data_set(
         loaded = {"data": loaded}
     if not isinstance(loaded, Mapping) or not loaded:
         _refuse_examples(loaded, where)
+        kind = "empty" if isinstance(loaded, Mapping) else f"a {type(loaded).__name__}"
         raise DataError(
-            f"{where} gives a {type(loaded).__name__}",
-            "Return a mapping from split names to (inputs, targets), or a DataLoader or Dataset",
+            f"{where} is {kind}, not a mapping from split names to (inputs, targets), a DataLoader "
+            "or a Dataset",
+            "Call it" if callable(loaded) else 'Give {"train": (inputs, targets)}, for example',
         )
     loaders = all(isinstance(content, DataLoader) for content in loaded.values())
     if loaders and batching is not None and batching.size is not None:

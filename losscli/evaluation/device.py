@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from losscli.errors import DeviceError, UsageError, one_line
+from losscli.errors import DeviceError, UsageError
 from losscli.evaluation.function_mode import FunctionMode
 
 __all__ = [
@@ -75,8 +75,9 @@ def choose_device(name: str, dtype: str, local: int | None = None) -> torch.devi
         # Only an allocation shows whether a device works.
         torch.empty(1, dtype=getattr(torch, dtype), device=device)
     except (RuntimeError, AssertionError, TypeError) as error:
+        reason = " ".join(str(error).split()).partition(". ")[0]
         raise DeviceError(
-            f"the device {name!r} with {dtype} is not available: {one_line(error).split('. ')[0]}",
+            f"the device {name!r} with {dtype} is not available: {reason}",
             cure,
         ) from None
     if device.type == "cuda" and device.index is not None:

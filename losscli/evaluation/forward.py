@@ -374,9 +374,14 @@ class ScoredModel(LoadableModel):
             if self.batch_loss
             else values.shape[:1] == (examples,)
         ):
-            got = list(values.shape) if isinstance(values, Tensor) else type(values).__name__
-            cure = _required_values(is_loss=function is self.loss, batch_loss=self.batch_loss)
-            raise LossError(f"the {what} gives {got} for a batch of {examples} examples", cure)
+            is_tensor = isinstance(values, Tensor)
+            got = f"shape {list(values.shape)}" if is_tensor else type(values).__name__
+            unit = "batch" if self.batch_loss else "example"
+            raise LossError(
+                f"the {what} gives {got} for a batch of {examples} examples, not one number per "
+                f"{unit}",
+                _advise_on_values(is_loss=function is self.loss, batch_loss=self.batch_loss),
+            )
         if values.is_complex():
             raise LossError(f"the {what} gives complex numbers", "Return real ones")
         if _is_crossed(values, outputs, targets):
@@ -497,12 +502,12 @@ def _received(outputs: Any, targets: Nest) -> str:
     return ""
 
 
-def _required_values(*, is_loss: bool, batch_loss: bool) -> str:
-    """Says what a loss or a metric must return."""
+def _advise_on_values(*, is_loss: bool, batch_loss: bool) -> str:
+    """Advises on what a loss may return; empty for a metric of single examples."""
     if batch_loss:
         return "Return one number per batch, or one per example, of which the mean is taken"
     if not is_loss:
-        return "A metric returns one number per example"
+        return ""
     return (
         "Return one number per example, as with reduction=none; or give --batch-loss, if the loss "
         "is one number per batch"

@@ -170,7 +170,7 @@ def draw_around(runs: Sequence[Run[AroundSummary]], drawing: Drawing = FULL) -> 
         if len(groups) > _MOST_NAMES:
             shown = [groups[0], groups[-1]]
             order = "from dark to light in the order of the table"
-            notes.append(f"{len(groups)} checkpoints, {order}; the first and the last are named")
+            notes.append(f"{len(groups)} checkpoints, {order}; the first and the last are named.")
         # A single checkpoint needs no sample of its colour, which all entries have.
         style = "solid" if len(groups) > 1 else "none"
         named = [

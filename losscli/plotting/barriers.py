@@ -158,9 +158,9 @@ def _top(quantity: str, squares: Sequence[_Square]) -> float:
 def _output_notes(quantities: Sequence[str]) -> list[str]:
     """Describes disagreement and CKA."""
     notes = {
-        "disagreement": "Disagreement: the share of examples on which the predicted classes differ",
+        "disagreement": "Disagreement: the share of examples with different predicted classes.",
         "cka": "CKA: linear centred kernel alignment of the outputs, 1 if they are the same up to "
-        "rotation and scale",
+        "rotation and scale.",
     }
     return [notes[name] for name in quantities if name in notes]
 
@@ -342,7 +342,7 @@ def _notes(run: Run[BarriersSummary], squares: Sequence[_Square], shared: str) -
     alphas = run.summary.get("alphas", ())
     points = f", at {len(alphas)} points from α = 0 to 1" if alphas else ""
     above = "above the straight line between the losses of both checkpoints"
-    notes = [f"Barrier: the largest height of the loss {above}{points}"]
+    notes = [f"Barrier: the largest height of the loss {above}{points}."]
     if shared:
         notes.append(f"Checkpoints {shared}")
     return notes

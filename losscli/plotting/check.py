@@ -26,6 +26,8 @@ from losscli.plotting.lines import Series, draw_panel
 from losscli.plotting.spectra import Row, matrix_name, spectra_rows
 from losscli.plotting.style import (
     DASHES,
+    IN_ORDER,
+    INCH,
     INK,
     LARGEST,
     PALE,
@@ -35,6 +37,7 @@ from losscli.plotting.style import (
     WIDTH,
     Numbers,
     columns,
+    distinct_checkpoints,
     drawable,
     error_label,
     format_number,
@@ -42,6 +45,7 @@ from losscli.plotting.style import (
     label_loss,
     loss_name,
     name_checkpoint,
+    name_checkpoint_ticks,
     name_split,
     narrow,
     new_figure,
@@ -185,9 +189,14 @@ def _draw_several(
         # Both, since panels that share an axis do not share its label.
         scale_checkpoints(panel, numbers, label)
 
-    shown = [name_checkpoint(run, names[at], drawing) for at in (0, -1)]
-    ends = [shorten_path(figure, name, narrow(figure, 200)) for name in shown]
-    notes = [f"The first of the {len(names)} checkpoints is {ends[0]}, the last is {ends[1]}."]
+    if label == IN_ORDER and len(names) <= len(PALETTE):
+        distinct, pattern = distinct_checkpoints(run, names, drawing)
+        name_checkpoint_ticks(lowest, numbers, distinct, figure.get_figwidth() * INCH / across)
+        notes = [f"Checkpoints {pattern}"] if pattern else []
+    else:
+        shown = [name_checkpoint(run, names[at], drawing) for at in (0, -1)]
+        ends = [shorten_path(figure, name, narrow(figure, 200)) for name in shown]
+        notes = [f"The first of the {len(names)} checkpoints is {ends[0]}, the last is {ends[1]}."]
     notes += draw_panel(loss, series, "loss", drawing, log=drawing.log)
     loss.set_ylabel(label_loss(figure, [run], drawing, log=drawing.log, width=140))
     notes += _draw_gradients(gradient, series, _number(run.summary.get("tolerance")), drawing)
@@ -651,7 +660,7 @@ def _title(
     if verdict := _verdict(run, checkpoint, split):
         suffix += f": {plain(verdict)}"
     norm = _number(_row(run, checkpoint, split).get("gradient_norm"))
-    if verdict == "not critical" and math.isfinite(norm):
+    if verdict == "not critical" and math.isfinite(norm) and not drawing.compact:
         suffix += f" (‖∇L‖ = {format_number(norm)})"
     suffix = shorten(figure, suffix, narrow(figure, 0.75 * width), text_size())
     name = name_checkpoint(run, checkpoint, drawing) or "the checkpoint"
@@ -902,7 +911,7 @@ class _Escape:
             at, loss = float(self.distance[self.lowest]), float(self.loss[self.lowest])
             label = f"lowest: {format_number(loss)} at distance {format_number(at)}"
             gain_error = self.gain_stderr if at == self.reported_distance else math.nan
-            label += f", a gain of {_with_error(self.start - loss, gain_error)}"
+            label += f", {_with_error(self.start - loss, gain_error)} below the checkpoint"
             entries.append((Line2D([], [], ls="none", **_LOWEST), drawing.words(label, "lowest")))
         if (drawable(self.stderr, log=False) & (self.stderr > 0)).any():
             entries.append((

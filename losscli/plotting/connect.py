@@ -72,7 +72,7 @@ _LOSS, _METRIC = 2.6, 1.35  # heights of panels
 _WIDE, _NARROW = 5.6, 3.4  # widths of all planes in a row
 _LABELS = 0.75  # height of the title and the labels of a plane
 _HIGHEST, _LEAST_PLANE = 4.0, 2.2  # heights of a plane
-_LINE_POINTS = 20  # of the straight line, that labels keep away from
+_LINE_POINTS = 20  # on the straight line, which labels avoid
 _PALER, _THIN = 0.55, 1.0  # the opacity and the width in points of straight lines of several runs
 _MOST_BESIDE = 0.6  # of the width of a page, for the planes beside the curves
 

@@ -219,9 +219,9 @@ def _mark_extrema(
     extrema.sort(key=lambda extremum: -extremum[0])
     number = len(extrema)
     extrema = [e for e in extrema[:_MOST_MARKS] if (id(e[2]), e[3]) not in marked_already]
-    note = "Local minima and maxima are marked if they exceed two standard errors"
+    note = "Local minima and maxima are marked if significant (> 2 s.e.)"
     if number > _MOST_MARKS:
-        note += f" (the {_MOST_MARKS} most prominent of {number})"
+        note += f", the {_MOST_MARKS} most prominent of {number}"
     entries: list[tuple[Artist, str]] = []
     for kind, marker in (("minima", "v"), ("maxima", "^")):
         style: dict[str, Any] = {"marker": marker, "mfc": "white", "mew": 1.2}
@@ -234,7 +234,7 @@ def _mark_extrema(
             handle = Line2D([], [], ls="none", mec=colour, **style)
             singular = {"minima": "minimum", "maxima": "maximum"}[kind]
             entries.append((handle, f"local {singular}"))
-    return entries, [note] if extrema else []
+    return entries, [f"{note}."] if extrema else []
 
 
 def _read_whole(

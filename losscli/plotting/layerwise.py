@@ -99,14 +99,14 @@ def draw_layerwise(run: Run[LineSummary], drawing: Drawing = FULL) -> Figure:
         notes += flat_range_notes([*curves, *whole], view, log=drawing.log)
         if len(names) > _MOST_NAMES:
             order = "from dark to light in the order of the model"
-            notes.append(f"{len(names)} blocks {order}; the legend names {_MOST_NAMES} of them")
+            notes.append(f"{len(names)} blocks {order}; the legend names {_MOST_NAMES} of them.")
         panels[-1].set_xlabel(drawing.words(BLOCK_ALPHA, "α"))
         figure.align_ylabels(panels)
         blocks = _name_blocks(figure, names, curves)
         if not drawing.compact:
             _add_legend(figure, blocks)
         if len(names) > _MOST_BANDS:
-            notes.append("Single blocks are drawn without standard errors")
+            notes.append("Single blocks are drawn without standard errors.")
         draw_ends(panels, view)
         ends = mark_ends(panels[0], view, end_names([run], drawing))
         marks = _marks(whole, curves, lowest, len(splits), drawing)

@@ -161,14 +161,14 @@ def flat_range_notes(
         digits = 2 + math.ceil(-math.log10(variation))
         low, high = (format_number(float(end), digits) for end in (loss.min(), loss.max()))
         share = format_number(100 * variation, 2)
-        return [f"The loss varies by only {share}%, from {low} to {high}"]
+        return [f"The loss varies by only {share}%, from {low} to {high}."]
     if log or not series or view[0] > 0 or view[1] < 1:
         return []
     between = loss[(alpha >= 0) & (alpha <= 1)]
     if not between.size or np.ptp(between) >= 0.03 * np.ptp(loss):
         return []
     low, high = format_number(float(between.min())), format_number(float(between.max()))
-    return [f"Between A and B the loss ranges from {low} to {high}"]
+    return [f"Between A and B the loss ranges from {low} to {high}."]
 
 
 def lowest_label(
@@ -184,7 +184,9 @@ def lowest_label(
     if runs > 1 or splits > 2:
         return f"lowest point{suffix}"
     parts = [
-        f"{plain(s.split)} " * (splits > 1) + f"{format_number(loss)} at α = {format_number(alpha)}"
+        f"{plain(s.split)} " * (splits > 1)
+        # As many digits as in the report.
+        + f"{format_number(loss, 4)} at α = {format_number(alpha)}"
         for s, alpha, loss in lowest
     ]
     return f"lowest{suffix}: {', '.join(parts)}"

@@ -75,7 +75,7 @@ def repair_notes(runs: Sequence[Run[LineSummary]] | Sequence[Run[BarriersSummary
     runs_named = "" if len(found) == len(runs) else " of some runs"
     return [
         f"Points between two checkpoints{runs_named} are corrected by REPAIR on {plain(split)}: "
-        "they are not on the line"
+        "they are not on the line."
         for split in dict.fromkeys(found)
     ]
 

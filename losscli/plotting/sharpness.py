@@ -30,6 +30,7 @@ from losscli.plotting.style import (
     format_number,
     house_style,
     loss_name,
+    name_checkpoint_ticks,
     name_split,
     narrow,
     new_figure,
@@ -39,9 +40,7 @@ from losscli.plotting.style import (
     scale_checkpoints,
     scale_logarithmic,
     scale_y,
-    shorten,
     shorten_path,
-    text_size,
     title_panel,
 )
 from losscli.results.drawing import FULL, Drawing
@@ -126,15 +125,14 @@ def draw_sharpness(run: Run[SharpnessSummary], drawing: Drawing = FULL) -> Figur
             notes += _draw_critical(axes[2], critical, number, run.summary, drawing)
             scale_checkpoints(axes[2], numbers, label)
             if label == IN_ORDER and len(names) <= len(PALETTE):
-                room = min(0.8 * figure.get_figwidth() * INCH / len(names), narrow(figure, 120))
-                shown = [shorten(figure, name, room, text_size()) for name in distinct]
-                axes[2].set_xticks(numbers, shown)
-                axes[2].set_xlabel("checkpoint")
+                name_checkpoint_ticks(axes[2:], numbers, distinct, figure.get_figwidth() * INCH)
             else:
                 first, last = (
                     shorten_path(figure, distinct[at], narrow(figure, 200)) for at in (0, -1)
                 )
-                notes.append(f"The first of {len(names)} checkpoints is {first}, the last {last}.")
+                notes.append(
+                    f"The first of the {len(names)} checkpoints is {first}, the last is {last}."
+                )
         else:
             notes += _critical_notes(table, splits)
         figure.align_ylabels(axes)

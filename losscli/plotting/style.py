@@ -72,6 +72,7 @@ __all__ = [
     "loss_name",
     "make_displayable",
     "name_checkpoint",
+    "name_checkpoint_ticks",
     "name_split",
     "narrow",
     "new_figure",
@@ -687,6 +688,26 @@ def scale_checkpoints(axes: Axes, numbers: NDArray[np.float64], label: str) -> N
     axes.xaxis.set_major_locator(whole_numbers())
     axes.xaxis.set_major_formatter(Numbers())
     axes.set_xlabel(label)
+
+
+def name_checkpoint_ticks(
+    panels: Sequence[Axes], numbers: NDArray[np.float64], names: Sequence[str], width: float
+) -> None:
+    """Labels the ticks of `scale_checkpoints` by the names of a few checkpoints.
+
+    Args:
+        panels: The panels, side by side.
+        numbers: The position of each checkpoint.
+        names: What each is called.
+        width: The width of a panel, in points.
+    """
+    figure = panels[0].figure
+    assert isinstance(figure, Figure)
+    room = min(0.8 * width / len(names), narrow(figure, 120))
+    shown = [shorten(figure, name, room, text_size()) for name in names]
+    for panel in panels:
+        panel.set_xticks(numbers, shown)
+        panel.set_xlabel("checkpoint")
 
 
 def is_light(colours: NDArray[np.float64]) -> NDArray[np.bool_]:

@@ -69,7 +69,7 @@ def notes_on_pages(figures: Sequence[Path], drawing: Drawing) -> list[str]:
         verb = "has" if len(without) == 1 else "have"
         notes.append(f"{' and '.join(without)} {verb} no effect on the interactive page {pages[0]}")
     if set(drawing.style) - {"axes.prop_cycle"}:
-        notes.append(f"of --style only axes.prop_cycle has an effect on the page {pages[0]}")
+        notes.append(f"only axes.prop_cycle of --style has an effect on the page {pages[0]}")
     return notes
 
 

@@ -395,7 +395,7 @@ def _shared_command(runs: Sequence[Run[Any]]) -> Command:
     if len(commands) > 1:
         raise UsageError(
             f"tables of {' and '.join(sorted(commands))} have no axes in common",
-            "Lay tables of one command over each other, or write a report: --figure report.html",
+            "Overlay tables of one command, or write a report: --figure report.html",
         )
     (command,) = commands.values()
     return command

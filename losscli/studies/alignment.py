@@ -141,7 +141,7 @@ def align_each(
 
     Raises:
         OutputError: A file is of a format that cannot store its checkpoint.
-        LosscliError: As `align`.
+        LosscliError: As for `align`.
     """
     if len(names) < 2:
         raise UsageError("align has no checkpoint to permute", "Give one or more after A")

@@ -663,8 +663,9 @@ class Barriers(Study):
             known = getattr(function, "higher_is_better", None) is not None
             if function not in METRICS.values() and not known:
                 notes.append(
-                    f"more of {name} counts as better, so its barrier is a fall below the straight "
-                    f"line; if less is better, set {name}.higher_is_better = False in your code"
+                    f"higher values of {name} count as better: its barrier is its largest fall "
+                    "below the straight line. If lower values are better, set "
+                    f"{name}.higher_is_better = False in your code"
                 )
         for name, split in splits.items():
             if number := split["not_finite"]:

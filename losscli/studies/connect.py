@@ -64,7 +64,7 @@ _PLANE_POINTS = 31
 
 _MOST_BENDS = 100
 
-# The loss of every step is kept.
+# The losses of all steps are kept in memory.
 _MOST_STEPS = 100_000_000
 
 # A larger step leaves the range of float32.

@@ -223,7 +223,8 @@ def export(
         return _point_of_path(names, t, kind)
     if b is None or alpha is None:
         raise UsageError(
-            "export needs two checkpoints and alpha, a list and weights or t, or plane and at"
+            "export needs two checkpoints with alpha, a list of them with weights or t, or "
+            "plane with at"
         )
     return _point_of_line(name_checkpoint(a, "A"), name_checkpoint(b, "B"), alpha, summary)
 

@@ -15,7 +15,7 @@ from losscli.studies.specs import SourcedSpec, find_specs
 
 __all__ = ["protect_inputs"]
 
-# Formats of data whose files may have any name and lie in folders of folders.
+# Formats of data with nested folders, in which files can have any name.
 _NESTED = ("imagefolder", "hf")
 
 
@@ -49,7 +49,7 @@ def protect_inputs(
 
 
 def _files_of(found: SourcedSpec | None) -> Iterator[Path]:
-    """Yields the files that a spec names, the one with the spec, and folders of nothing else."""
+    """Yields the file that contains a spec, and the files and folders that the spec names."""
     if found is None or not isinstance(found.value, str):
         return
     if found.source.endswith(".toml"):
@@ -65,7 +65,7 @@ def _files_of(found: SourcedSpec | None) -> Iterator[Path]:
         yield from _files_of_data(name, folder / argument)
         tokenizer = folder / str(spec.options.get("tokenizer", ""))
         for file in tokenizer.glob("*.json") if "tokenizer" in spec.options else ():
-            # Results may lie in the same folder.
+            # The JSON of a result, which may be in the same folder, has an identity.
             if "identity" not in read_object(file):
                 yield file
     elif name == "pt2":
@@ -73,11 +73,11 @@ def _files_of(found: SourcedSpec | None) -> Iterator[Path]:
 
 
 def _files_of_data(name: str, path: Path) -> Iterator[Path]:
-    """Yields what a data set is read from: files, links, and folders of nothing else."""
+    """Yields the file of a data set; of a folder, its links and the folders with only data."""
     if not path.is_dir():
         yield path
     elif name not in _NESTED:
-        # Their own files do not have the suffix of a result.
+        # No file of these formats has the suffix of a result, but a link may lead to one.
         yield from (file for file in (*path.glob("*"), *path.glob("*/*")) if file.is_symlink())
     else:
         yield from [path] if name == "hf" else []

@@ -58,6 +58,7 @@ def try_config(config: Config, checkpoint: str, settings: Settings) -> ProjectSu
     unused = list(_unused(config, trial, read(base) if base else None))
     provenance = problem.provenance
     counted = problem.parameters(problem.moving)
+    following = _next(names, checkpoint, base, provenance["model"])
     return {
         "command": "init",
         "file": str(config.file),
@@ -71,10 +72,15 @@ def try_config(config: Config, checkpoint: str, settings: Settings) -> ProjectSu
         "first_batch": first_batch,
         "needs_trust": _needs_trust(config),
         "next": " ".join([
-            _next(names, checkpoint, base, provenance["model"]),
+            following,
             *_options(settings),
         ]),
-        "notes": [*problem.notes, *unused, *_not_stored(settings)],
+        "notes": [
+            *problem.notes,
+            *unused,
+            *_not_stored(settings),
+            *_on_start(following, checkpoint),
+        ],
     }
 
 
@@ -121,6 +127,14 @@ def _needs_trust(config: Config) -> bool:
             if text != "none" and trusted and needs_trust(kind, Spec.parse(expanded), folder):
                 return True
     return False
+
+
+def _on_start(command: str, checkpoint: str) -> list[str]:
+    """Returns a note if the next command begins at an initialisation and ends at a checkpoint."""
+    if checkpoint.startswith("init:") or not command.startswith("losscli interpolate init:0 "):
+        return []
+    note = "init:0 is a new initialisation, not that of your training"
+    return [f"{note}: if you saved a checkpoint before the first step, give it instead of init:0"]
 
 
 def _next(names: Sequence[str], checkpoint: str, base: str | None, model: str) -> str:

@@ -278,7 +278,7 @@ def metrics_of(
         if name in metrics or name in RESERVED_COLUMNS:
             raise UsageError(f"the name {name!r} is that of another column", "Rename the metric")
         metric, text = _per_example(each, METRICS, "metric")
-        is_higher_better(metric)  # refuses what it may not be, before anything is evaluated
+        is_higher_better(metric)  # refuses a wrong attribute before the run
         metrics[name] = like_loss(loss, metric)
         texts.append(text)
     return metrics, texts, source

@@ -299,7 +299,7 @@ def made_checkpoint(problem: Problem, name: str, weights: Weights) -> Checkpoint
 
 
 def require_storable(problem: Problem, path: Path, cure: str = "") -> None:
-    """Checks, before a run, that a file can store a checkpoint that it makes of the given ones.
+    """Checks before a run that a file can store the checkpoint that the run makes.
 
     Args:
         problem: The model and the checkpoints.

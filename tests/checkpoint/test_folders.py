@@ -424,6 +424,11 @@ def test_a_folder_without_checkpoints_is_refused(losscli: Losscli, tmp_path: Pat
         list_checkpoints(str(tmp_path))
     done = losscli("trajectory", tmp_path, "-m", "mlp:2-2", "-o", "-")
     assert (done.status, done.stderr.count("\n")) == (1, 1)
+    torch.save({}, tmp_path / "runs/a.pt")
+    with pytest.raises(
+        CheckpointError, match=r"no checkpoints\. Name a folder in it, such as .*runs$"
+    ):
+        list_checkpoints(str(tmp_path))
 
 
 # Weights that are quantised

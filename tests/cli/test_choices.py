@@ -6,6 +6,7 @@ import inspect
 import logging
 import re
 import warnings
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,23 @@ def test_a_wrong_value_is_reported_in_one_line(
     assert (done.status, done.stdout) == (2, "")
     assert done.stderr == f"losscli: {WRONG[command]}. {cure}\n"
     assert set(folder.iterdir()) == before
+
+
+@pytest.mark.parametrize("command", app.NAMES)
+def test_help_fills_the_lines_of_a_narrow_terminal(
+    command: str,
+    losscli: Losscli,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
+    losscli(command, "--help")
+    text = capsys.readouterr().out.partition("╭")[0]
+    lines = [line.strip() for line in text.splitlines()]
+    assert "losscli" in text
+    for line, following in pairwise(lines):
+        if line and following:
+            assert len(f"{line} {following.split()[0]}") > 58
 
 
 @pytest.mark.parametrize(

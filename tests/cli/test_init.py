@@ -92,8 +92,10 @@ def test_own_model_and_data_are_tried_and_written(project: Path, losscli: Losscl
     assert lines[3] == f"loss mine.py:loss ({project}/losscli.toml)"
     assert lines[-1] == "next losscli interpolate init:0 runs/step-1.pt --trust"
     assert done.stderr == (
-        "note: losscli.toml must be trusted, since it names code or data on the hub: commands need "
-        "--trust, unless your configuration lists this folder (see the README)\n"
+        "note: losscli.toml names code, or data on the hub: commands need --trust, unless your "
+        "configuration lists this folder (see the README)\n"
+        "note: init:0 is a new initialisation, not that of your training: if you saved a "
+        "checkpoint before the first step, give it instead of init:0\n"
         f"note: wrote {project}/losscli.toml\n"
     )
     told = follow(done, losscli)
@@ -145,6 +147,14 @@ NEXT = {
 }
 
 
+def test_the_loss_of_the_first_of_two_checkpoints_is_named(project: Path, losscli: Losscli) -> None:
+    done = losscli("init", "runs", *OWN, "-q")
+    lines = [" ".join(line.split()) for line in done.stdout.splitlines()]
+    assert lines[0] == "checkpoint runs/step-0.pt and runs/step-2.pt: fit the model"
+    (first,) = (line for line in lines if line.startswith("first batch"))
+    assert first.endswith(" at runs/step-0.pt")
+
+
 @pytest.mark.parametrize("arguments", NEXT)
 def test_the_next_command_runs(arguments: str, project: Path, losscli: Losscli) -> None:
     Path("two").mkdir()
@@ -175,6 +185,7 @@ def test_a_trusted_folder_needs_no_option(project: Path, losscli: Losscli) -> No
     config.write_text(f'trusted = ["{project}"]\n')
     done = losscli("init", *OWN, "-q")
     assert done.stdout.splitlines()[-1] == "next         losscli interpolate init:0 init:1"
+    assert "init:0 is a new" not in losscli("init", *OWN, "--force").stderr
     assert follow(done, losscli)["model"] == "mine.py:net"
 
 

@@ -105,7 +105,7 @@ def test_no_command_overwrites_a_file_that_it_reads(losscli: Losscli, folder: Pa
         assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()} == before, case
 
 
-# A spec, and files that it reads which a result may have the name of. Links lead to "here.json".
+# A spec and files that it reads, with names that a result can have. Links lead to "here.json".
 READ: dict[str, tuple[dict[str, Any], list[str]]] = {
     "a tokenizer": (
         {"data": "text:words.json,tokenizer=tokens"},

@@ -908,11 +908,12 @@ def test_tensors_come_without_their_gradients() -> None:
 
 
 BAD = {
-    "nothing": (None, "gives a NoneType. Return a mapping from split names"),
+    "nothing": (None, "is a NoneType, not a mapping from split names"),
     "a list": ([(X, Y)], "is a plain list. Give"),
-    "a list of a tensor": ([X], "gives a list. Return a mapping"),
-    "an empty mapping": ({}, "gives a dict. Return a mapping"),
-    "a bare pair": ((X, Y), "gives a tuple"),
+    "a list of a tensor": ([X], "is a list, not a mapping"),
+    "an empty mapping": ({}, "is empty, not a mapping"),
+    "a bare pair": ((X, Y), 'Give {"train": (inputs, targets)}, for example'),
+    "a function": (lambda: {"s": (X, Y)}, "is a function, not a mapping"),
     "a tensor": (
         {"s": X},
         "split 's': cannot interpret a Tensor as a batch; expected (inputs, targets). Give (inputs",

@@ -194,8 +194,11 @@ def test_the_summary_and_a_dry_run_name_the_strategy_and_its_difference() -> Non
 @pytest.mark.parametrize(
     ("choice", "words"),
     [
-        ({"name": "shared", "difference": 1.25e-4}, "shared, losses within 0.0001 of those of "),
-        ({"name": "bound", "difference": None}, "bound, not compared with loaded points"),
+        ({"name": "shared", "difference": 1.25e-4}, "shared, losses within 0.0001 (relative) of "),
+        (
+            {"name": "bound", "difference": None},
+            "bound, not compared with the plainly loaded model",
+        ),
     ],
 )
 def test_a_dry_run_says_how_points_are_evaluated(

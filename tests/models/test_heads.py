@@ -166,10 +166,10 @@ def test_the_default_loss_is_that_of_the_model_itself(
         assert float(row["loss_stderr"]) == pytest.approx(oracle.standard_error(losses), rel=1e-5)
 
 
-def test_for_a_model_of_its_own_none_of_transformers_is_imported(
+def test_a_model_outside_transformers_does_not_import_its_models(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    # As where another library has imported it, and nothing its models yet.
+    # As if another library had imported transformers, but not yet its models.
     monkeypatch.setitem(sys.modules, "transformers", ModuleType("transformers"))
     monkeypatch.delitem(sys.modules, "transformers.modeling_utils")
     assert score_kind(nn.Linear(2, 2)) == "next"

@@ -253,6 +253,20 @@ def test_several_checkpoints_have_their_quantities_over_their_order() -> None:
     assert set(legend(figure)) == {"train", "test", "not critical", "saddle", "minimum"}
 
 
+def test_a_few_checkpoints_without_steps_are_named_on_the_axis() -> None:
+    drawn = run(3, ("train",))
+    rows = [
+        (f"runs/{name}/final.pt", *row[1:])
+        for name, row in zip(("relu", "tanh", "adam"), drawn.table.rows, strict=True)
+    ]
+    figure = draw_check(Run(Table.build(drawn.table.columns, rows), drawn.summary))
+    below = [axes for axes in figure.axes if axes.get_xlabel()]
+    assert [axes.get_xlabel() for axes in below] == ["checkpoint"] * 2
+    for axes in below:
+        assert [tick.get_text() for tick in axes.get_xticklabels()] == ["relu", "tanh", "adam"]
+    assert "Checkpoints runs/*/final.pt" in sentence(figure)
+
+
 def test_steps_in_names_are_on_the_axis() -> None:
     drawn = run(3, ("train",))
     for steps, scale, label in (((0, 500, 1000), "linear", "step"),):
@@ -471,7 +485,7 @@ def test_escape_shows_the_checkpoint_and_its_gain(checkpoints: int) -> None:
         [losses[at]],
     )
     assert f"the checkpoint  runs/{checkpoints - 1}.pt" in legend(figure)
-    assert "lowest: 0.016 at distance −3, a gain of 0.324" in legend(figure)
+    assert "lowest: 0.016 at distance −3, 0.324 below the checkpoint" in legend(figure)
     assert "± one standard error of each point" in legend(figure)
     # The losses are those of the second split.
     (curve,) = lines(axes)
@@ -531,7 +545,19 @@ def test_the_gain_has_the_error_of_the_summary_where_it_is_of_that_point() -> No
     for distance, said in ((-3.0, "0.324 ± 0.013"), (2.0, "0.324"), (None, "0.324")):
         escape = {**about, "distance": distance}
         figure = draw_check(replace(drawn, summary={**drawn.summary, "escape": escape}))
-        assert f"lowest: 0.016 at distance −3, a gain of {said}" in legend(figure)
+        assert f"lowest: 0.016 at distance −3, {said} below the checkpoint" in legend(figure)
+
+
+def test_a_narrow_title_keeps_the_name_and_the_verdict() -> None:
+    drawn = run(
+        2,
+        ("train",),
+        lambda t, s: (0.34, 0.185, -0.12, 0.01, 4.0, 0.1, None, "not critical"),
+        escape=True,
+    )
+    named = replace(drawn, checkpoint_labels=["init", "final"])
+    title = draw_check(named, Drawing(size="paper")).axes[-1].get_title("left")
+    assert title == "final, train: not critical"
 
 
 def test_an_escape_without_a_gain_has_a_note() -> None:

@@ -555,7 +555,7 @@ def test_options_without_effect_on_a_page_are_named(losscli: Losscli, folder: Pa
     given = ("--size", "paper", "--no-markers", "--style", "x.mplstyle", "--figure", "x.html")
     said = [
         "note: --size and --no-markers have no effect on the interactive page x.html",
-        "note: of --style only axes.prop_cycle has an effect on the page x.html",
+        "note: only axes.prop_cycle of --style has an effect on the page x.html",
     ]
     assert losscli("plot", "line.csv", *given).stderr.splitlines() == said
     study = ("interpolate", "a.pt", "b.pt", "--points", 3, "-o", "x")
@@ -625,7 +625,7 @@ def test_plot_writes_a_report_of_several_kinds(losscli: Losscli, folder: Path) -
     assert [each["title"] for each in sections] == ["interpolate: x", "barriers: y"]
     done = losscli("plot", "line.csv", "pairs.csv", "--figure", "s.html", "--figure", "s.png")
     assert done.status == 2
-    assert "have no axes in common. Lay tables of one command over each other" in done.stderr
+    assert "have no axes in common. Overlay tables of one command" in done.stderr
     assert done.stderr.count("\n") == 1
     assert not Path("s.html").exists()
 

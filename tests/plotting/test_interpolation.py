@@ -326,15 +326,15 @@ def test_nothing_is_clipped() -> None:
     low, high = figure.axes[0].get_ylim()
     assert low < -7000.1
     assert high > 5000.1
-    assert note(figure) == "Between A and B the loss ranges from 0.5 to 2"
+    assert note(figure) == "Between A and B the loss ranges from 0.5 to 2."
     assert note(draw_interpolation([curve()])) == ""
 
 
 @pytest.mark.parametrize(
     ("low", "high", "said"),
     [
-        (2.303, 2.308, "The loss varies by only 0.22%, from 2.303 to 2.308"),
-        (-2.0001, -2.0, "The loss varies by only 0.005%, from −2.0001 to −2"),
+        (2.303, 2.308, "The loss varies by only 0.22%, from 2.303 to 2.308."),
+        (-2.0001, -2.0, "The loss varies by only 0.005%, from −2.0001 to −2."),
         (1.0, 1.011, ""),
         (1.0, 1.0 + 1e-9, ""),
         (3.0, 3.0, ""),
@@ -655,7 +655,7 @@ def test_local_minima_and_maxima_are_marked_where_they_are_beyond_noise() -> Non
         for turn in split["local_minima"]
     }
     assert {"local minimum", "local maximum"} <= set(legend(figure))
-    assert note(figure) == ("Local minima and maxima are marked if they exceed two standard errors")
+    assert note(figure) == ("Local minima and maxima are marked if significant (> 2 s.e.).")
 
 
 def test_turns_within_noise_are_not_marked() -> None:
@@ -691,7 +691,7 @@ def test_only_the_most_prominent_are_marked() -> None:
     run = replace(curve(points), summary={"splits": {"train": {"local_minima": minima}}})
     figure = draw_interpolation([run])
     assert marked(figure.axes[0], "v") == [k / 80 for k in range(56, 80, 2)]
-    assert "two standard errors (the 12 most prominent of 39)" in note(figure)
+    assert "(> 2 s.e.), the 12 most prominent of 39." in note(figure)
 
 
 @pytest.mark.usefixtures("laid_out")

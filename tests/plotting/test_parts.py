@@ -196,7 +196,7 @@ def test_blocks_have_colours_in_their_order_and_neighbours_other_dashes() -> Non
 def test_with_very_many_blocks_the_legend_names_some() -> None:
     few = draw_layerwise(layered(layers(16)))
     assert len(names_in_legend(few)) == 17
-    assert note(few) == "Single blocks are drawn without standard errors"
+    assert note(few) == "Single blocks are drawn without standard errors."
     figure = draw_layerwise(layered(layers(60)))
     named = names_in_legend(figure)
     assert (len(named), named[1], named[-1]) == (17, "wte", "ln_f")

@@ -135,7 +135,7 @@ def test_the_legend_names_colours_splits_and_marks() -> None:
     single = replace(run(radii=(0.1,)), checkpoint_labels=["one", "two"])
     axis = draw_sharpness(single).axes[2].xaxis
     assert [label.get_text() for label in axis.get_ticklabels()] == ["one", "two"]
-    assert "first of 10 checkpoints is step-0, the last step-90" in sentence(path)
+    assert "first of the 10 checkpoints is step-0, the last is step-90" in sentence(path)
     assert {"ρ = 0.01", "ρ = 0.1", "ρ = 1"} < {*legend(path)}
 
 

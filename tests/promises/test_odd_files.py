@@ -24,7 +24,7 @@ from losscli.errors import TableError
 from losscli.table import Table
 from tests.cases import in_turn
 from tests.conftest import Losscli
-from tests.forks import ended
+from tests.forks import ended, fork
 
 LINE = "alpha,split,loss,loss_stderr\r\n0.0,train,1.0,0.0\r\n1.0,train,0.5,0.0\r\n"
 PIPE = "is a pipe, not a regular file. Write its output to a file and give that"
@@ -311,7 +311,7 @@ def test_a_plain_pickle_has_a_cure_that_works(losscli: Losscli, folder: Path) ->
         assert (python, cure[0]) == ("python", "-c")
         cures.append(cure)
     # In a fork, since the import of torch takes longest.
-    pid = os.fork()
+    pid = fork()
     if not pid:
         with contextlib.suppress(BaseException):
             for option, program, *words in cures:
@@ -375,7 +375,7 @@ def test_plot_does_not_read_endless_zeros(
     (folder / "zero.csv").symlink_to("/dev/zero")
     with Path("/dev/zero").open("rb") as zeros:
         monkeypatch.setattr("sys.stdin", SimpleNamespace(buffer=zeros))
-        refused(losscli, folder, "it holds zero bytes", "plot", name, "--terminal")
+        refused(losscli, folder, "it contains NUL bytes", "plot", name, "--terminal")
 
 
 class Endless(io.RawIOBase):
@@ -418,7 +418,7 @@ def test_a_table_that_never_ends_is_let_go(
 def test_a_file_of_zeros_is_not_read_to_its_end(folder: Path) -> None:
     with Path("x.csv").open("wb") as file:
         file.truncate(1 << 40)
-    with pytest.raises(TableError, match=r"^x\.csv cannot be read: it holds zero bytes"):
+    with pytest.raises(TableError, match=r"^x\.csv cannot be read: it contains NUL bytes"):
         Table.read(Path("x.csv"))
 
 

@@ -44,14 +44,14 @@ from losscli.evaluation.rendezvous import is_distributed
 from losscli.evaluation.strategies.base import Strategy
 from losscli.evaluation.sweep import _divide, _synchronise
 from tests.conftest import ROOT, Losscli, Outcome, fill, invoke
-from tests.forks import PATIENCE, child, ended
+from tests.forks import PATIENCE, child, ended, fork
 from tests.moments import save_trained
 
 forks = pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
 # Of a fork beside threads: the child has one thread, and uses no other.
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded")
 
-# Where another rank than 0 writes a file in the current folder, it makes a folder that says so.
+# If a rank other than 0 writes a file in the current folder, it makes a folder that says so.
 HEARING = """
 import os, sys
 from pathlib import Path
@@ -66,8 +66,7 @@ if rank:
     sys.addaudithook(hear)
 """
 
-# Runs commands one after the other in each process that torchrun starts, and writes their outcomes
-# down.
+# Runs commands one after the other in each process that torchrun starts, and stores their outcomes.
 DRIVER = f"""
 import io, json, os
 from losscli.cli import run
@@ -89,7 +88,7 @@ for line in sys.argv[1:]:
 sys.exit(status)
 """
 
-# A loss that writes down what it found, and after so many evaluations kills or holds its process.
+# A loss that records its mean, and after a number of evaluations kills or holds its process.
 LOSS = """
 import os, signal, time
 from pathlib import Path
@@ -156,8 +155,7 @@ def torchrun(
     """
     Path("heard").mkdir()
     Path("heard/driver.py").write_text(DRIVER)
-    sys.stdout.flush()
-    pid = os.fork()
+    pid = fork()
     if not pid:
         try:
             os.environ.update(PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1", **environment)
@@ -177,13 +175,22 @@ def torchrun(
     return [[Outcome(*json.loads(line)) for line in text] for text in texts]
 
 
+# Linux may give a free port from 32,768 on to another socket before a test opens it. These are
+# lower, and differ between two processes that run tests.
+_FIRST_PORT = 10_000 + os.getpid() % 200 * 100
+_NEXT_PORT = itertools.cycle(range(_FIRST_PORT, _FIRST_PORT + 100))
+
+
 def ports(number: int) -> list[int]:
     """Finds ports that nobody listens at."""
-    with contextlib.ExitStack() as stack:
-        opened = [stack.enter_context(socket.socket()) for _ in range(number)]
-        for each in opened:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in opened]
+    found: list[int] = []
+    while len(found) < number:
+        with (
+            contextlib.suppress(OSError),
+            socket.create_server(("127.0.0.1", port := next(_NEXT_PORT))),
+        ):
+            found.append(port)
+    return found
 
 
 def forked(
@@ -210,12 +217,10 @@ def forked(
     free = ports(len(commands))
     pids = []
     for rank in range(size):
-        sys.stdout.flush()
-        if pid := os.fork():
+        if pid := fork():
             pids.append(pid)
             continue
         try:
-            torch.set_num_threads(1)
             before(rank)
             outcomes = []
             for i, line in enumerate(commands):
@@ -280,7 +285,7 @@ def assert_same(one: str, other: str) -> None:
 
 
 def summary(stem: str) -> dict[str, Any]:
-    """What a run tells, but for how it came about."""
+    """The summary of a run, without its time and number of processes."""
     told: dict[str, Any] = json.loads(Path(f"{stem}.json").read_text())
     return {key: told[key] for key in told if key not in {"seconds", "processes"}}
 
@@ -293,7 +298,7 @@ def more(folder: Path) -> Path:
 
 
 def fill_more(folder: Path) -> None:
-    """Writes what the fixture `more` has besides that of `folder`."""
+    """Writes the files that the fixture `more` adds to those of `folder`."""
     for seed in (2, 3):
         save_trained(folder / f"{'abcd'[seed]}.pt", seed=seed)
     (folder / "own.py").write_text(LOSS)
@@ -315,7 +320,7 @@ SAME_NUMBERS = {
     "derivatives": "interpolate a.pt b.pt --points 3 --derivatives --split test",
     "sampling": f"barriers {THREE} --points 9 --sampling-error 0.5 --disagreement --cka",
 }
-# For forks, since a new process imports much for these.
+# These run in forks, since they need imports that take long in a new process.
 FORKED_SAME_BITS = {
     "sharpness": "sharpness a.pt b.pt --rho 0.1 --samples 2 --split test",
     "check": "check c.pt d.pt -m mlp:6-5-3 --split test --optimizer adam --density --blocks "
@@ -349,7 +354,7 @@ FAILING = [
 
 
 class Ran(NamedTuple):
-    """Outcomes of commands in this process and in two, and the names of files there."""
+    """Outcomes of commands in one process and in two, and the files before and after the two."""
 
     alone: list[Outcome]
     first: list[Outcome]
@@ -363,11 +368,11 @@ def run_both(
     more: Sequence[str] = (),
     start: Callable[[Sequence[str]], list[list[Outcome]]] | None = None,
 ) -> Ran:
-    """Runs commands here, with one for each @ in them, and in two processes, with two for it.
+    """Runs commands in this process and in two processes; @ in them is one here and two there.
 
     Args:
         lines: The commands.
-        more: Commands for the two processes alone.
+        more: Commands that run only in the two processes.
         start: Runs commands in two processes; by default in forks.
     """
     expected = alone([line.replace("@", "one") for line in lines])
@@ -379,7 +384,7 @@ def run_both(
 
 
 def written(commands: dict[str, str]) -> list[str]:
-    """Commands that write files by their names."""
+    """Returns commands that write files named after their keys."""
     return [f"{line} -q --no-figure -o @{name}" for name, line in commands.items()]
 
 
@@ -393,7 +398,7 @@ COMPARED = [
 
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ran]:
-    """The current folder with what a torchrun left, which SIGTERM ended in its last command."""
+    """Runs commands in a torchrun that SIGTERM ends in the last one; yields their outcomes."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path_factory.mktemp("ran"))
         fill(Path())
@@ -960,7 +965,7 @@ def test_a_killed_store_ends_the_run_in_one_line_and_keeps_its_results(
     whole = losscli(*command.split(), "whole")
     assert whole.status == 0, whole.stderr
     (port,) = ports(1)
-    server = os.fork()
+    server = fork()
     if not server:
         kept = TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
         time.sleep(PATIENCE)

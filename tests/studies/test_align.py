@@ -219,7 +219,7 @@ def test_several_checkpoints_are_each_aligned_as_on_their_own(
         line = next(line for line in table.splitlines() if line.startswith(name))
         assert f"{entry['distance']['after']:.4g}" in line
         assert line.endswith(file)
-    # The second as without the first.
+    # The second is as it would be without the first.
     assert losscli("align", "a.pt", names[1], "-o", "x.safetensors").status == 0
     alone = load_file("x.safetensors")
     assert all(torch.equal(one[key], alone[key]) for key in alone)

@@ -440,7 +440,8 @@ def test_files_text_and_json(several: Path, losscli: Losscli) -> None:
     assert len(curves.rows) == 3 * 11 * 2
     assert (several / "out.png").read_bytes()[:4] == b"\x89PNG"
     assert "3 checkpoints, 3 pairs, 11 points each" in done.stdout
-    for word in ("largest barrier", "smallest barrier", "train, 29 examples", "3  c.pt"):
+    header = " loss  barrier to 1  "
+    for word in ("largest barrier", "smallest barrier", "train, 29 examples", "3  c.pt", header):
         assert word in done.stdout
     again = losscli("barriers", "a.pt", "b.pt", "c.pt", "-o", "out", "--no-figure", "--json")
     assert again.status == 0

@@ -588,9 +588,9 @@ def test_align_evaluates_no_loss(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("loss", "message"),
     [
-        (lambda o, t: o, r"gives \[5, 3\] for a batch of 5 examples.*one number per batch"),
+        (lambda o, t: o, r"gives shape \[5, 3\] for a batch of 5 examples.*one number per batch"),
         (lambda o, t: float(o.mean()), "gives float"),
-        (lambda o, t: o[:0, 0], r"gives \[0\]"),
+        (lambda o, t: o[:0, 0], r"gives shape \[0\]"),
     ],
 )
 def test_an_invalid_loss_of_a_batch_is_refused(

@@ -205,7 +205,7 @@ def test_each_bend_of_a_path_takes_memory_and_time(
     assert seconds[1] - seconds[0] == pytest.approx(4 * 7 * bends)
     assert set(swept) == {bends + 2}
     described = dry_run.describe(plan)
-    # Against the tensors that a step has.
+    # Compared with the tensors of a step.
     found: list[int] = []
     combine, move = PathTraining._combine, PathTraining._move
 

@@ -477,7 +477,7 @@ def test_targets_of_nodes_need_a_loss_per_batch() -> None:
 
     case = replace(CASES[IDS.index("graphs")], model=NodeNet)
     data = DataLoader(Items(node), batch_size=4, collate_fn=nodes)
-    with pytest.raises(LossError, match=r"gives \[31\] for a batch of 13 examples.*--batch-loss"):
+    with pytest.raises(LossError, match=r"gives shape \[31\] for a batch of 13 .*--batch-loss"):
         run(case, data)
     result = run(case, data, batch_loss=True, dtype="float64", metric=())
     for alpha, _, loss, _, accuracy in result.table.rows:
@@ -497,5 +497,5 @@ def test_targets_of_nodes_need_a_loss_per_batch() -> None:
 def test_a_loss_per_batch_of_ragged_data_names_the_option() -> None:
     case = CASES[IDS.index("ragged lists")]
     mean = replace(case, loss=lambda outputs, targets: boxes(outputs, targets).mean()[None])
-    with pytest.raises(LossError, match=r"gives \[1\] for a batch of 13 examples.*--batch-loss"):
+    with pytest.raises(LossError, match=r"gives shape \[1\] for a batch of 13 .*--batch-loss"):
         run(mean)

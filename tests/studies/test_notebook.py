@@ -25,7 +25,7 @@ from losscli.registry import COMMANDS
 from losscli.table import Table
 from tests.conftest import Losscli
 
-# The fork of the process at hand that a notebook's cells run in.
+# Runs in the process, a fork, that executes the cells of a notebook.
 KERNEL = "from ipykernel.kernelapp import IPKernelApp\nIPKernelApp.launch_instance()\n"
 
 CELLS = [

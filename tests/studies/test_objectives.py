@@ -510,9 +510,12 @@ def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 OPTIONS = "-m mine.py:Net -d mine.py:data -q --no-figure"
 LINE = f"interpolate a.pt b.pt --points 3 {OPTIONS}"
 BAD = {
-    "wrong shape": (f"{LINE} --objective mine.py:matrix", r"the objective gives \[3\] for a batch"),
+    "wrong shape": (f"{LINE} --objective mine.py:matrix", r"the objective gives shape \[3\] for"),
     "no tensor": (f"{LINE} --objective mine.py:number", "the objective gives float"),
-    "one number": (f"{LINE} --objective mine.py:mean", r"gives \[\] for a batch.*--batch-loss"),
+    "one number": (
+        f"{LINE} --objective mine.py:mean",
+        r"\[\] for .*, not one number per example.*--batch-loss",
+    ),
     "other examples": (f"{LINE} --objective mine.py:shared", "depends on the other.*--batch-loss"),
     "nan": (f"{LINE} --objective mine.py:not_a_number", "the objective gives nan on the first"),
     "fails": (f"{LINE} --objective mine.py:broken", r"the objective fails: .*batch.*\(Tensor\)"),

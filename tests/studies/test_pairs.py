@@ -227,11 +227,12 @@ def test_the_barrier_of_a_metric_is_a_fall_or_a_rise(spawned: Path, data: Any) -
     fall, rise = (result.table.floats(f"{name}_barrier") for name in ("margin", "error"))
     assert max(fall) > 0
     assert rise == pytest.approx(fall, rel=1e-13)
-    said = [note for note in result.summary["notes"] if "counts as better" in note]
+    said = [note for note in result.summary["notes"] if "count as better" in note]
     assert said == [
         (
-            "more of margin counts as better, so its barrier is a fall below the straight line; if "
-            "less is better, set margin.higher_is_better = False in your code"
+            "higher values of margin count as better: its barrier is its largest fall below the "
+            "straight line. If lower values are better, set margin.higher_is_better = False in "
+            "your code"
         )
     ]
 
@@ -330,7 +331,7 @@ def test_errors_are_one_line_and_write_nothing(
     assert [p for p in sorted(folder.iterdir()) if p.name != "__pycache__"] == before
 
 
-def test_pairs_are_in_a_file() -> None:
+def test_pairs_other_than_a_path_are_refused() -> None:
     for wrong, what in ((3, "3"), (states(1)[0], "a dict"), ([("a", "b")], "a list")):
         with pytest.raises(UsageError, match=f"^pairs must be a path, not {what}$"):
             losscli.barriers(pairs=wrong, x="step")

@@ -602,11 +602,11 @@ def test_progress_counts_up_to_the_end_of_every_study(
 def test_eigenvectors_of_a_plane_are_not_progress() -> None:
     done: list[float] = []
     call("plane", [state(1)], axes="hessian", points=3, progress=done.append)
-    # The clock of the remaining time starts when they are known.
+    # The estimate of the remaining time starts after the eigenvectors.
     assert (done[0], done[-1]) == (0, 3 * 3 + 1)
 
 
-def test_progress_of_a_check_is_that_of_examples_and_goes_on_in_each_search() -> None:
+def test_progress_of_check_counts_examples_and_advances_during_each_search() -> None:
     done: list[float] = []
     call("check", [state(1)], only=None, split=["train", "test"], progress=done.append)
     shares = np.array([len(targets) for _, targets in DATA.values()]) / (len(INPUTS) + 9)

@@ -174,7 +174,7 @@ COMMANDS["ridge"] = Command(
     table=TableFormat(("height", "width"), grid=("height", "width")),
     not_overlaid=("ridges cannot be overlaid", "Give one"),
 )
-# losscli itself was imported first, to get there, and the process at hand has its command line.
+# The process that runs this code has imported losscli and its command line already.
 for name in [*sys.modules]:
     if name == "losscli" or f"{name}.".startswith("losscli.cli."):
         del sys.modules[name]

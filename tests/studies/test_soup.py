@@ -655,7 +655,11 @@ OFF_PLANE = {
     "no point": ("--plane p.csv", 2, "--plane is given without --at"),
     "no plane": ("--at 1 2 a.pt b.pt --alpha 1", 2, "--at is given without --plane"),
     "names": ("a.pt --plane p.csv --at 1 2", 2, "so a.pt has no effect"),
-    "a model": ("a.pt b.pt --alpha 1 -m mlp:6-5-3", 2, "have no effect without --plane"),
+    "a model": (
+        "a.pt b.pt --alpha 1 -m mlp:6-5-3",
+        2,
+        "--model has no effect without --plane. Leave it out",
+    ),
     "infinite": ("--plane p.csv --at inf 0", 2, "--at inf 0.0 is not a point of the plane"),
     "another table": ("--plane l.csv --at 0 0", 2, "--plane l.csv is not a table of plane"),
     "alone": ("--plane alone.csv --at 0 0", 1, "alone.csv has no summary alone.json next to it"),

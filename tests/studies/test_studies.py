@@ -453,7 +453,7 @@ def test_a_model_that_returns_no_tensor_is_refused(folder: Path) -> None:
         ({"data": "imagnet:x"}, SpecError, "unknown data 'imagnet'"),
         ({"data": "npz:data.npz,colour=3"}, SpecError, "colour"),
         ({"data": "tests.foreign:data_that_fails"}, DataError, "no disk no data"),
-        ({"data": "tests.foreign:data_not_understood"}, DataError, "gives a list"),
+        ({"data": "tests.foreign:data_not_understood"}, DataError, "is a list"),
         ({"split": ("dev",)}, UsageError, "It has train, test"),
         ({"loss": "cross"}, SpecError, "unknown loss 'cross'"),
         ({"loss": "tests.foreign:batch_mean"}, LossError, "reduction=none"),

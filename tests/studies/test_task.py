@@ -260,6 +260,13 @@ def test_float_targets_that_are_all_0_or_1_get_a_note_under_the_default_loss(
         assert not notes(tmp_path, targets, lambda: Outputs(number), loss=chosen)[1]
 
 
+def test_one_hot_targets_get_a_note_under_the_default_loss(tmp_path: Path) -> None:
+    targets = nn.functional.one_hot(whole(3, 20), 3).float()
+    told = notes(tmp_path, targets, lambda: Outputs(3))[1]
+    assert any("one-hot" in note and "give --loss cross_entropy" in note for note in told)
+    assert not notes(tmp_path, targets, lambda: Outputs(3), loss="cross_entropy")[1]
+
+
 @pytest.mark.parametrize(
     "targets", [LABELS_OF_ONE * 0.5, LABELS_OF_ONE * 0, LABELS_OF_ONE + 1, LABELS_OF_ONE - 1]
 )

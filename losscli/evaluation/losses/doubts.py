@@ -35,6 +35,10 @@ class Doubt(enum.Enum):
         "the targets are all 0 or 1, and the default for float targets is mse: if they are "
         "labels, give --loss bce, which takes scores before the sigmoid"
     )
+    CLASSES = (
+        "the targets are one-hot, and the default for float targets is mse: if they are classes, "
+        "give --loss cross_entropy, which takes scores before the softmax"
+    )
     SIGMOID = (
         "the outputs of the first batch all lie in 0…1, and bce takes scores before the sigmoid: "
         "if they are probabilities, take the sigmoid out of the model or give a --loss of "
@@ -64,7 +68,8 @@ def doubts_of(
     doubts = set()
     single = one_score_per_target(outputs, targets)
     if loss is mse and are_labels(targets) and bool(targets.any() and (targets == 0).any()):
-        doubts.add(Doubt.LABELS)
+        one_hot = targets.ndim > 1 and targets.shape[1] > 1 and sums_to_one(targets, 1)
+        doubts.add(Doubt.CLASSES if one_hot else Doubt.LABELS)
     if loss is bce and are_probabilities(outputs):
         doubts.add(Doubt.SIGMOID)
     elif accuracy in metrics and single and are_probabilities(outputs):

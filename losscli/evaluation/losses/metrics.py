@@ -192,7 +192,7 @@ def is_higher_better(metric: PerExample) -> bool:
     try:
         return bool(convert(f"{name}.higher_is_better", value, bool))
     except UsageError as error:
-        raise LossError(error.what, "Set it to False if less is better") from None
+        raise LossError(error.what, "Set it to False if lower values are better") from None
 
 
 def loss_seed_stderr(outputs: Tensor, targets: Tensor) -> Tensor:

@@ -399,7 +399,7 @@ def test_a_metric_that_was_asked_for_and_fails_ends_the_run(name: str) -> None:
     [
         (
             "def metric(outputs, targets):\n    return targets.float().mean()\n",
-            "gives [] for a batch of 7 examples. A metric returns one number per example",
+            "gives shape [] for a batch of 7 examples, not one number per example",
         ),
         (
             "def metric(outputs, targets):\n    raise ValueError('no')\n",
