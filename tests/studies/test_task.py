@@ -288,6 +288,9 @@ def test_other_float_targets_get_no_note(tmp_path: Path, targets: Tensor) -> Non
             (None, whole(3, 20), 3, nn.LogSoftmax(1), ""),
             (None, whole(3, 20), 3, torch.sigmoid, ""),
             (None, whole(3, 20), 3, nn.Identity(), ""),
+            ("torch.nn:NLLLoss", whole(3, 20), 3, nn.Identity(), "give --loss cross_entropy"),
+            ("torch.nn:NLLLoss", whole(3, 20), 3, nn.Softmax(1), "give --loss cross_entropy"),
+            ("torch.nn:NLLLoss", whole(3, 20), 3, nn.LogSoftmax(1), ""),
             (
                 "tests.studies.test_task:squares",
                 LABELS_OF_ONE.long(),

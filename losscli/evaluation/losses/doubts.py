@@ -14,6 +14,7 @@ from losscli.evaluation.losses.built_in import (
     cross_entropy,
     function_of,
     mse,
+    nll,
 )
 from losscli.evaluation.losses.class_targets import (
     are_labels,
@@ -49,6 +50,10 @@ class Doubt(enum.Enum):
         "scores before the softmax: take the softmax out of the model or give a --loss of "
         "probabilities"
     )
+    SCORES = (
+        "the outputs of the first batch are not logarithms of probabilities with the sum 1, and "
+        "NLLLoss takes these: if they are scores, give --loss cross_entropy"
+    )
     THRESHOLD = (
         "the outputs of the first batch all lie in 0…1, and accuracy takes a score above 0 for "
         "the label 1: if they are probabilities, give a --metric of probabilities or none"
@@ -74,6 +79,8 @@ def doubts_of(
         doubts.add(Doubt.SIGMOID)
     elif accuracy in metrics and single and are_probabilities(outputs):
         doubts.add(Doubt.THRESHOLD)
+    if loss is nll and not outputs.isnan().any() and not sums_to_one(outputs.exp(), 1):
+        doubts.add(Doubt.SCORES)
     if loss is cross_entropy and any(_are_copied(tokens, targets) for tokens in inputs):
         doubts.add(Doubt.COPY)
     if loss is cross_entropy or loss in TOKEN_LOSSES:
