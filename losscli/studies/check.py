@@ -539,8 +539,9 @@ class Check(Study):
     def _trace(self, analysis: PointAnalysis, point: ProbedPoint) -> Sequence[Cell]:
         """Returns the trace of the chosen matrix and its standard error; None if unknown."""
         if analysis.shares and self.spectra.operator == "hessian":
-            # That of a whole Hessian is exact.
-            return analysis.shares[-1], 0.0
+            trace = analysis.shares[-1]
+            # That of a whole Hessian is exact, if it is finite.
+            return trace, 0.0 if math.isfinite(trace) else trace
         return point.trace if self._spectra.parts else (None, None)
 
     def _spectra_tables(self, probed: Mapping[tuple[str, str], ProbedPoint]) -> dict[str, Table]:

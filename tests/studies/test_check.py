@@ -333,6 +333,14 @@ def test_a_loss_that_is_not_finite_leaves_the_verdict_undecided(tmp_path: Path) 
     assert math.isnan(row["loss"])
 
 
+def test_a_trace_that_is_not_finite_has_no_error_of_zero(tmp_path: Path) -> None:
+    x = torch.ones(4, 1, dtype=torch.float64)
+    file = save(tmp_path, "a", a=torch.full((1,), math.nan), b=torch.ones(1))
+    row = row_of(losscli.check([file], model=Product, data={"all": (x, x)}, loss=squared))
+    assert math.isnan(row["trace"])
+    assert math.isnan(row["trace_stderr"])
+
+
 @pytest.mark.parametrize(
     ("option", "value"),
     [
