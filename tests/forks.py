@@ -18,21 +18,33 @@ from matplotlib.backends import backend_agg  # noqa: F401 - else each child impo
 from losscli.cli import run
 from losscli.cli.console import Console
 
-__all__ = ["PATIENCE", "child", "close_inherited", "ended"]
+__all__ = ["PATIENCE", "child", "close_inherited", "ended", "fork"]
 
 # Seconds after which what still waits would wait forever.
 PATIENCE = 600
 
 
-def child(command: list[str], log: Path, before: Callable[[], Any] = lambda: None) -> int:
-    """Starts a command with its log in a file; returns the number of its process."""
+def fork() -> int:
+    """Forks this process; returns the number of the child, and 0 in the child.
+
+    A child has one thread: OpenMP's others do not survive a fork. It never frees the garbage that
+    it inherits: a process group would wait for threads that the child does not have, and a mapped
+    tensor closes a file that the child may have closed already, at which PyTorch aborts.
+    """
     sys.stdout.flush()
     pid = os.fork()
-    if pid:
+    if not pid:
+        gc.freeze()
+        torch.set_num_threads(1)
+    return pid
+
+
+def child(command: list[str], log: Path, before: Callable[[], Any] = lambda: None) -> int:
+    """Starts a command with its log in a file; returns the number of its process."""
+    if pid := fork():
         return pid
     status = 99
     try:
-        torch.set_num_threads(1)
         stderr = io.StringIO()
         before()
         status = run(command, Console(io.StringIO(), stderr))
@@ -48,8 +60,6 @@ def child(command: list[str], log: Path, before: Callable[[], Any] = lambda: Non
 
 def close_inherited() -> None:
     """Closes in a child what the process that runs the tests has open."""
-    # PyTorch aborts the process if a tensor in a file that is closed already becomes garbage.
-    gc.freeze()
     os.closerange(3, 4096)
 
 

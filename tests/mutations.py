@@ -45,6 +45,7 @@ from losscli.errors import (
 )
 from losscli.models import MLP
 from losscli.results.drawing import Drawing
+from tests.forks import fork
 
 CASES = 1000
 SAMPLE = 84
@@ -984,7 +985,7 @@ def judge_in_fork(name: str, place: Path, cases: int) -> dict[str, Any]:
     if name in {"config", "tokenizer"}:
         import transformers  # noqa: F401 - once for both
     told = place / "verdict"
-    child = os.fork()
+    child = fork()
     if not child:
         # Whatever C code prints is heard as well.
         heard = os.open(place / "printed", os.O_WRONLY | os.O_CREAT)
@@ -992,7 +993,6 @@ def judge_in_fork(name: str, place: Path, cases: int) -> dict[str, Any]:
         os.dup2(heard, 2)
         # glibc reserves 64 MB of addresses for every thread of a library, which the limit counts.
         ctypes.CDLL(None).mallopt(_ARENA_MAX, 1)
-        torch.set_num_threads(1)
         folder = place / "batch"
         folder.mkdir()
         try:

@@ -48,9 +48,8 @@ def random_step(point: Weights, generator: torch.Generator) -> dict[str, Tensor]
     typical = length / math.sqrt(sum(t.numel() for t in point.values()))
     steps = {
         name: torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t)
-        * (norm({name: t}) / math.sqrt(t.numel()) or typical)
+        * (norm({name: t}) / math.sqrt(t.numel() or 1) or typical)
         for name, t in point.items()
-        if t.numel()
     }
     scale = length / (norm(steps) or 1.0)
     for step in steps.values():

@@ -171,11 +171,9 @@ def candidates(objective: Objective) -> list[Strategy]:
     # grouped kernels are slower than P plain ones. A stack of our own would need the same copies.
     # A linear layer has none of this: it becomes a batched product. And vmap has no rules for
     # recurrent layers.
-    # A CPU has no launches to save. And functional_call does not restore the tensors of a module
-    # that has two names.
-    modules = list(objective.model.modules())
-    twice = len(list(objective.model.named_modules(remove_duplicate=False))) > len(modules)
-    if objective.device.type == "cuda" and not twice and not any(map(_has_no_stack, modules)):
+    # A CPU has no launches to save.
+    modules = objective.model.modules()
+    if objective.device.type == "cuda" and not any(map(_has_no_stack, modules)):
         strategies.insert(0, Strategy.STACKED)
     return strategies
 

@@ -52,7 +52,11 @@ def blocks_among(objective: Objective, moving: Sequence[str]) -> tuple[Block, ..
     found: dict[str, list[str]] = {name: [] for name in block.values()}
     for name in moving:
         found[block[name]].append(name)
-    return tuple(Block(name, tuple(names)) for name, names in found.items() if names)
+    return tuple(
+        Block(name, tuple(names))
+        for name, names in found.items()
+        if any(objective.tensors[n].numel() for n in names)
+    )
 
 
 def moving_blocks(objective: Objective, moving: Sequence[str]) -> tuple[Block, ...]:

@@ -34,6 +34,7 @@ from losscli.errors import CheckpointError, MismatchError
 from losscli.models import MLP
 from tests.checkpoint.test_files import Calling, prefixed, refusal, same, state, touch
 from tests.conftest import Losscli
+from tests.forks import ended, fork
 
 
 def put(content: Any, folder: Path) -> str:
@@ -152,10 +153,10 @@ def save_sharded(rank: int, folder: Path) -> None:
 def test_shards_of_fsdp_from_two_processes_are_joined(tmp_path: Path) -> None:
     processes = []
     for rank in range(2):
-        processes.append(os.fork())
+        processes.append(fork())
         if not processes[-1]:
             save_sharded(rank, tmp_path)
-    assert [os.waitpid(process, 0)[1] for process in processes] == [0, 0]
+    assert [ended(process) for process in processes] == [0, 0]
     # Of three rows one rank has two and the other one.
     assert len(list((tmp_path / "saved").glob("*.distcp"))) == 2
     assert same(read(f"{tmp_path}/saved").select(state(1)).weights, state(0))

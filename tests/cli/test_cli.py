@@ -28,7 +28,7 @@ from losscli.errors import CheckpointError
 from losscli.models import MLP
 from tests.cases import sample
 from tests.conftest import ROOT, Losscli
-from tests.forks import child, ended
+from tests.forks import child, ended, fork
 
 pytestmark = pytest.mark.usefixtures("unlaid")
 
@@ -695,10 +695,9 @@ def test_a_closed_stderr_is_not_a_failure(folder: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded")
 def test_a_fork_with_a_closed_stderr_does_not_fail(folder: Path) -> None:
-    pid = os.fork()
+    pid = fork()
     if not pid:
         try:
-            torch.set_num_threads(1)
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
             sys.stdout = os.fdopen(1, "w")
             os.close(2)

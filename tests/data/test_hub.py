@@ -27,7 +27,7 @@ from losscli.models import MLP
 from tests.cases import in_turn
 from tests.conftest import Losscli, Outcome
 from tests.data.test_images import EPS, program
-from tests.forks import ended
+from tests.forks import ended, fork
 from tests.libraries import Library
 
 datasets: Any = Library("datasets")
@@ -293,7 +293,7 @@ def test_a_process_that_is_killed_leaves_no_images_in_the_cache(tmp_path: Path) 
 
     image_folder(tmp_path / "data", GENERATOR.integers(0, 256, (3, 4, 5, 3), np.uint8))
     reader, writer = os.pipe()
-    pid = os.fork()
+    pid = fork()
     if not pid:
         try:
             images = load_hub(tmp_path / "data")["train"]

@@ -25,7 +25,7 @@ from losscli.evaluation.objective import Objective, recalibrated
 from losscli.evaluation.recalibration import Recalibration, batchnorm_layers
 from losscli.evaluation.strategies.base import Strategy
 from losscli.evaluation.strategies.points import BoundPoints, LoadedPoint
-from losscli.evaluation.strategy_choice import candidates, find_strategy
+from losscli.evaluation.strategy_choice import find_strategy
 from losscli.evaluation.sweep import check, sweep, sweep_plain
 from losscli.models import CNN
 from losscli.settings import Settings
@@ -242,13 +242,7 @@ def test_every_point_has_the_statistics_of_a_loop_by_hand(case: Case) -> None:
             np.testing.assert_allclose(row, expected, rtol=1e-9, atol=1e-11)
 
 
-# functional_call does not put back the tensors of a layer that has two names.
-BOTH = [
-    (case, way)
-    for case in OWN
-    for way in Strategy
-    if (case.name, way) != ("reusing", Strategy.STACKED)
-]
+BOTH = [(case, way) for case in OWN for way in Strategy]
 
 
 @pytest.mark.parametrize(("case", "way"), sample(BOTH, 0), ids=str)
@@ -293,13 +287,6 @@ def test_the_fast_ways_are_chosen_with_new_statistics_as_without() -> None:
         check(objective, a)
         find_strategy(objective, line, [(x,) for x in ALPHAS])
         assert (objective.strategy or objective.provisional) is way
-
-
-def test_no_points_are_stacked_where_a_layer_has_two_names() -> None:
-    for name, stacked in (("reusing", False), ("scaled", True)):
-        objective = objective_of(PLAIN[name])
-        objective.device = torch.device("cuda")
-        assert (Strategy.STACKED in candidates(objective)) is stacked
 
 
 def test_a_way_with_other_statistics_is_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:

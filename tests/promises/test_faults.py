@@ -31,7 +31,7 @@ from losscli.models import MLP
 from losscli.studies import interpolation
 from tests.cases import sample
 from tests.conftest import ROOT, Losscli
-from tests.forks import child, close_inherited, ended
+from tests.forks import child, close_inherited, ended, fork
 
 RUN = ["interpolate", "a.pt", "b.pt", "-o", "out", "--points", "5"]
 
@@ -97,7 +97,7 @@ def begin(command: list[str], errors: Path) -> int:
     """Begins a command as a shell does, in a fork of this process; returns the fork."""
     both = {signal.SIGINT, signal.SIGTERM}
     signal.pthread_sigmask(signal.SIG_BLOCK, both)  # a fork is not itself at once
-    pid = os.fork()
+    pid = fork()
     if pid:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, both)
         return pid
@@ -107,7 +107,6 @@ def begin(command: list[str], errors: Path) -> int:
         signal.signal(signal.SIGTERM, lambda *_: os._exit(143))
         signal.pthread_sigmask(signal.SIG_UNBLOCK, both)
         os.setpgid(0, 0)
-        torch.set_num_threads(1)
         with errors.open("w", 1, encoding="utf-8") as stderr, redirect_stderr(stderr):
             os.dup2(stderr.fileno(), 2)
             with redirect_stdout(io.StringIO()):

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 
 from losscli import cli
 from losscli.checkpoint import read
+from tests.forks import ended, fork
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the signal is handled there")
@@ -34,17 +35,16 @@ def test_a_truncated_file_is_reported_in_one_line_without_a_bus_error(
         os.truncate(file, 5000)
         return int(weights["w"].sum())
 
-    child = os.fork()
+    child = fork()
     if not child:
         try:
             os.dup2(os.open(told, os.O_WRONLY | os.O_CREAT), 2)
-            torch.set_num_threads(1)
             monkeypatch.setattr(cli, "run", work)
             monkeypatch.setattr("sys.stderr", os.fdopen(2, "w"))
             cli.main([])
         finally:
             os._exit(99)
-    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    status = ended(child)
     if cut:
         assert status == 1
         assert told.read_text() == (

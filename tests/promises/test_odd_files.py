@@ -24,7 +24,7 @@ from losscli.errors import TableError
 from losscli.table import Table
 from tests.cases import in_turn
 from tests.conftest import Losscli
-from tests.forks import ended
+from tests.forks import ended, fork
 
 LINE = "alpha,split,loss,loss_stderr\r\n0.0,train,1.0,0.0\r\n1.0,train,0.5,0.0\r\n"
 PIPE = "is a pipe, not a regular file. Write its output to a file and give that"
@@ -311,7 +311,7 @@ def test_a_plain_pickle_has_a_cure_that_works(losscli: Losscli, folder: Path) ->
         assert (python, cure[0]) == ("python", "-c")
         cures.append(cure)
     # In a fork, since the import of torch takes longest.
-    pid = os.fork()
+    pid = fork()
     if not pid:
         with contextlib.suppress(BaseException):
             for option, program, *words in cures:

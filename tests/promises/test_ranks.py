@@ -44,7 +44,7 @@ from losscli.evaluation.rendezvous import is_distributed
 from losscli.evaluation.strategies.base import Strategy
 from losscli.evaluation.sweep import _divide, _synchronise
 from tests.conftest import ROOT, Losscli, Outcome, fill, invoke
-from tests.forks import PATIENCE, child, ended
+from tests.forks import PATIENCE, child, ended, fork
 from tests.moments import save_trained
 
 forks = pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
@@ -155,8 +155,7 @@ def torchrun(
     """
     Path("heard").mkdir()
     Path("heard/driver.py").write_text(DRIVER)
-    sys.stdout.flush()
-    pid = os.fork()
+    pid = fork()
     if not pid:
         try:
             os.environ.update(PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1", **environment)
@@ -176,13 +175,22 @@ def torchrun(
     return [[Outcome(*json.loads(line)) for line in text] for text in texts]
 
 
+# Linux may give a free port from 32,768 on to another socket before a test opens it. These are
+# lower, and differ between two processes that run tests.
+_FIRST_PORT = 10_000 + os.getpid() % 200 * 100
+_NEXT_PORT = itertools.cycle(range(_FIRST_PORT, _FIRST_PORT + 100))
+
+
 def ports(number: int) -> list[int]:
     """Finds ports that nobody listens at."""
-    with contextlib.ExitStack() as stack:
-        opened = [stack.enter_context(socket.socket()) for _ in range(number)]
-        for each in opened:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in opened]
+    found: list[int] = []
+    while len(found) < number:
+        with (
+            contextlib.suppress(OSError),
+            socket.create_server(("127.0.0.1", port := next(_NEXT_PORT))),
+        ):
+            found.append(port)
+    return found
 
 
 def forked(
@@ -209,12 +217,10 @@ def forked(
     free = ports(len(commands))
     pids = []
     for rank in range(size):
-        sys.stdout.flush()
-        if pid := os.fork():
+        if pid := fork():
             pids.append(pid)
             continue
         try:
-            torch.set_num_threads(1)
             before(rank)
             outcomes = []
             for i, line in enumerate(commands):
@@ -959,7 +965,7 @@ def test_a_killed_store_ends_the_run_in_one_line_and_keeps_its_results(
     whole = losscli(*command.split(), "whole")
     assert whole.status == 0, whole.stderr
     (port,) = ports(1)
-    server = os.fork()
+    server = fork()
     if not server:
         kept = TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
         time.sleep(PATIENCE)

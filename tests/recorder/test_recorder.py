@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import csv
-import gc
 import itertools
 import os
 import signal
@@ -35,7 +34,7 @@ from losscli.errors import (
 from losscli.models import MLP
 from tests import oracle
 from tests.conftest import Losscli
-from tests.forks import PATIENCE, ended
+from tests.forks import PATIENCE, ended, fork
 
 SHAPE = "6-5-3"
 SPEC = f"mlp:{SHAPE}"
@@ -477,19 +476,15 @@ def train_as_rank(rank: int, names: list[str]) -> None:
 def test_with_two_ranks_the_first_writes_and_both_know_the_step(names: list[str]) -> None:
     import torch.distributed.fsdp  # once, and not in each fork
 
-    # A process group of another test, if it is garbage by now, would be destroyed in a fork, which
-    # waits for threads that the fork does not have.
-    gc.collect()
     pids = []
     for rank in range(2):
-        if pid := os.fork():
+        if pid := fork():
             pids.append(pid)
             continue
         # A process that ends normally may abort in PyTorch, which joins not all threads of gloo.
         status = 1
         try:
             signal.alarm(PATIENCE)
-            torch.set_num_threads(1)
             warnings.simplefilter("ignore")
             train_as_rank(rank, names)
             status = 0
@@ -624,11 +619,10 @@ def test_a_kill_during_a_save_leaves_whole_files_and_is_continued(
 
     model = network()
     optimizer = optimizer_of(model)
-    pid = os.fork()
+    pid = fork()
     if not pid:
         try:
             signal.alarm(PATIENCE)
-            torch.set_num_threads(1)
             monkeypatch.setattr(saving, "save_file", killed)
             recorder = losscli.Recorder(model, "run", steps=30, count=6)
             train(model, optimizer, recorder, 30)
@@ -653,10 +647,9 @@ def test_a_kill_during_a_save_leaves_whole_files_and_is_continued(
 def test_a_kill_at_any_instant_leaves_whole_files() -> None:
     for instant in range(1, 40):
         model = network()
-        pid = os.fork()
+        pid = fork()
         if not pid:
             try:
-                torch.set_num_threads(1)
                 signal.setitimer(signal.ITIMER_REAL, instant * 0.002)  # SIGALRM ends the process
                 recorder = losscli.Recorder(model, f"run{instant}", steps=10**6, count=10**6)
                 train(model, optimizer_of(model), recorder, 10**6)

@@ -376,3 +376,38 @@ def test_frozen_parameters_are_noted_where_directions_are_not_differences_of_che
         tensor.requires_grad_(not parameter.startswith(frozen))
     found = study(name, tmp_path, seeds, model=model, **more).summary["notes"]
     assert any(note.startswith(FROZEN_NOTE) for note in found) is noted
+
+
+@pytest.mark.parametrize(
+    ("name", "more"),
+    [
+        ("check", {"density": True, "blocks": True, "probes": 2, "lanczos": 5}),
+        ("sharpness", {"samples": 2}),
+        ("around", {"along": "hessian", "points": 3}),
+        ("plane", {"axes": "hessian", "points": 3}),
+    ],
+)
+def test_a_parameter_without_values_changes_nothing(
+    name: str, more: dict[str, Any], tmp_path: Path
+) -> None:
+    def build() -> torch.nn.Module:
+        model = CASE.build()
+        model.register_parameter("empty", torch.nn.Parameter(torch.zeros(0, 3)))
+        return model
+
+    data = {"all": (CASE.inputs, CASE.targets)}
+    given = {"data": data, "metric": ("none",), "dtype": "float64", **more}
+    found, expected = (
+        getattr(losscli, name)({**CASE.state(1), **added}, model=model, **given)
+        for model, added in ((build, {"empty": torch.zeros(0, 3)}), (CASE.build, {}))
+    )
+    tables = [{"": result.table, **result.more} for result in (found, expected)]
+    assert tables[0].keys() == tables[1].keys()
+    for key, table in tables[0].items():
+        other = tables[1][key]
+        assert (table.columns, len(table.rows)) == (other.columns, len(other.rows))
+        for column in table.columns:
+            one, two = table[column], other[column]
+            if isinstance(one[0], float):
+                two = pytest.approx(two, rel=1e-6, abs=1e-9, nan_ok=True)
+            assert one == two, (key, column)

@@ -55,8 +55,16 @@ class _Forward(nn.Module):
 
 def forward_with(network: Network, tensors: Mapping[str, Tensor], inputs: Nest) -> Any:
     """Runs a network with other tensors by name, see `torch.func.functional_call`."""
-    named = {f"model.{name}": tensor for name, tensor in tensors.items()}
-    return functional_call(_Forward(network), named, (inputs,))
+    forward = _Forward(network)
+    given = {id(network.tensors[name]): tensor for name, tensor in tensors.items()}
+    # One name for each module, also if it has several: functional_call would not restore it.
+    named = {
+        f"{prefix}.{key}": given[id(own)]
+        for prefix, module in forward.named_modules()
+        for key, own in (module._parameters | module._buffers).items()
+        if id(own) in given
+    }
+    return functional_call(forward, named, (inputs,), tie_weights=False)
 
 
 def is_stateless(network: Network) -> bool:

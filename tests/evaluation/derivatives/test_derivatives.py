@@ -257,6 +257,30 @@ def test_a_product_of_two_weights_has_the_derivatives_of_its_polynomial() -> Non
     np.testing.assert_allclose(found.curvature, loss.deriv(2)(ALPHAS), rtol=1e-12)
 
 
+def test_a_layer_with_several_names_is_differentiated_and_put_back() -> None:
+    class Repeated(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            layer = nn.Linear(1, 1, bias=False)
+            self.layers = nn.ModuleList([layer] * 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            for layer in self.layers:
+                x = layer(x)
+            return x
+
+    case = Case("repeated", Repeated, torch.ones(3, 1), torch.zeros(3, 1), "mse")
+    objective = objective_of(case)
+    own = objective.model.layers[0].weight  # type: ignore[union-attr, index]
+    a, b = ({"layers.0.weight": torch.full((1, 1), value)} for value in (2.0, 3.0))
+    check_task(objective, a)
+    found = slopes(objective, Line(a, b), ALPHAS)["all"]
+    loss = np.poly1d([1, 2]) ** 6
+    np.testing.assert_allclose(found.slope, loss.deriv()(ALPHAS), rtol=1e-12)
+    np.testing.assert_allclose(found.curvature, loss.deriv(2)(ALPHAS), rtol=1e-12)
+    assert objective.model.layers[0].weight is own  # type: ignore[union-attr, index]
+
+
 def test_moving_buffers_are_differentiated_in_both_modes() -> None:
     def build() -> nn.Module:
         return nn.Sequential(nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 3))
