@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from numpy.typing import NDArray
 from matplotlib.text import Text
 from matplotlib.transforms import ScaledTranslation
+from numpy.typing import NDArray
 
 from losscli.plotting.lines import Series
 from losscli.plotting.style import (
