@@ -12,6 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 from matplotlib.transforms import ScaledTranslation
+from numpy.typing import NDArray
 
 from losscli.plotting.lines import Series
 from losscli.plotting.style import (
@@ -154,11 +155,10 @@ def flat_range_notes(
     alpha = np.concatenate([np.empty(0), *(s.x for s in series)])
     loss = np.concatenate([np.empty(0), *(s["loss"] for s in series)])
     alpha, loss = alpha[drawable(loss, log=False)], loss[drawable(loss, log=False)]
-    largest = float(np.abs(loss).max(initial=0.0))
-    variation = float(np.ptp(loss)) / largest if largest else 0.0
+    variation = _variation(loss)
     # Below the lower limit the axis shows a constant.
     if _CONSTANT < variation < _FLAT:
-        digits = 2 + math.ceil(-math.log10(variation))
+        digits = _digits(variation)
         low, high = (format_number(float(end), digits) for end in (loss.min(), loss.max()))
         share = format_number(100 * variation, 2)
         return [f"The loss varies by only {share}%, from {low} to {high}."]
@@ -169,6 +169,17 @@ def flat_range_notes(
         return []
     low, high = format_number(float(between.min())), format_number(float(between.max()))
     return [f"Between A and B the loss ranges from {low} to {high}."]
+
+
+def _variation(loss: NDArray[np.float64]) -> float:
+    """Returns the range of losses relative to the largest."""
+    largest = float(np.abs(loss).max(initial=0.0))
+    return float(np.ptp(loss)) / largest if largest else 0.0
+
+
+def _digits(variation: float) -> int:
+    """Returns how many digits a loss needs to show where it lies in a range."""
+    return max(3, 2 + math.ceil(-math.log10(max(variation, _CONSTANT))))
 
 
 def lowest_label(
@@ -183,12 +194,11 @@ def lowest_label(
         return "lowest"
     if runs > 1 or splits > 2:
         return f"lowest point{suffix}"
-    parts = [
-        f"{plain(s.split)} " * (splits > 1)
-        # As many digits as in the report.
-        + f"{format_number(loss, 4)} at α = {format_number(alpha)}"
-        for s, alpha, loss in lowest
-    ]
+    parts = []
+    for s, alpha, loss in lowest:
+        digits = _digits(_variation(s["loss"][drawable(s["loss"], log=False)]))
+        at = f"{format_number(loss, digits)} at α = {format_number(alpha)}"
+        parts.append(f"{plain(s.split)} " * (splits > 1) + at)
     return f"lowest{suffix}: {', '.join(parts)}"
 
 

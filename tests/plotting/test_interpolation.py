@@ -330,6 +330,12 @@ def test_nothing_is_clipped() -> None:
     assert note(draw_interpolation([curve()])) == ""
 
 
+def test_the_lowest_loss_has_more_digits_on_a_flatter_curve() -> None:
+    for low, high, said in ((2.3031, 2.351, "2.303"), (0.1234, 2.3, "0.123")):
+        drawn = curve([(0.0, high), (0.5, low), (1.0, high)], stderr=None)
+        assert f"lowest: {said} at α = 0.5" in legend(draw_interpolation([drawn]))
+
+
 @pytest.mark.parametrize(
     ("low", "high", "said"),
     [
