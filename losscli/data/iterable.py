@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, IterableDataset, default_collate
 
 from losscli.data.batch import RaggedError, is_language, join, parse_batch
 from losscli.data.randomness import capture, private_randomness, restore, seed_all
@@ -75,7 +75,13 @@ class _Collate:
         except DataError as error:
             return error
         except Exception as error:  # noqa: BLE001 - reported in one line
-            return DataError(f"{self.where} failed: {one_line(error)}")
+            cure = (
+                "If it yields batches, give torch.utils.data.DataLoader(it, batch_size=None); if "
+                "examples differ in shape, give a DataLoader with a collate_fn"
+                if self.collate is default_collate
+                else ""
+            )
+            return DataError(f"{self.where} failed: {one_line(error)}", cure)
 
 
 class _First(IterableDataset[Any]):

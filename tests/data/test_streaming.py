@@ -1171,3 +1171,13 @@ def test_an_objective_receives_the_batches_of_a_loader_unchanged(form: str, work
     assert [list(batch) for batch in received] == [["inside", "edge"]] * 3
     for batch, expected in zip(received, PHYSICS, strict=True):
         assert all(torch.equal(batch[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("loader", [lambda rows: rows, lambda rows: DataLoader(rows, batch_size=4)])
+def test_batches_that_are_taken_for_examples_name_the_loader_that_keeps_them(loader: Any) -> None:
+    rows = Coming(lambda i: (torch.rand(3 + i, 2), torch.zeros(3 + i)), 5)
+    cure = r"If it yields batches, give .*batch_size=None\); if examples differ in shape"
+    with pytest.raises(DataError, match=f"here, split 'all' failed: RuntimeError: .*{cure}"):
+        from_object({"all": loader(rows)}, "here")
+    kept = from_object({"all": DataLoader(rows, batch_size=None)}, "here").splits["all"]
+    assert len(kept) == sum(3 + i for i in range(5))
