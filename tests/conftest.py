@@ -25,6 +25,9 @@ ROOT = Path(__file__).parent.parent
 SAFETENSORS_HAS_COMPLEX = Version(version("safetensors")) >= Version("0.7")
 TRANSFORMERS_5 = Version(version("transformers")) >= Version("5")
 
+# As `make test` has it, also for the tests of one file: results depend on the number of threads.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 # No power is lost here, and to wait for the disk takes a while.
 os.fsync = lambda _: None
 

@@ -30,7 +30,14 @@ _RESEND_DELAY = 0.01
 
 
 class _Signalled(BaseException):
-    """SIGINT (Ctrl-C), or SIGTERM as batch systems send it before they end a job."""
+    """SIGINT (Ctrl-C), or SIGTERM as batch systems send it before they end a job.
+
+    Attributes:
+        reporting: Whether one is being reported. Another one, such as a second Ctrl-C, is ignored
+            meanwhile, and the message is complete.
+    """
+
+    reporting = False
 
     def __init__(self, number: int) -> None:
         super().__init__(number)
@@ -73,7 +80,7 @@ def run(arguments: Sequence[str], console: Console) -> int:
 
     # typer would swallow a KeyboardInterrupt.
     def interrupt(number: int, _frame: FrameType | None) -> None:
-        if not over:
+        if not (over or _Signalled.reporting):
             raise _Signalled(number)
 
     try:
@@ -83,7 +90,7 @@ def run(arguments: Sequence[str], console: Console) -> int:
         with warnings.catch_warnings():  # -q changes the filters, and Matplotlib's log level
             return _run_and_report(partial(_dispatch, arguments), console)
     except _Signalled as signalled:
-        # It came while another error was reported, or after the command had finished.
+        # It came while an error was reported, or after the command had finished.
         over = True
         return 128 + signalled.number
     finally:
@@ -100,6 +107,8 @@ def _run_and_report(work: Callable[[Console], int], console: Console) -> int:
     try:
         return work(console)
     except _Signalled as signalled:
+        # First, and without a call, in which Python would handle a second signal.
+        _Signalled.reporting = True
         import multiprocessing
 
         # Otherwise the process waits until its data workers have finished a batch.
@@ -108,6 +117,7 @@ def _run_and_report(work: Callable[[Console], int], console: Console) -> int:
         how = "interrupted" if signalled.number == signal.SIGINT else "terminated"
         written = "the results are written" if console.written else "nothing was written"
         console.error(f"{how}; {_resume_hint(console) or written}")
+        _Signalled.reporting = False
         return 128 + signalled.number
     except SystemExit as error:
         if "_LOSSCLI_COMPLETE" in os.environ:  # a shell asks for completions

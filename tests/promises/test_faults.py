@@ -134,6 +134,22 @@ def test_ctrl_c_while_a_finished_command_cleans_up_changes_nothing(
 
 
 @forking
+def test_a_second_ctrl_c_while_the_first_is_reported_cuts_no_message(
+    losscli: Losscli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: object) -> list[object]:
+        signal.raise_signal(signal.SIGINT)
+        return []
+
+    for _ in range(2):  # the second run is interrupted like the first
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "cwd", interrupt)
+            patch.setattr("multiprocessing.active_children", interrupt)
+            done = losscli("list", "losses")
+        assert (done.status, done.stderr) == (130, "losscli: interrupted; nothing was written\n")
+
+
+@forking
 @pytest.mark.parametrize("instants", [6, pytest.param(60, marks=pytest.mark.stress)])
 def test_ctrl_c_at_any_instant_ends_with_130_or_a_whole_run(
     instants: int, folder: Path, log: Path, losscli: Losscli
