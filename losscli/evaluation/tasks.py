@@ -78,7 +78,7 @@ class Execution:
         return replace(self, progress=lambda x: report(done + min(x, most)))
 
     def scaled(self, size: float) -> Execution:
-        """Returns the execution for a task of a size that reports its progress as a share of it."""
+        """Returns the execution for a task that reports its progress as a share of its size."""
         report = self.progress
         if report is None:
             return self

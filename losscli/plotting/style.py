@@ -743,7 +743,7 @@ def split_names(runs: Sequence[Run[Any]]) -> list[str]:
 def run_names(runs: Sequence[Run[Summary]], drawing: Drawing = FULL) -> list[str]:
     """Returns the name of each run: its label, or its first and last checkpoint.
 
-    Runs of the same checkpoints are told apart by their files, or else by their numbers.
+    Runs of the same checkpoints are distinguished by their files, or else by their numbers.
     """
     checkpoints = [checkpoint_names(run, drawing) for run in runs]
     ends = [" → ".join([*names[:1], *names[1:][-1:]]) for names in checkpoints]

@@ -37,8 +37,8 @@ from tests.mutations import CASES, FORMATS, SAMPLE, judge_in_fork
 
 # Transformers, which reads the first two, takes its time, and programs have many parts.
 FEWER = {"config": 250, "tokenizer": 400, "program": 250}
-# Of these formats the sample is small, and `make test` takes half of it or all; of the others it
-# takes a third.
+# The share that `make test` takes of the sample: all or half of the small ones of these formats, a
+# third of the others.
 MORE = {"npz": 1, "toml": 1, "torch-legacy": 2}
 
 

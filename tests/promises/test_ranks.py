@@ -656,8 +656,8 @@ def wait_for_both(run: str, most: int) -> None:
 @forks
 def test_sigterm_to_torchrun_ends_all_ranks_and_names_the_journal(ran: Ran) -> None:
     assert (ran.first[-1].status, ran.other[-1].status) == (143, 143)
-    told = ran.first[-1].stderr.splitlines()[-1]
-    assert told.startswith("losscli: terminated; finished work is in broken.journal")
+    message = ran.first[-1].stderr.splitlines()[-1]
+    assert message.startswith("losscli: terminated; finished work is in broken.journal")
     assert Path("broken.journal").exists()
 
 
