@@ -200,7 +200,7 @@ def test_ctrl_c_at_any_instant_ends_with_130_or_a_whole_run(
                 json.loads((folder / "out.json").read_text())
 
 
-def anew(folder: Path, before: set[str]) -> dict[str, bytes]:
+def contents_of_new(folder: Path, before: set[str]) -> dict[str, bytes]:
     return {name: (folder / name).read_bytes() for name in listing(folder) - before}
 
 
@@ -231,7 +231,7 @@ def test_a_full_disk_leaves_whole_files_or_none(
     before = listing(folder)
     done = losscli(*command)
     assert done.status == 0, done.stderr
-    whole = anew(folder, before)
+    whole = contents_of_new(folder, before)
     assert whole
     for file in whole:
         (folder / file).unlink()
@@ -244,7 +244,7 @@ def test_a_full_disk_leaves_whole_files_or_none(
         last = done.stderr.splitlines()[-1]
         assert last.startswith("losscli: ")
         assert "File too large" in last
-        left = anew(folder, before)
+        left = contents_of_new(folder, before)
         assert left.keys() <= {"out.journal"}
         # No journal stays in which there is nothing.
         assert all(b'"key"' in content for content in left.values())
@@ -253,7 +253,7 @@ def test_a_full_disk_leaves_whole_files_or_none(
         assert told == (b'"key"' in left.get("out.journal", b""))
     done = losscli(*command)
     assert done.status == 0, done.stderr
-    assert numbers(anew(folder, before)) == numbers(whole)
+    assert numbers(contents_of_new(folder, before)) == numbers(whole)
 
 
 @pytest.mark.usefixtures("unseen")
@@ -264,11 +264,11 @@ def test_a_folder_with_the_name_of_a_result_prevents_all_results(
     assert losscli(*WRITING[name]).status == 0
     (folder / "out.csv").unlink()
     (folder / "out.csv").mkdir()
-    before = anew(folder, {"out.csv"})
+    before = contents_of_new(folder, {"out.csv"})
     done = losscli(*WRITING[name], "--force")
     assert done.status == 1
     assert "out.csv is a folder. Move it away" in done.stderr
-    assert anew(folder, {"out.csv"}) == before
+    assert contents_of_new(folder, {"out.csv"}) == before
 
 
 def _without_privilege() -> None:

@@ -266,7 +266,7 @@ def save_third(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("command", "options", "told"),
+    ("command", "options", "reported"),
     in_turn(
         COMMANDS,
         ("--only nothing.*", "the pattern 'nothing.*' matches none of the 4 tensors"),
@@ -275,13 +275,13 @@ def save_third(folder: Path) -> None:
     ),
 )
 def test_a_choice_of_nothing_is_refused(
-    command: str, options: str, told: str, folder: Path, losscli: Losscli
+    command: str, options: str, reported: str, folder: Path, losscli: Losscli
 ) -> None:
     save_third(folder)
     before = set(folder.iterdir())
     done = losscli(*command.split(), *options.split(), "-o", "x")
     assert (done.status, done.stdout) == (2, "")
-    assert told in done.stderr
+    assert reported in done.stderr
     assert done.stderr.count("\n") == 1
     assert set(folder.iterdir()) == before
 
@@ -293,9 +293,9 @@ def test_a_choice_is_in_the_plan_and_in_the_summary(
     save_third(folder)
     options = "--only", "layers.1.*", "--except", "*.bias"
     plan = losscli(*command.split(), *options, "--dry-run", "--json")
-    told = json.loads(plan.stdout)
-    assert told["moving"] == {"tensors": 1, "values": 15}
-    assert (told["only"], told["except"]) == (["layers.1.*"], ["*.bias"])
+    reported = json.loads(plan.stdout)
+    assert reported["moving"] == {"tensors": 1, "values": 15}
+    assert (reported["only"], reported["except"]) == (["layers.1.*"], ["*.bias"])
 
 
 def test_a_check_of_only_buffers_is_refused(folder: Path, losscli: Losscli) -> None:

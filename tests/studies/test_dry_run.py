@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from losscli.cli.report import plan as told
+from losscli.cli.report import plan as plan_text
 from losscli.evaluation.cost import Timings, measure, timed
 from losscli.evaluation.hessian.curvature import PRODUCT_LIMIT, ROWS_PER_PASS
 from losscli.evaluation.hessian.lanczos import MIN_PRODUCTS
@@ -231,7 +231,7 @@ def test_each_bend_of_a_path_takes_memory_and_time(
     monkeypatch.setattr(PathTraining, "_move", moved)
     plan._training.run(Execution())
     assert set(found) == {described["bytes_of_training"]}
-    text = told({**described, "estimate": dry_run.estimate(plan, clock)})
+    text = plan_text({**described, "estimate": dry_run.estimate(plan, clock)})
     assert "training     4 steps, 0.0 MiB of bends, gradients and moments\n" in text
 
 
@@ -364,7 +364,7 @@ def test_a_dry_run_reports_the_time_and_writes_nothing(
     assert found["seconds"] > 0
     assert found["batch"]["examples"] == 29
     kind = "about" if "seconds_at_most" in found else found["kind"]
-    assert f"time         {kind} " in told(plan)
+    assert f"time         {kind} " in plan_text(plan)
     assert sorted(folder.iterdir()) == before
 
 
@@ -419,5 +419,5 @@ def test_time_is_written_in_words(folder: Path) -> None:
         (200000, "2 d 8 h"),
     ):
         estimate = {"seconds": seconds, "kind": "at least", "batch": batch}
-        line = told({**plan, "estimate": estimate}).splitlines()[-1]
+        line = plan_text({**plan, "estimate": estimate}).splitlines()[-1]
         assert line == f"time         at least {words} on cpu (one batch of 1,024 took 41 ms)"

@@ -139,13 +139,9 @@ def test_blocks_have_the_eigenvalues_and_gradients_of_the_dense_blocks(operator:
 
 def test_verdict_and_extreme_eigenvalues_are_those_of_the_hessian_for_every_operator() -> None:
     (one,), (other,) = (checked(operator)[0].table.records() for operator in ("hessian", "ggn"))
-    numbers = {name for name, cell in one.items() if isinstance(cell, float)}
-    numbers -= {"trace", "trace_stderr"}
-    assert {"lambda_min", "lambda_max", "gradient_norm"} <= numbers
-    # The numbers of two runs may differ in the last bit.
-    for name in numbers:
-        assert one[name] == pytest.approx(other[name], abs=1e-12), name
-    assert one["verdict"] == other["verdict"]
+    for row in (one, other):
+        del row["trace"], row["trace_stderr"]
+    assert one == other
     notes = checked("ggn")[0].summary["notes"]
     assert any("are those of the Gauss-Newton matrix" in note for note in notes)
 

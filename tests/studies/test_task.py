@@ -254,16 +254,16 @@ def notes(
 def test_float_targets_that_are_all_0_or_1_get_a_note_under_the_default_loss(
     tmp_path: Path, targets: Tensor, number: int
 ) -> None:
-    _, told = notes(tmp_path, targets, lambda: Outputs(number))
-    assert any("all 0 or 1" in note and "give --loss bce" in note for note in told)
+    _, reported = notes(tmp_path, targets, lambda: Outputs(number))
+    assert any("all 0 or 1" in note and "give --loss bce" in note for note in reported)
     for chosen in ("mse", "bce"):
         assert not notes(tmp_path, targets, lambda: Outputs(number), loss=chosen)[1]
 
 
 def test_one_hot_targets_get_a_note_under_the_default_loss(tmp_path: Path) -> None:
     targets = nn.functional.one_hot(whole(3, 20), 3).float()
-    told = notes(tmp_path, targets, lambda: Outputs(3))[1]
-    assert any("one-hot" in note and "give --loss cross_entropy" in note for note in told)
+    reported = notes(tmp_path, targets, lambda: Outputs(3))[1]
+    assert any("one-hot" in note and "give --loss cross_entropy" in note for note in reported)
     assert not notes(tmp_path, targets, lambda: Outputs(3), loss="cross_entropy")[1]
 
 
@@ -275,7 +275,7 @@ def test_other_float_targets_get_no_note(tmp_path: Path, targets: Tensor) -> Non
 
 
 @pytest.mark.parametrize(
-    ("loss", "targets", "number", "function", "told", "dtype"),
+    ("loss", "targets", "number", "function", "reported", "dtype"),
     in_turn(
         [
             ("bce", LABELS_OF_MANY, 3, torch.sigmoid, "bce takes scores before the sigmoid"),
@@ -310,13 +310,13 @@ def test_outputs_that_are_probabilities_already_get_a_note(
     targets: Tensor,
     number: int,
     function: Any,
-    told: str,
+    reported: str,
     dtype: str,
 ) -> None:
     _, found = notes(tmp_path, targets, lambda: Outputs(number, function), loss=loss, dtype=dtype)
     about = [note for note in found if note.startswith("the outputs of the first batch")]
-    assert len(about) == bool(told)
-    assert all(told in note for note in about)
+    assert len(about) == bool(reported)
+    assert all(reported in note for note in about)
 
 
 def test_probabilities_of_tokens_get_a_note(tmp_path: Path) -> None:
@@ -370,10 +370,10 @@ def test_whole_numbers_with_one_output_each_name_the_losses_that_take_them(
     with pytest.raises(LossError, match="needs a score for each class"):
         # One class is no choice, and its cross-entropy is 0 whatever the weights.
         notes(tmp_path, torch.zeros(shape, dtype=torch.int64), lambda: Outputs(number))
-    summary, told = notes(tmp_path, whole(9, *shape), lambda: Outputs(number), loss="mse")
+    summary, reported = notes(tmp_path, whole(9, *shape), lambda: Outputs(number), loss="mse")
     assert summary["metrics"] == []
     assert summary["sources"] == {"loss": "--loss", "metrics": "default for integer targets"}
-    assert "accuracy is left out: the loss is not one of classification" in told
+    assert "accuracy is left out: the loss is not one of classification" in reported
 
 
 @pytest.mark.parametrize("loss", ["mse", "bce"])
@@ -475,7 +475,7 @@ def test_a_very_small_loss_is_never_rounded_to_zero(
 
 
 @pytest.mark.parametrize(
-    ("command", "told", "ties"),
+    ("command", "reported", "ties"),
     [
         (("interpolate", "a.pt", "b.pt", "--range", 0, 2, "--points", 5), "at α = 0.5", 4),
         (("trajectory", "a.pt", "b.pt", "b.pt", "b.pt"), "at checkpoint 2 of 4", 3),
@@ -487,14 +487,14 @@ def test_points_as_low_as_the_lowest_are_reported(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     command: tuple[object, ...],
-    told: str,
+    reported: str,
     ties: int,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     text, split = sure(tmp_path, 1e4, losscli, *command)
     low = split["minimum" if command[0] == "interpolate" else "lowest"]
     assert (low["loss"], low["ties"]) == (0.0, ties)
-    assert told in text
+    assert reported in text
     assert f"shared by {ties} points" in text
     if command[0] == "interpolate":
         where = ("--best", "all", "--csv", "out.csv", "-o", "best.safetensors")
@@ -581,7 +581,7 @@ def test_accuracy_with_probabilities_is_that_of_the_most_probable_class(tmp_path
 
 
 @pytest.mark.parametrize(
-    ("loss", "targets", "told"),
+    ("loss", "targets", "reported"),
     [
         ("bce", torch.tensor([[0.0, 1.0, -100.0]] * 9), "the target -100, and bce takes"),
         ("bce", torch.tensor([[0, 1, 255]] * 9), "the target 255, and bce takes"),
@@ -590,9 +590,11 @@ def test_accuracy_with_probabilities_is_that_of_the_most_probable_class(tmp_path
     ],
 )
 def test_targets_that_are_not_probabilities_are_refused(
-    loss: str, targets: Tensor, told: str, tmp_path: Path
+    loss: str, targets: Tensor, reported: str, tmp_path: Path
 ) -> None:
-    with pytest.raises(LossError, match=f"the split 'all' has .*{told} probabilities from 0 to 1"):
+    with pytest.raises(
+        LossError, match=f"the split 'all' has .*{reported} probabilities from 0 to 1"
+    ):
         between(tmp_path, lambda: nn.Linear(4, 3), torch.randn(9, 4), targets, loss=loss)
 
 
